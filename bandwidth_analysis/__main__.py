@@ -1,0 +1,59 @@
+"""The command line: python -m bandwidth_analysis RUN [RUN ...] [--output DIR]."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from bandwidth_analysis.plots import write_plots
+from bandwidth_analysis.runs import AnalysisError, read_run
+from bandwidth_analysis.table import comparison_table
+
+COMPARISON = "comparison"  # where plots of several runs go, next to the first run
+
+
+def run_folders(arguments: list[Path]) -> list[Path]:
+    """The folders to read: each once, in the order given.
+
+    `outputFolder/*` also matches outputFolder/README.md and the comparison folder that an earlier
+    call wrote; these are skipped, aloud. Raises AnalysisError where nothing else is left.
+    """
+    skipped = [path for path in arguments if path.is_file() or _is_comparison(path)]
+    folders: dict[Path, Path] = {}  # resolved path -> path as given
+    for path in arguments:
+        if path not in skipped:
+            folders.setdefault(path.resolve(), path)
+    if not folders:
+        raise AnalysisError(f"{skipped[0]}: not a run folder; give outputFolder/<name>-s0")
+    for path in skipped:
+        print(f"skipped {path}: not a run folder", file=sys.stderr)
+    return list(folders.values())
+
+
+def _is_comparison(path: Path) -> bool:
+    return path.name == COMPARISON and path.is_dir() and not (path / "config.yaml").exists()
+
+
+def default_output(folders: list[Path]) -> Path:
+    """RUN/plots for one run; comparison/ next to the first run for several."""
+    return folders[0] / "plots" if len(folders) == 1 else folders[0].resolve().parent / COMPARISON
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table, write the plots, say where. Returns the exit status: 0, or 2 on an error."""
+    parser = argparse.ArgumentParser(prog="python -m bandwidth_analysis", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where the plots go")
+    arguments = parser.parse_args(argv)
+    try:
+        folders = run_folders(arguments.runs)
+        runs = [read_run(folder) for folder in folders]
+        paths = write_plots(runs, arguments.output or default_output(folders))
+    except AnalysisError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(comparison_table(runs), "\nplots:", *(f"  {path}" for path in paths), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""The plots: accuracy by round and by megabyte, bytes per round, labels per client.
+
+Each function that returns a Figure draws one plot; write_plots turns all of them into files.
+"""
+
+import io
+import textwrap
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import (
+    EngFormatter,
+    Formatter,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+)
+
+from bandwidth_analysis.runs import AnalysisError, Run, fallback_notes, run_labels
+
+WIDTH = 8.0  # inches; 1,200 pixels, which a README shows at about two thirds
+DPI = 150
+# Okabe and Ito's palette, told apart by colour-blind readers, without its yellow (faint on white).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINE_STYLES = ("-", "-.", ":")  # the next one each time the colours are used up
+GREY = "#555555"
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#DDDDDD",
+    "legend.frameon": False,
+    "lines.markersize": 5,
+}
+REFERENCE_LINE = {"linestyle": "--", "linewidth": 1.3}
+NOTE_FRAME = {"facecolor": "#FFF3E0", "edgecolor": "#D55E00", "boxstyle": "round,pad=0.4"}
+MAX_MARKED = 30  # a line of more points than this shows no markers
+LOG_RATIO = 20  # an axis is logarithmic if its values differ by more than this
+MAX_NAMED_CLASSES = 20  # beyond, classes are numbered
+MAX_CLIENTS_IN_ORDER = 100  # beyond, a heat map of clients as numbered looks like noise
+LEGEND_CHARACTERS = 105  # that fit side by side under a plot
+
+
+def write_plots(runs: list[Run], folder: Path) -> list[Path]:
+    """Draw the runs together into PNG files in `folder`, made if need be; returns their paths.
+
+    A file appears whole or not at all. Raises AnalysisError if the folder cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with matplotlib.rc_context(STYLE):
+            return [_write_png(draw(runs), folder / f"{name}.png") for name, draw in PLOTS.items()]
+    except OSError as error:
+        problem = f"{folder}: plots cannot be written ({error.strerror})"
+        raise AnalysisError(f"{problem}; make room or name another folder") from None
+
+
+def accuracy_vs_rounds(runs: list[Run]) -> Figure:
+    """Test accuracy (%) against the round, a line a run."""
+    figure = _figure(runs, height=4.2)
+    axes = figure.add_subplot()
+    lines = []
+    for index, run in enumerate(runs):
+        evaluated = _evaluated(run)
+        style = _line_style(index, len(evaluated))
+        lines += axes.plot(evaluated + 1, 100 * run.accuracy[evaluated], **style)
+    axes.set(title=_title("Test accuracy", runs), xlabel="Round", ylabel="Test accuracy (%)")
+    _count_on(axes.xaxis)
+    _say_if_empty(axes, lines, "no round evaluated yet")
+    _add_legend(figure, runs, lines)
+    return figure
+
+
+def accuracy_vs_megabytes(runs: list[Run]) -> Figure:
+    """Test accuracy (%) against the megabytes sent so far, both directions, a line a run.
+
+    A dashed vertical line stands where a run's messages would have ended as float32.
+    """
+    figure = _figure(runs, height=4.2)
+    axes = figure.add_subplot()
+    dense = [(run.total("dense_bytes_up") + run.total("dense_bytes_down")) / 1e6 for run in runs]
+    for megabytes, colour in zip(dense, _reference_colours(dense), strict=True):
+        if megabytes > 0:
+            axes.axvline(megabytes, color=colour, **REFERENCE_LINE)
+    lines = []
+    for index, run in enumerate(runs):
+        evaluated = _evaluated(run)
+        sent = np.cumsum(run.traffic["bytes_up"] + run.traffic["bytes_down"])[evaluated] / 1e6
+        style = _line_style(index, len(evaluated))
+        lines += axes.plot(sent, 100 * run.accuracy[evaluated], **style)
+    axes.set(
+        title=_title("Test accuracy by volume sent", runs),
+        xlabel="Sent so far, up + down (MB)",
+        ylabel="Test accuracy (%)",
+    )
+    ends = [(run.total("bytes_up") + run.total("bytes_down")) / 1e6 for run in runs]
+    _scale(axes.xaxis, np.array(ends + dense), FuncFormatter(lambda tick, _: f"{tick:,.10g}"))
+    _say_if_empty(axes, lines, "no round evaluated yet")
+    _add_legend(figure, runs, lines, dashed="end of the run, if sent as float32")
+    return figure
+
+
+def bytes_per_round(runs: list[Run]) -> Figure:
+    """Bytes per round in a panel a direction, a line a run; dashed: the same sent as float32."""
+    figure = _figure(runs, height=3.8)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, direction in zip(panels, ("up", "down"), strict=True):
+        dense = [run.traffic[f"dense_bytes_{direction}"] for run in runs]
+        for volume, colour in zip(dense, _reference_colours(dense), strict=True):
+            # The marker, a dash, is for runs of one round, where no line shows.
+            marker = "_" if len(volume) == 1 else ""
+            style = {"color": colour, "marker": marker, "markersize": 20, **REFERENCE_LINE}
+            axes.plot(_rounds(volume), volume, **style)
+        lines = []
+        for index, run in enumerate(runs):
+            sent = run.traffic[f"bytes_{direction}"]
+            lines += axes.plot(_rounds(sent), sent, **_line_style(index, len(sent)))
+        axes.set(title=_title(f"Bytes {direction}", runs, width=42), xlabel="Round")
+        _count_on(axes.xaxis)
+        _say_if_empty(axes, lines, "no round completed yet")
+    panels[0].set_ylabel("Bytes per round, all clients")
+    volumes = np.concatenate([volume for run in runs for volume in run.traffic.values()])
+    _scale(panels[0].yaxis, volumes, EngFormatter(unit="B"))
+    _add_legend(figure, runs, lines, dashed="same messages as float32")
+    return figure
+
+
+def labels_per_client(runs: list[Run]) -> Figure:
+    """Training pictures by class and client, as a heat map a distinct partition."""
+    partitions = _labels_by_partition(runs)
+    num_columns = 1 if len(partitions) <= 3 else 2
+    num_rows = -(-len(partitions) // num_columns)
+    figure = _figure(runs, height=0.6 + 2.8 * num_rows)
+    for position, (run, labels) in enumerate(partitions, start=1):
+        axes = figure.add_subplot(num_rows, num_columns, position)
+        _draw_partition(axes, run)
+        title = f"Labels per client: {', '.join(labels)}"
+        axes.set_title(_plain(textwrap.shorten(title, 200, placeholder=" ..."), 80 // num_columns))
+    return figure
+
+
+PLOTS = {
+    "accuracy_vs_rounds": accuracy_vs_rounds,
+    "accuracy_vs_megabytes": accuracy_vs_megabytes,
+    "bytes_per_round": bytes_per_round,
+    "labels_per_client": labels_per_client,
+}
+
+
+def _write_png(figure: Figure, path: Path) -> Path:
+    """Render, then write beside `path` and rename, so that a kill leaves no half picture there."""
+    png = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(png.getvalue())
+        return temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _figure(runs: list[Run], height: float) -> Figure:
+    """An empty figure of `height` inches, headed by the fallback notes where there are any."""
+    notes = "\n".join(_plain(note, width=112) for note in fallback_notes(runs))
+    height += 0.2 * (notes.count("\n") + 2) if notes else 0
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    if notes:
+        figure.suptitle(notes, fontsize=9.5, bbox=NOTE_FRAME)
+    return figure
+
+
+def _title(what: str, runs: list[Run], width: int = 80) -> str:
+    """The title, with model and data set where all runs share them, in lines of `width`."""
+    subjects = {f"{run.model} on {run.dataset}" for run in runs}
+    return _plain(f"{what}: {subjects.pop()}" if len(subjects) == 1 else what, width)
+
+
+def _plain(text: str, width: int) -> str:
+    """The text wrapped, and its dollars kept from matplotlib, which would read formulas there."""
+    return textwrap.fill(text, width).replace("$", r"\$")
+
+
+def _line_style(index: int, num_points: int) -> dict:
+    """How the line of run number `index` looks."""
+    again, which = divmod(index, len(COLOURS))
+    return {
+        "color": COLOURS[which],
+        "linestyle": LINE_STYLES[again % len(LINE_STYLES)],
+        "marker": MARKERS[which] if num_points <= MAX_MARKED else "",
+        "linewidth": 1.8,
+    }
+
+
+def _reference_colours(references: list) -> list[str]:
+    """Grey for a reference that runs share, or that is the only one; else the run's own colour."""
+    return [
+        GREY
+        if len(references) == 1 or sum(np.array_equal(reference, other) for other in references) > 1
+        else COLOURS[index % len(COLOURS)]
+        for index, reference in enumerate(references)
+    ]
+
+
+def _add_legend(figure: Figure, runs: list[Run], lines: list[Line2D], dashed: str = "") -> None:
+    """The runs, and what dashed lines are, under the plots."""
+    labels = [
+        _plain(label if run.finished else f"{label} (unfinished)", width=LEGEND_CHARACTERS)
+        for run, label in zip(runs, run_labels(runs), strict=True)
+    ]
+    if dashed:
+        labels.append(dashed)
+        lines = [*lines, Line2D([], [], color=GREY, **REFERENCE_LINE)]
+    num_columns = max(1, min(len(labels), LEGEND_CHARACTERS // (max(map(len, labels)) + 8)))
+    figure.legend(lines, labels, loc="outside lower center", ncols=num_columns)
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(labels) // num_columns))
+
+
+def _say_if_empty(axes: Axes, lines: list[Line2D], reason: str) -> None:
+    """Write the reason into a plot without a point, in place of its meaningless ticks."""
+    if not any(len(line.get_xdata()) for line in lines):
+        axes.text(0.5, 0.5, reason, ha="center", va="center", transform=axes.transAxes)
+        axes.set(xticks=[], yticks=[])
+
+
+def _evaluated(run: Run) -> np.ndarray:
+    """Indices (from 0) of the rounds that were evaluated."""
+    return np.flatnonzero(~np.isnan(run.accuracy))
+
+
+def _rounds(per_round: np.ndarray) -> np.ndarray:
+    return np.arange(1, len(per_round) + 1)
+
+
+def _count_on(axis: Axis) -> None:
+    """Ticks at whole numbers only, be there one."""
+    axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+
+
+def _scale(axis: Axis, values: np.ndarray, formatter: Formatter) -> None:
+    """Logarithmic where the values differ widely, else linear from zero."""
+    positive = values[values > 0]
+    spread = positive.max() / positive.min() if positive.size else 1
+    if spread > LOG_RATIO:
+        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < 1000 else (1,)))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.axes.set(**{f"{axis.axis_name}lim": (0, None)})
+    axis.set_major_formatter(formatter)
+
+
+def _labels_by_partition(runs: list[Run]) -> list[tuple[Run, list[str]]]:
+    """For each distinct partition a run that has it, and the labels of all that do."""
+    partitions: dict[tuple, tuple[Run, list[str]]] = {}
+    for run, label in zip(runs, run_labels(runs), strict=True):
+        key = (run.labels_per_client.shape, run.labels_per_client.tobytes(), *run.class_names)
+        partitions.setdefault(key, (run, []))[1].append(label)
+    return list(partitions.values())
+
+
+def _draw_partition(axes: Axes, run: Run) -> None:
+    """The heat map of one partition; a class that a client has nothing of stays white.
+
+    A column a client; of more clients than pixels, evenly spaced ones are drawn.
+    """
+    counts = run.labels_per_client
+    num_clients, num_classes = counts.shape
+    order = "as numbered"
+    if num_clients > MAX_CLIENTS_IN_ORDER:
+        counts = counts[np.lexsort((-counts.max(axis=1), counts.argmax(axis=1)))]
+        order = "sorted by commonest class"
+    image = axes.imshow(
+        np.ma.masked_equal(counts.T, 0),
+        aspect="auto",
+        cmap="YlGnBu",
+        vmin=0,
+        interpolation="nearest",  # the default would blend neighbouring classes
+    )
+    axes.figure.colorbar(image, ax=axes, label="Pictures", pad=0.02)
+    axes.grid(False)
+    axes.set(xlabel=f"Client ({num_clients:,} in all, {order})", ylabel="Class")
+    _count_on(axes.xaxis)
+    if num_classes <= MAX_NAMED_CLASSES:
+        names = [textwrap.shorten(name, 16, placeholder="...") for name in run.class_names]
+        axes.set_yticks(range(num_classes), names)
+    else:
+        _count_on(axes.yaxis)

@@ -1,0 +1,330 @@
+"""Reads a run folder into a Run, and checks that its files agree with each other.
+
+The ledger (a row per message) is what bytes are counted from; rounds.jsonl and summary.json repeat
+its sums, and a run in which they differ is refused rather than reported.
+"""
+
+import json
+import os
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import yaml
+
+LEDGER_FIELDS = {"round": "i8", "direction": "U5", "bytes": "i8", "dense_bytes": "i8"}
+NUMBER = (int, float)
+NUMBER_OR_NULL = (int, float, type(None))
+MEAN_OVER = 10  # evaluations averaged for a run whose summary does not yet say how many
+DATASET_NAMES = {"cifar10": "CIFAR-10", "digits": "scikit-learn's digits"}
+REPAIR = "restore the file or repeat the run"
+
+
+class AnalysisError(Exception):
+    """A run folder that cannot be read, or plots that cannot be written.
+
+    The message is one line: what is wrong and what to do.
+    """
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run folder; R rounds are complete, and arrays over rounds begin with round 1."""
+
+    folder: Path
+    name: str
+    seed: int
+    model: str
+    dataset: str
+    fallback: str  # why this data set took the place of the configured one; empty if it did not
+    finished: bool
+    rounds_planned: int
+    accuracy: np.ndarray  # float64 [R], fraction; NaN where the round was not evaluated
+    traffic: dict[str, np.ndarray]  # bytes_up, bytes_down, dense_bytes_up, ..._down: int64 [R]
+    last_accuracy: float  # fraction; NaN if never evaluated
+    mean_accuracy: float  # fraction, over the last `mean_over` evaluations
+    mean_over: int
+    simulated_seconds: float
+    wall_seconds: float
+    labels_per_client: np.ndarray  # int64 [num_clients, num_classes]
+    class_names: list[str]  # num_classes names
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds completed, R."""
+        return len(self.accuracy)
+
+    def total(self, kind: str) -> int:
+        """Bytes over all rounds; kind is a key of `traffic`, such as "dense_bytes_up"."""
+        return int(self.traffic[kind].sum())
+
+
+def read_run(folder: Path) -> Run:
+    """Read one run folder, finished or not.
+
+    A run that is still going, or was killed, is read up to its last complete round. Raises
+    AnalysisError if the folder is missing or is not a run folder, if one of its files is missing or
+    damaged, or if ledger.csv, rounds.jsonl and summary.json disagree.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise AnalysisError(f"{folder}: no such folder; give a run folder, outputFolder/<name>-s0")
+    if not (folder / "config.yaml").is_file():
+        raise AnalysisError(f"{folder}: not a run folder (no config.yaml); give outputFolder/<run>")
+    finished = (folder / "summary.json").exists()
+    # The ledger is read last: where the run goes on meanwhile, it may hold more than the rows do,
+    # and what it holds beyond them is left out.
+    rows = _read_rounds(folder / "rounds.jsonl", may_be_missing=not finished)
+    ledger = _read_ledger(folder / "ledger.csv", may_be_missing=not rows)
+    rows = _rows_in_ledger(rows, ledger, finished, folder)
+    labels_per_client, class_names = _read_partition(folder / "partition.npz")
+    return Run(
+        folder=folder,
+        **_read_identity(folder / "config.yaml", folder / "environment.json"),
+        finished=finished,
+        accuracy=_accuracies(rows),
+        traffic=_bytes_per_round(ledger, len(rows)),
+        **_read_outcome(folder / "summary.json", rows, ledger, finished),
+        labels_per_client=labels_per_client,
+        class_names=class_names,
+    )
+
+
+def run_labels(runs: list[Run]) -> list[str]:
+    """A short name for each run, none twice: name-s<seed>, or the folder where that is shared."""
+    names = [f"{run.name}-s{run.seed}" for run in runs]
+    folders = [run.folder.resolve() for run in runs]
+    parents: dict[str, list[Path]] = {}
+    for name, folder in zip(names, folders, strict=True):
+        parents.setdefault(name, []).append(folder.parent)
+    return [
+        name
+        if len(parents[name]) == 1
+        else str(folder.relative_to(os.path.commonpath(parents[name])))
+        for name, folder in zip(names, folders, strict=True)
+    ]
+
+
+def fallback_notes(runs: list[Run]) -> list[str]:
+    """A sentence for each reason why runs used another data set than the configured one."""
+    runs_by_note: dict[str, list[str]] = {}
+    for run, label in zip(runs, run_labels(runs), strict=True):
+        if run.fallback:
+            used = DATASET_NAMES.get(run.dataset, run.dataset)
+            note = f"{run.fallback.rstrip(' .:;')}; these are {used}"
+            runs_by_note.setdefault(note, []).append(label)
+    if len(runs_by_note) == 1 and all(run.fallback for run in runs):
+        return list(runs_by_note)
+    return [f"{', '.join(labels)}: {note}" for note, labels in runs_by_note.items()]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise AnalysisError(f"{path}: cannot be read ({error.strerror}); {REPAIR}") from None
+    except UnicodeDecodeError:
+        raise AnalysisError(f"{path}: damaged, not text; {REPAIR}") from None
+
+
+def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict:
+    """The one mapping that a YAML or JSON file holds."""
+    try:
+        mapping = parse(_read_text(path))
+    except (ValueError, yaml.YAMLError):
+        raise AnalysisError(f"{path}: damaged or half-written; {REPAIR}") from None
+    if not isinstance(mapping, dict):
+        raise AnalysisError(f"{path}: damaged, holds no keys; {REPAIR}")
+    return mapping
+
+
+def _get(mapping: dict, key: str, kind: type | tuple[type, ...], source: Path) -> Any:
+    """mapping[key], which must be there and be of the kind."""
+    if key not in mapping or not isinstance(mapping[key], kind):
+        found = repr(mapping[key]) if key in mapping else "nothing"
+        raise AnalysisError(f"{source}: '{key}' has no usable value (found {found}); {REPAIR}")
+    return mapping[key]
+
+
+def _read_identity(config_path: Path, environment_path: Path) -> dict[str, Any]:
+    """What the run is: the fields of Run that config.yaml and environment.json hold."""
+    config = _read_mapping(config_path, yaml.safe_load)
+    dataset = _get(_read_mapping(environment_path, json.loads), "dataset", dict, environment_path)
+    return {
+        "name": str(_get(config, "name", (str, int), config_path)),
+        "seed": _get(config, "seed", int, config_path),
+        "rounds_planned": _get(config, "rounds", int, config_path),
+        "model": _get(_get(config, "model", dict, config_path), "name", str, config_path),
+        "dataset": _get(dataset, "name", str, environment_path),
+        "fallback": " ".join(str(dataset.get("fallback") or "").split()),
+    }
+
+
+def _read_rounds(path: Path, may_be_missing: bool) -> list[dict]:
+    """The rows of rounds.jsonl, checked to count 1, 2, 3...; a last line cut off is left out."""
+    if may_be_missing and not path.exists():
+        return []
+    lines = _read_text(path).split("\n")
+    rows = []
+    # What follows the last newline is either empty or a line that a kill cut off.
+    for number, line in enumerate(lines[:-1], start=1):
+        source = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise AnalysisError(f"{source}: damaged line; {REPAIR}") from None
+        if not isinstance(row, dict) or row.get("round") != number:
+            raise AnalysisError(f"{source}: should be round {number}; {REPAIR}")
+        for key in ("bytes_up", "bytes_down", "simulated_seconds", "wall_seconds"):
+            _get(row, key, NUMBER, source)
+        _get(row, "test_accuracy", NUMBER_OR_NULL, source)
+        rows.append(row)
+    return rows
+
+
+def _read_ledger(path: Path, may_be_missing: bool) -> np.ndarray:
+    """The LEDGER_FIELDS of each message; a last line that a kill cut off is left out."""
+    dtype = np.dtype(list(LEDGER_FIELDS.items()))
+    if may_be_missing and not path.exists():
+        return np.empty(0, dtype)
+    try:
+        with path.open(encoding="utf-8") as file:
+            header = file.readline().strip().split(",")
+            columns = [header.index(field) for field in LEDGER_FIELDS]
+            ledger = _parse_ledger(file, dtype, columns)
+    except OSError as error:
+        raise AnalysisError(f"{path}: cannot be read ({error.strerror}); {REPAIR}") from None
+    except ValueError as error:
+        raise AnalysisError(f"{path}: damaged ({str(error).splitlines()[0]}); {REPAIR}") from None
+    if not np.isin(ledger["direction"], ("up", "down")).all():
+        raise AnalysisError(f"{path}: damaged, a direction is neither up nor down; {REPAIR}")
+    if min(ledger[field].min(initial=0) for field in ("bytes", "dense_bytes")) < 0:
+        raise AnalysisError(f"{path}: damaged, a number of bytes is negative; {REPAIR}")
+    if ledger["round"].min(initial=1) < 1:
+        raise AnalysisError(f"{path}: damaged, a round is below 1; {REPAIR}")
+    return ledger
+
+
+def _parse_ledger(file: TextIO, dtype: np.dtype, columns: list[int]) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*no data", category=UserWarning)
+        return np.loadtxt(
+            _whole_lines(file), dtype, comments=None, delimiter=",", usecols=columns, ndmin=1
+        )
+
+
+def _whole_lines(file: TextIO) -> Iterator[str]:
+    return (line for line in file if line.endswith("\n"))
+
+
+def _bytes_per_round(ledger: np.ndarray, num_rounds: int) -> dict[str, np.ndarray]:
+    """bytes_up, bytes_down, dense_bytes_up, dense_bytes_down, each int64 [num_rounds]."""
+    traffic = {}
+    for direction in ("up", "down"):
+        messages = ledger[(ledger["direction"] == direction) & (ledger["round"] <= num_rounds)]
+        for kind in ("bytes", "dense_bytes"):
+            # bincount adds in float64, which is exact below 2^53 bytes (9 petabytes) a round.
+            sums = np.bincount(messages["round"] - 1, messages[kind], minlength=num_rounds)
+            traffic[f"{kind}_{direction}"] = sums.astype(np.int64)
+    return traffic
+
+
+def _rows_in_ledger(
+    rows: list[dict], ledger: np.ndarray, finished: bool, folder: Path
+) -> list[dict]:
+    """The rows whose bytes the ledger confirms.
+
+    A kill may leave the last round of an unfinished run half-written in the ledger, and then that
+    round does not count. Anywhere else a difference is damage: raises AnalysisError.
+    """
+    traffic = _bytes_per_round(ledger, len(rows))
+    for index, row in enumerate(rows):
+        for key in ("bytes_up", "bytes_down"):
+            if row[key] == traffic[key][index]:
+                continue
+            if not finished and index == len(rows) - 1:
+                return rows[:index]
+            raise AnalysisError(
+                f"{folder}: {key} of round {index + 1} is {row[key]} in rounds.jsonl but "
+                f"{traffic[key][index]} in ledger.csv; {REPAIR}"
+            )
+    return rows
+
+
+def _read_outcome(
+    path: Path, rows: list[dict], ledger: np.ndarray, finished: bool
+) -> dict[str, Any]:
+    """What came out: the fields of Run that summary.json holds, or else what the rows say so far.
+
+    Raises AnalysisError unless the summary's rounds and bytes are those of the rows and the ledger.
+    """
+    summary = _read_mapping(path, json.loads) if finished else _summary_so_far(rows)
+    if finished:
+        _check_summary(path, summary, rows, ledger)
+    return {
+        "last_accuracy": _or_nan(_get(summary, "test_accuracy", NUMBER_OR_NULL, path)),
+        "mean_accuracy": _or_nan(_get(summary, "test_accuracy_mean", NUMBER_OR_NULL, path)),
+        "mean_over": _get(summary, "test_accuracy_mean_over", int, path),
+        "simulated_seconds": _get(summary, "simulated_seconds", NUMBER, path),
+        "wall_seconds": _get(summary, "wall_seconds", NUMBER, path),
+    }
+
+
+def _check_summary(path: Path, summary: dict, rows: list[dict], ledger: np.ndarray) -> None:
+    rounds = _get(summary, "rounds_completed", int, path)
+    last_round = ledger["round"].max(initial=0)
+    if rounds != len(rows) or last_round > rounds:
+        raise AnalysisError(
+            f"{path.parent}: summary.json counts {rounds} rounds, rounds.jsonl {len(rows)}, "
+            f"ledger.csv {last_round}; {REPAIR}"
+        )
+    for key, per_round in _bytes_per_round(ledger, rounds).items():
+        if _get(summary, key, int, path) != per_round.sum():
+            raise AnalysisError(
+                f"{path.parent}: {key} is {summary[key]} in summary.json but {per_round.sum()} in "
+                f"ledger.csv; {REPAIR}"
+            )
+
+
+def _summary_so_far(rows: list[dict]) -> dict[str, Any]:
+    """What summary.json would say, by the same keys, if the run ended here."""
+    accuracy = _accuracies(rows)
+    evaluations = accuracy[~np.isnan(accuracy)][-MEAN_OVER:]
+    return {
+        "test_accuracy": float(evaluations[-1]) if len(evaluations) else None,
+        "test_accuracy_mean": float(evaluations.mean()) if len(evaluations) else None,
+        "test_accuracy_mean_over": len(evaluations),
+        "simulated_seconds": sum(row["simulated_seconds"] for row in rows),
+        "wall_seconds": sum(row["wall_seconds"] for row in rows),
+    }
+
+
+def _accuracies(rows: list[dict]) -> np.ndarray:
+    """float64 [R]: test accuracy, NaN where the round was not evaluated."""
+    return np.array([_or_nan(row["test_accuracy"]) for row in rows], dtype=np.float64)
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _read_partition(path: Path) -> tuple[np.ndarray, list[str]]:
+    """labels_per_client, int64 [num_clients, num_classes], and the num_classes class names."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            labels_per_client, class_names = arrays["labels_per_client"], arrays["class_names"]
+    except OSError as error:
+        raise AnalysisError(f"{path}: cannot be read ({error}); {REPAIR}") from None
+    except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error):
+        raise AnalysisError(f"{path}: damaged or half-written; {REPAIR}") from None
+    if labels_per_client.ndim != 2 or labels_per_client.shape[1:] != class_names.shape:
+        raise AnalysisError(
+            f"{path}: labels_per_client has shape {labels_per_client.shape} for "
+            f"{class_names.size} class names; {REPAIR}"
+        )
+    return labels_per_client, [str(name) for name in class_names]

@@ -1,0 +1,148 @@
+"""What the federation costs on top of training: seconds per round over those of a bare loop.
+
+    python benchmarks/engine.py [--root ../shared/data] [--rounds 5] [--json]
+
+Both train the same clients on the same batches at the same precision, threads and device, in turn,
+in one process. The bare loop is what a student would write: plain modules, torch.optim.SGD, an
+average of state dicts. Ours also prunes, encodes, decodes, keeps residuals, and logs. Neither
+evaluates or writes checkpoints. The figure is the median over rounds of ours / bare, and `ratio`
+is that of the worst case.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from client import autocast, batch_bounds, local_lr
+from cnn_model import build_network
+from config import Config, load_config
+from distributed import Ranks
+from experiment import settle_precision
+from federated import Federation
+from runlog import RunFolder
+
+# The cohort is a part of the config's, to keep a round short; a client's work is whole.
+CASES = {
+    "pfl benchmark, dense": ("configs/pfl_benchmark.yaml", ["clients.per_round=20"]),
+    "pfl benchmark, top-k 1% int8": (
+        "configs/pfl_benchmark.yaml",
+        [
+            "clients.per_round=20",
+            "pruning.method=topk",
+            "uplink.values=int8",
+            "uplink.error_feedback=true",
+        ],
+    ),
+    "ResNet-18, top-k 1% int8": (
+        "configs/cifar10_resnet18.yaml",
+        ["clients.per_round=2", "local.steps=8"],
+    ),
+}
+
+
+class BareLoop:
+    """FedAvg in plain PyTorch over the clients, pictures and settings of a Federation."""
+
+    def __init__(self, federation: Federation):
+        self.config, self.pictures = federation.config, federation.pictures
+        self.federation, model = federation, federation.config.model
+        self.network = build_network(
+            model.name, self.pictures.num_classes, self.pictures.image_size, 0, norm=model.norm
+        )
+        self.network.to(federation.ranks.device, memory_format=torch.channels_last)
+        self.state = {k: v.clone() for k, v in self.network.state_dict().items()}
+
+    def run_round(self, number: int) -> None:
+        clients = self.federation.sample_cohort(number)
+        mean = {k: torch.zeros_like(v, dtype=torch.float32) for k, v in self.state.items()}
+        for client in clients:
+            self.network.load_state_dict(self.state)
+            self.train(number, self.federation.clients[client])
+            for key, value in self.network.state_dict().items():
+                mean[key] += value / len(clients)
+        self.state = {k: v.to(self.state[k].dtype) for k, v in mean.items()}
+
+    def train(self, number: int, indices: np.ndarray) -> None:
+        local, device = self.config.local, self.federation.ranks.device
+        generator = torch.Generator(device).manual_seed(number)
+        optimizer = torch.optim.SGD(
+            self.network.parameters(),
+            lr=local_lr(local, number, self.config.rounds),
+            momentum=local.momentum,
+            weight_decay=local.weight_decay,
+        )
+        bounds = batch_bounds(len(indices), local.batch_size)
+        shuffled = torch.from_numpy(indices).to(device)[
+            torch.randperm(len(indices), generator=generator, device=device)
+        ]
+        self.network.train()
+        for start, stop in list(zip(bounds[:-1], bounds[1:], strict=True))[: local.steps]:
+            images, labels = self.pictures.train_batch(shuffled[start:stop], generator)
+            optimizer.zero_grad()
+            with autocast(device, self.federation.precision):
+                loss = cross_entropy(self.network(images), labels)
+            loss.backward()
+            optimizer.step()
+
+
+def measure(config: Config, rounds: int) -> dict[str, float]:
+    """Median seconds of a round of ours and of the bare loop, and the median of their ratios."""
+    ranks = Ranks(config)
+    folder = RunFolder(config.run_folder)
+    folder.start(config)
+    federation = Federation(config, ranks, folder)
+    settle_precision(federation)
+    bare = BareLoop(federation)
+    seconds: dict[str, list[float]] = {"ours": [], "bare": []}
+    for number in range(1, rounds + 2):
+        turns = [("ours", federation.run_round), ("bare", lambda n=number: bare.run_round(n))]
+        for name, work in turns if number % 2 else reversed(turns):
+            start = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - start)
+    ours, loop = seconds["ours"][1:], seconds["bare"][1:]  # the first round warms up
+    return {
+        "ours_seconds": statistics.median(ours),
+        "bare_seconds": statistics.median(loop),
+        "ratio": statistics.median(a / b for a, b in zip(ours, loop, strict=True)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Our round against a bare PyTorch loop.")
+    parser.add_argument("--root", default="../shared/data", help="where CIFAR-10 is")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds a case")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    results = {}
+    print(f"{'case':32} {'ours':>9} {'bare':>9} {'ratio':>7}")
+    for name, (path, settings) in CASES.items():
+        with tempfile.TemporaryDirectory() as output:
+            fixed = [f"data.root={args.root}", f"output_dir={output}", "trackers=[]"]
+            fixed += ["rounds=1000000", "evaluation.every=999999", "checkpoint.every=999999"]
+            config = load_config(Path(path), [*settings, *fixed, *args.overrides])
+            found = results[name] = measure(config, args.rounds)
+        print(
+            f"{name:32} {found['ours_seconds']:7.3f} s {found['bare_seconds']:7.3f} s "
+            f"{found['ratio']:7.3f}",
+            flush=True,
+        )
+    if args.json:
+        worst = max(found["ratio"] for found in results.values())
+        threads = torch.get_num_threads()
+        print(json.dumps({"ratio": worst, "threads": threads, "cases": results}))
+
+
+if __name__ == "__main__":
+    main()

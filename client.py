@@ -1,0 +1,210 @@
+"""What a client does in a round: local SGD on its own pictures, and the state it keeps.
+
+Every draw comes from the client's own seed, so the result does not depend on the rank that trains
+the client or on who was trained before.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from cnn_model import FlatModel
+from config import Local
+from data import Pictures
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PROBE_SECONDS = 2.0
+CLEARLY_FASTER = 0.85  # bf16 must take less than this share of fp32's time: probes are noisy
+
+
+class Interrupted(Exception):
+    """The user asked the run to stop (Ctrl-C or SIGTERM)."""
+
+
+def local_lr(local: Local, round: int, rounds: int) -> float:
+    """The clients' learning rate in `round`, counted from 1."""
+    schedule, done = local.lr_schedule, round - 1
+    factors: dict[str, Callable[[], float]] = {
+        "constant": lambda: 1.0,
+        "cosine": lambda: 0.5 * (1 + math.cos(math.pi * done / rounds)),
+        "exponential": lambda: schedule.gamma**done,
+        "step": lambda: schedule.gamma ** sum(done >= m for m in schedule.milestones),
+    }
+    return local.lr * factors[schedule.name]()
+
+
+def num_steps(local: Local, num_examples: int) -> int:
+    """How many batches a client of num_examples trains in a round."""
+    return local.steps or local.epochs * len(batch_bounds(num_examples, local.batch_size)[1:])
+
+
+def batch_bounds(num_examples: int, batch_size: int) -> list[int]:
+    """Where an epoch's batches begin and end: [0, B, 2B, ..., num_examples].
+
+    A last batch of one example joins the batch before it: BatchNorm cannot normalise one value.
+    """
+    bounds = [*range(0, num_examples, batch_size), num_examples]
+    if batch_size > 1 and len(bounds) > 2 and bounds[-1] - bounds[-2] == 1:
+        del bounds[-2]
+    return bounds
+
+
+def train(
+    model: FlatModel,
+    pictures: Pictures,
+    indices: Tensor,  # int64 [num_examples], on the device
+    local: Local,
+    lr: float,
+    precision: str,
+    seed: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> float:
+    """Train `model` in place on the pictures at `indices`; return the mean loss of the batches.
+
+    Raises Interrupted between two batches once stop() says so.
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    parameters = torch.nn.Parameter(model.parameters)
+    parameters.grad = model.gradients
+    optimizer = torch.optim.SGD(
+        [parameters],
+        lr=lr,
+        momentum=local.momentum,
+        nesterov=local.nesterov,
+        weight_decay=local.weight_decay,
+        fused=True,
+    )
+    scaler = torch.amp.GradScaler(model.device.type, 2.0**10, enabled=precision == "fp16")
+    steps = num_steps(local, len(indices))
+    total_loss = torch.zeros((), device=model.device)
+    model.network.train()
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # dropout draws from the global generator
+        torch.manual_seed(seed)
+        for batch in _batches(indices, local.batch_size, steps, generator):
+            if stop():
+                raise Interrupted
+            images, labels = pictures.train_batch(batch, generator)
+            model.gradients.zero_()
+            with autocast(model.device, precision):
+                loss = cross_entropy(model.network(images), labels)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            if local.clip:
+                torch.nn.utils.clip_grad_norm_([parameters], local.clip)
+            scaler.step(optimizer)
+            scaler.update()
+            total_loss += loss.detach()
+    return float(total_loss) / steps
+
+
+def _batches(indices: Tensor, batch_size: int, steps: int, generator: torch.Generator):
+    """Yield `steps` batches of shuffled indices, epoch after epoch."""
+    bounds, done = batch_bounds(len(indices), batch_size), 0
+    while True:
+        shuffled = indices[torch.randperm(len(indices), generator=generator, device=indices.device)]
+        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+            if done == steps:
+                return
+            yield shuffled[start:stop]
+            done += 1
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, AUTOCAST[precision], enabled=precision != "fp32")
+
+
+@torch.no_grad()
+def evaluate(
+    model: FlatModel, pictures: Pictures, precision: str, start: int, stop: int
+) -> tuple[int, float]:
+    """(number right, summed loss) over the test pictures start:stop."""
+    model.network.eval()
+    images, labels = pictures.test_batch(start, stop)
+    with autocast(model.device, precision):
+        logits = model.network(images)
+    loss = cross_entropy(logits.float(), labels, reduction="sum")
+    return int((logits.argmax(1) == labels).sum()), float(loss)
+
+
+def probe_precision(model: FlatModel, pictures: Pictures, local: Local) -> dict[str, float]:
+    """Seconds of one training step in fp32 and bf16, measured in turn for about two seconds.
+
+    It trains the model: take a copy of its vectors before.
+    """
+    indices = torch.arange(min(local.batch_size, pictures.num_train), device=model.device)
+    one_step = Local(steps=1, batch_size=local.batch_size)
+    seconds: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < PROBE_SECONDS or len(seconds["bf16"]) < 2:
+        for precision, times in seconds.items():
+            start = time.perf_counter()
+            train(model, pictures, indices, one_step, 1e-9, precision, seed=0)
+            times.append(time.perf_counter() - start)
+    return {precision: min(times) for precision, times in seconds.items()}
+
+
+def choose_precision(seconds: dict[str, float]) -> str:
+    return "bf16" if seconds["bf16"] < CLEARLY_FASTER * seconds["fp32"] else "fp32"
+
+
+class ClientStore:
+    """What clients keep between rounds (residuals): a dict of tensors each, written copy-on-write.
+
+    Changes are staged and take effect with commit(), so that a round that is abandoned leaves
+    nothing behind. save() writes only what changed since the last save, under a new name, so that
+    the files of the checkpoint on disk stay whole until the next checkpoint stands.
+    """
+
+    def __init__(self, folder: Path, versions: dict[int, int] | None = None):
+        self.folder = folder
+        self.versions = dict(versions or {})  # client: the round of its newest file
+        self.states: dict[int, dict[str, Tensor]] = {}
+        self.staged: dict[int, dict[str, Tensor]] = {}
+        self.dirty: set[int] = set()
+
+    def get(self, client: int) -> dict[str, Tensor]:
+        if client not in self.states and client in self.versions:
+            path = self._path(client, self.versions[client])
+            self.states[client] = torch.load(path, weights_only=True)
+        return self.states.get(client, {})
+
+    def stage(self, client: int, state: dict[str, Tensor]) -> None:
+        self.staged[client] = state
+
+    def commit(self) -> None:
+        self.states |= self.staged
+        self.dirty |= self.staged.keys()
+        self.staged = {}
+
+    def discard(self) -> None:
+        self.staged = {}
+
+    def save(self, round: int) -> dict[int, int]:
+        """Write what changed; return the newest version of every client of this store."""
+        self.folder.mkdir(exist_ok=True)
+        for client in sorted(self.dirty):
+            with open(self._path(client, round), "wb") as file:
+                torch.save(self.states[client], file)
+                file.flush()
+                os.fsync(file.fileno())
+            self.versions[client] = round
+        self.dirty = set()
+        return self.versions
+
+    def _path(self, client: int, round: int) -> Path:
+        return self.folder / f"{client}-{round}.pt"
+
+
+def remove_old_states(folder: Path, versions: dict[int, int]) -> None:
+    """Delete the files that no checkpoint names any more."""
+    keep = {f"{client}-{round}.pt" for client, round in versions.items()}
+    for path in folder.glob("*.pt"):
+        if path.name not in keep:
+            path.unlink()

@@ -1,0 +1,188 @@
+"""Networks, and their view as one flat vector.
+
+ResNets are torchvision's blocks (He et al. 2016, arXiv 1512.03385) behind a stem that fits the
+pictures; `cnn` is the network of pfl-research's CIFAR-10 benchmark, `lenet` that of NIID-Bench (Li et
+al. 2022, arXiv 2102.02079). A FlatModel keeps all parameters in one contiguous float32 vector, so
+that receiving a model is one copy and an update one subtraction.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from wire import Layout
+
+
+class ResNet(nn.Module):
+    """[B, 3, H, W] -> [B, num_classes], for any H, W >= 8."""
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: tuple[int, ...],  # blocks in each stage
+        num_classes: int,
+        stem: str = "cifar",  # cifar: 3x3; imagenet: 7x7 with stride 2, then a 3x3 max pool
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        width: int = 64,  # channels of the first stage
+    ):
+        super().__init__()
+        kernel, stride, pool = {
+            "cifar": (3, 1, nn.Identity()),
+            "imagenet": (7, 2, nn.MaxPool2d(3, stride=2, padding=1)),
+        }[stem]
+        self.conv1 = nn.Conv2d(3, width, kernel, stride, padding=kernel // 2, bias=False)
+        self.norm1 = norm(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.pool = pool
+        stages, channels = [], width
+        for stage, depth in enumerate(depths):
+            planes = width * 2**stage
+            blocks = []
+            for index in range(depth):
+                stride = 2 if stage > 0 and index == 0 else 1
+                blocks.append(_residual(block, channels, planes, stride, norm))
+                channels = planes * block.expansion
+            stages.append(nn.Sequential(*blocks))
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.relu(self.norm1(self.conv1(x))))
+        return self.head(self.stages(x).mean(dim=(2, 3)))
+
+
+def _residual(block: type, channels: int, planes: int, stride: int, norm: Callable) -> nn.Module:
+    out = planes * block.expansion
+    shortcut = None
+    if stride != 1 or channels != out:
+        conv = nn.Conv2d(channels, out, 1, stride, bias=False)
+        shortcut = nn.Sequential(conv, norm(out))
+    return block(channels, planes, stride, shortcut, norm_layer=norm)
+
+
+def cnn(num_classes: int, image_size: tuple[int, int], width: float) -> nn.Module:
+    """pfl-research's CIFAR-10 network: 1,626,442 parameters at 32x32 and width 1."""
+    a, b, hidden = (max(1, round(width * n)) for n in (32, 64, 128))
+    height, width_ = ((side - 4) // 2 for side in image_size)
+    return nn.Sequential(
+        nn.Conv2d(3, a, 3),
+        nn.ReLU(),
+        nn.Conv2d(a, b, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Dropout(0.25),
+        nn.Flatten(),
+        nn.Linear(b * height * width_, hidden),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(hidden, num_classes),
+    )
+
+
+def lenet(num_classes: int, image_size: tuple[int, int], width: float) -> nn.Module:
+    """NIID-Bench's CNN: 62,006 parameters at 32x32 and width 1; pads pictures under 16x16."""
+    a, b, c, d = (max(1, round(width * n)) for n in (6, 16, 120, 84))
+    padding = 0 if min(image_size) >= 16 else 2
+    height, width_ = (((side - 4 + 2 * padding) // 2 - 4 + 2 * padding) // 2 for side in image_size)
+    return nn.Sequential(
+        nn.Conv2d(3, a, 5, padding=padding),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(a, b, 5, padding=padding),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(b * height * width_, c),
+        nn.ReLU(),
+        nn.Linear(c, d),
+        nn.ReLU(),
+        nn.Linear(d, num_classes),
+    )
+
+
+def build_network(
+    name: str,
+    num_classes: int,
+    image_size: tuple[int, int],
+    seed: int,
+    stem: str = "cifar",
+    norm: str = "batch",
+    width: float = 1.0,
+) -> nn.Module:
+    """Build a network whose initial weights depend on `seed` alone.
+
+    norm: `batch` or `group(n)`. Raises ValueError when the pieces do not fit together.
+    """
+    if min(image_size) < 8:
+        raise ValueError(f"pictures of {image_size[0]}x{image_size[1]} are too small; at least 8x8")
+    channels = round(64 * width)
+    if norm == "batch":
+        make_norm = nn.BatchNorm2d
+    else:
+        groups = int(norm.removeprefix("group(").removesuffix(")"))
+        if channels % groups:
+            raise ValueError(f"model.norm: {norm} does not divide the {channels} channels")
+        make_norm = partial(nn.GroupNorm, groups)
+    resnet = partial(ResNet, num_classes=num_classes, stem=stem, norm=make_norm, width=channels)
+    makers = {
+        "resnet18": lambda: resnet(BasicBlock, (2, 2, 2, 2)),
+        "resnet50": lambda: resnet(Bottleneck, (3, 4, 6, 3)),
+        "cnn": lambda: cnn(num_classes, image_size, width),
+        "lenet": lambda: lenet(num_classes, image_size, width),
+    }
+    with torch.random.fork_rng(devices=[]):  # torch's initialisers draw from the global generator
+        torch.manual_seed(seed)
+        return makers[name]()
+
+
+class FlatModel:
+    """A network whose parameters, gradients and norm buffers are views into three flat vectors.
+
+    parameters, gradients: float32 [num_parameters]; buffers: float32 [num_buffers], counters
+    included (exact up to 2^24). Writing to a vector is writing to the network.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device):
+        self.network, self.device = network.to(device), device
+        named = list(network.named_parameters())
+        self.layout = _layout(named)
+        self.parameters = torch.cat([p.detach().reshape(-1) for _, p in named])
+        self.gradients = torch.zeros_like(self.parameters)
+        views = zip(named, self.views(self.parameters), self.views(self.gradients), strict=True)
+        for (_, parameter), value, gradient in views:
+            parameter.data, parameter.grad = value, gradient
+        self._flatten_buffers()
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """The tensors of a flat vector [num_parameters], in the shapes of the parameters."""
+        pieces = vector.split(self.layout.sizes.tolist())
+        return [piece.view(s) for piece, s in zip(pieces, self.layout.shapes, strict=True)]
+
+    def _flatten_buffers(self) -> None:
+        named = list(self.network.named_buffers())
+        self.buffer_layout = _layout(named)
+        self.buffers = torch.cat(
+            [torch.zeros(0, device=self.device), *(b.reshape(-1).float() for _, b in named)]
+        )
+        # Counters such as num_batches_tracked: not averaged, the maximum is taken.
+        self.is_counter = torch.cat(
+            [
+                torch.zeros(0, dtype=torch.bool),
+                *(torch.full((b.numel(),), not b.is_floating_point()) for _, b in named),
+            ]
+        )
+        pieces = self.buffers.split(self.buffer_layout.sizes.tolist())
+        for (name, buffer), piece in zip(named, pieces, strict=True):
+            owner, _, leaf = name.rpartition(".")
+            # .data: autograd must not take one layer's new statistics for a change of another's
+            self.network.get_submodule(owner)._buffers[leaf] = piece.view(buffer.shape).data
+
+
+def _layout(named: list[tuple[str, Tensor]]) -> Layout:
+    return Layout(tuple(name for name, _ in named), tuple(tuple(t.shape) for _, t in named))

@@ -1,0 +1,159 @@
+"""Codecs: from a vector to the bytes of a message and back.
+
+encode() returns the payload and what the receiver will decode from it, so that a caller knows
+exactly what was lost: vector == sent + residual (error feedback, Seide et al. 2014; Karimireddy
+et al. 2019, arXiv 1901.09847).
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wire import Layout, PayloadError, Reader, decode_positions, encode_positions, pack, unpack
+
+Buffer = bytes | memoryview
+DENSE, SPARSE = 0, 1  # the selection byte of the container
+FP16_MAX = torch.finfo(torch.float16).max
+BF16_MAX = torch.finfo(torch.bfloat16).max
+
+# Decoded values are views of the payload, which is immutable, and are only ever read.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+
+class NotFinite(ValueError):
+    """The vector to encode holds inf or NaN, which no codec sends."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A vector as it arrives: values at indices, zero elsewhere; indices is None for all."""
+
+    size: int
+    indices: np.ndarray | None  # int64 [n], ascending
+    values: np.ndarray  # float32 [n]
+
+    def add_to(self, vector: Tensor, weight: float = 1.0) -> None:
+        """vector += weight * self, in place; vector: float32 [size] on the CPU."""
+        if self.indices is None:
+            vector.add_(torch.from_numpy(self.values), alpha=weight)
+        else:  # the indices are distinct, so numpy's buffered += loses nothing
+            vector.numpy()[self.indices] += self.values * np.float32(weight)
+
+    def dense(self) -> Tensor:
+        """The whole vector, float32 [size]."""
+        vector = torch.zeros(self.size)
+        self.add_to(vector)
+        return vector
+
+
+def encode(
+    vector: Tensor, layout: Layout, values: str = "fp32", indices: np.ndarray | None = None
+) -> tuple[bytes, Decoded]:
+    """Encode float32 [layout.size], or only its entries at the ascending `indices`.
+
+    values is one of VALUES. Of selected entries, those that would arrive as zero are not sent.
+    Returns the payload and exactly what decode() makes of it. Raises NotFinite.
+    """
+    if not _all_finite(vector):
+        raise NotFinite("the vector holds inf or NaN")
+    code, write, _ = VALUES[values]
+    numbers = vector.cpu().numpy()
+    if indices is None:
+        body, arrived = write(numbers, layout.offsets)
+        return pack(DENSE, code, layout, body), Decoded(layout.size, None, arrived)
+    numbers = numbers[indices]
+    _, arrived = write(numbers, np.searchsorted(indices, layout.offsets))
+    numbers, indices = numbers[arrived != 0], indices[arrived != 0]
+    body, arrived = write(numbers, np.searchsorted(indices, layout.offsets))
+    positions = encode_positions(indices, layout)
+    payload = pack(SPARSE, code, layout, positions, body)
+    return payload, Decoded(layout.size, indices, arrived)
+
+
+def decode(payload: bytes, layout: Layout) -> Decoded:
+    """Decode a stranger's bytes. Raises PayloadError, never anything else."""
+    selection, code, body = unpack(payload, layout)
+    readers = {code: read for code, _, read in VALUES.values()}
+    if selection not in (DENSE, SPARSE):
+        raise PayloadError(f"byte 5: no selection has the number {selection}")
+    if code not in readers:
+        raise PayloadError(f"byte 6: no kind of values has the number {code}")
+    reader = Reader(body)
+    indices = decode_positions(reader, layout) if selection == SPARSE else None
+    bounds = layout.offsets if indices is None else np.searchsorted(indices, layout.offsets)
+    arrived = readers[code](reader, bounds)
+    reader.finish()
+    if not _all_finite(torch.from_numpy(arrived)):
+        raise PayloadError("it holds a value that is not finite")
+    return Decoded(layout.size, indices, arrived)
+
+
+# Writers take float32 [n] and bounds [num_tensors + 1], by which tensor t owns the entries
+# bounds[t]:bounds[t + 1]; they return the bytes and the float32 [n] that will arrive.
+
+
+def _write_fp32(numbers: np.ndarray, bounds: np.ndarray) -> tuple[Buffer, np.ndarray]:
+    return memoryview(numbers.astype("<f4", copy=False)).cast("B"), numbers
+
+
+def _read_fp32(reader: Reader, bounds: np.ndarray) -> np.ndarray:
+    return reader.take("<f4", int(bounds[-1]))
+
+
+def _write_fp16(numbers: np.ndarray, bounds: np.ndarray) -> tuple[Buffer, np.ndarray]:
+    halves = np.clip(numbers, -FP16_MAX, FP16_MAX).astype("<f2")
+    return halves.tobytes(), halves.astype(np.float32)
+
+
+def _read_fp16(reader: Reader, bounds: np.ndarray) -> np.ndarray:
+    return reader.take("<f2", int(bounds[-1])).astype(np.float32)
+
+
+def _write_bf16(numbers: np.ndarray, bounds: np.ndarray) -> tuple[Buffer, np.ndarray]:
+    halves = torch.from_numpy(np.clip(numbers, -BF16_MAX, BF16_MAX)).to(torch.bfloat16)
+    return halves.view(torch.int16).numpy().astype("<i2").tobytes(), halves.float().numpy()
+
+
+def _read_bf16(reader: Reader, bounds: np.ndarray) -> np.ndarray:
+    high = reader.take("<u2", int(bounds[-1])).astype(np.uint32)  # the upper half of a float32
+    return (high << 16).view(np.float32)
+
+
+def _write_int8(numbers: np.ndarray, bounds: np.ndarray) -> tuple[Buffer, np.ndarray]:
+    filled = bounds[:-1] < bounds[1:]
+    largest = np.zeros(len(filled))
+    if filled.any():
+        largest[filled] = np.maximum.reduceat(np.abs(numbers), bounds[:-1][filled])
+    scales = (largest / 127).astype("<f4")
+    too_large = scales.astype(np.float64) * 127 > largest  # so that 127 * scale cannot overflow
+    scales[too_large] = np.nextafter(scales[too_large], np.float32(0))
+    scale = np.repeat(scales, np.diff(bounds))
+    levels = np.divide(numbers, scale, out=np.zeros_like(numbers), where=scale > 0)
+    levels = np.clip(np.rint(levels), -127, 127).astype(np.int8)
+    return scales[filled].tobytes() + levels.tobytes(), levels * scale
+
+
+def _read_int8(reader: Reader, bounds: np.ndarray) -> np.ndarray:
+    counts = np.diff(bounds)
+    scales = reader.take("<f4", int((counts > 0).sum()))
+    levels = reader.take("i1", int(bounds[-1]))
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller refuses what is not finite
+        return levels * np.repeat(scales, counts[counts > 0])
+
+
+# name: (number in the container, writer, reader). fp16 and bf16 round to nearest and clamp to
+# their largest finite number; int8 is round(v / scale) with scale = max abs(v) / 127 per tensor.
+VALUES = {
+    "fp32": (0, _write_fp32, _read_fp32),
+    "fp16": (1, _write_fp16, _read_fp16),
+    "bf16": (2, _write_bf16, _read_bf16),
+    "int8": (3, _write_int8, _read_int8),
+}
+
+
+def _all_finite(vector: Tensor) -> bool:
+    """A finite sum has only finite terms; only a sum that overflowed needs the second look."""
+    return bool(torch.isfinite(vector.sum())) or bool(torch.isfinite(vector).all())

@@ -1,0 +1,15 @@
+"""Data: load a set of labelled pictures, serve augmented batches, split it over clients."""
+
+from .augment import Pictures
+from .datasets import Dataset, load_dataset
+from .errors import DataError
+from .partition import partition_labels, save_partition
+
+__all__ = [
+    "DataError",
+    "Dataset",
+    "Pictures",
+    "load_dataset",
+    "partition_labels",
+    "save_partition",
+]

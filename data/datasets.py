@@ -1,0 +1,268 @@
+"""Sets of labelled pictures by name, whole in memory: cifar10, digits, imagefolder, Hugging Face.
+
+A set that is not there may be replaced by a `fallback`, which is said in the result. A set that
+is there but damaged never is: it raises DataError.
+"""
+
+import difflib
+import http.client
+import itertools
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from .errors import DataError
+from .layouts import as_fields, find_source, read_layout, stack_pictures, to_rgb
+
+DEFAULT_ROOT = "data"
+CIFAR10_CLASSES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
+DOWNLOAD_TIMEOUT = 10.0  # seconds without an answer from the server
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """N training and M test pictures with their labels."""
+
+    name: str  # what was really loaded, whatever was asked for
+    train_images: Tensor  # uint8 [N, H, W, 3]
+    train_labels: Tensor  # int64 [N]
+    test_images: Tensor  # uint8 [M, H, W, 3]
+    test_labels: Tensor  # int64 [M]
+    class_names: tuple[str, ...]
+    fingerprint: str  # sha256 hex over pictures, labels and names, in their order
+    fallback_reason: str = ""  # why this is not the set that was asked for, in one sentence
+
+
+class _Unavailable(DataError):
+    """A set that is neither there nor to be fetched: the one error that a fallback answers."""
+
+    def __init__(self, reason: str, remedy: str):
+        super().__init__(f"{reason}; {remedy}")
+        self.reason = reason
+
+
+def load_dataset(name: str, root: str, fallback: str = "") -> Dataset:
+    """Load the set `name`: cifar10, digits, imagefolder, or a Hugging Face name or path.
+
+    root: the folder (or zip) of cifar10 and imagefolder; the others do not read it.
+    fallback: the set to load if `name` is not there and cannot be downloaded; "" for none.
+
+    Raises DataError for an unknown name, a `root` that does not exist (but for the default,
+    which a download may create), a set that cannot be had, and damaged or unequal pictures.
+    """
+    if fallback:
+        _find_loader(fallback)  # a misspelt one is an error even when it is not needed
+    try:
+        return _load(name, root)
+    except _Unavailable as error:
+        if not fallback:
+            raise
+        reason = f"{name} could not be had: {error.reason}"
+        return replace(_load(fallback, root), fallback_reason=reason)
+
+
+def _load(name: str, root: str) -> Dataset:
+    try:
+        return _find_loader(name)(name, root)
+    except (OSError, MemoryError) as error:
+        raise DataError(f"data.root: {root} cannot be read: {error}") from error
+
+
+def _find_loader(name: str):
+    if name in LOADERS:
+        return LOADERS[name]
+    if name.startswith("hf:") or "/" in name:
+        return _load_huggingface
+    near = difflib.get_close_matches(name, LOADERS, n=1, cutoff=0)[0]
+    raise DataError(
+        f"data.name: no data set {name!r}; did you mean {near!r}? "
+        f"There are {', '.join(LOADERS)} and Hugging Face names such as hf:uoft-cs/cifar100"
+    )
+
+
+# --- cifar10 (Krizhevsky 2009, Learning multiple layers of features from tiny images) -----------
+
+
+def _load_cifar10(name: str, root: str) -> Dataset:
+    folder = Path(os.path.expanduser(root))
+    if (folder / "cifar-10-batches-py").is_dir():
+        return _read_cifar10_batches(folder)
+    source = find_source(folder)
+    if source is None:
+        _check_root(root, folder)
+        _download_cifar10(folder)
+        return _read_cifar10_batches(folder)
+    fields = read_layout(source, {".png"})
+    return Dataset(name=_check_cifar10(source.path, fields), **fields)
+
+
+def _check_cifar10(path: Path, fields: dict) -> str:
+    """The name of what was found: no table may say CIFAR-10 for something else."""
+    num_train, height, width, _ = fields["train_images"].shape
+    num_test, num_classes = len(fields["test_labels"]), len(fields["class_names"])
+    is_cifar10 = (height, width) == (32, 32) and fields["class_names"] == CIFAR10_CLASSES
+    name = "cifar10" if is_cifar10 else "imagefolder"
+    if not is_cifar10 or (num_train, num_test) != (50_000, 10_000):
+        print(
+            f"warning: {path} is not all of CIFAR-10 but {num_train} + {num_test} pictures of "
+            f"{width}x{height} in {num_classes} classes; loaded as {name}",
+            file=sys.stderr,
+        )
+    return name
+
+
+def _check_root(root: str, folder: Path) -> None:
+    """A mistyped folder is an error even where a set that cannot be had is not."""
+    if root != DEFAULT_ROOT and not folder.exists():
+        raise DataError(f"data.root: no such folder or zip: {root}; correct it or create it")
+
+
+def _read_cifar10_batches(folder: Path) -> Dataset:
+    """Read torchvision's own files, which it verifies by their md5 sums."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
+
+    batches = folder / CIFAR10.base_folder
+    sums = [
+        *CIFAR10.train_list,
+        *CIFAR10.test_list,
+        [CIFAR10.meta["filename"], CIFAR10.meta["md5"]],
+    ]
+    damaged = [batches / file for file, md5 in sums if not check_integrity(batches / file, md5)]
+    if damaged and not check_integrity(folder / CIFAR10.filename, CIFAR10.tgz_md5):
+        raise DataError(f"{damaged[0]}: missing or damaged; delete {batches} to download it again")
+    # With a sound archive beside it, unpacking was interrupted: "download" unpacks it once more.
+    train = CIFAR10(folder, train=True, download=bool(damaged))
+    test = CIFAR10(folder, train=False)
+    images, labels = np.concatenate([train.data, test.data]), train.targets + test.targets
+    return Dataset(name="cifar10", **as_fields(images, labels, len(train.data), train.classes))
+
+
+def _download_cifar10(folder: Path) -> None:
+    """Let torchvision download and unpack into `folder`; what an earlier try left is replaced."""
+    from torchvision.datasets import CIFAR10
+
+    print(f"downloading CIFAR-10 (170 MB) from {CIFAR10.url} to {folder}", file=sys.stderr)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        CIFAR10(folder, download=True)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise _Unavailable(
+            f"data.root: no CIFAR-10 in {folder} and downloading it failed ({error})",
+            "put cifar10.zip or cifar-10-batches-py there, or set data.name=digits",
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+# --- digits -----------------------------------------------------------------------------------
+
+
+def _load_digits(name: str, root: str) -> Dataset:
+    """scikit-learn's 1,797 handwritten digits (Alpaydin & Kaynak 1998): 8x8, 1437 + 360."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    # Every fifth of them, in the order of their classes, is a test picture: a fixed split in
+    # which each class has its share.
+    order = np.argsort(digits.target, kind="stable")
+    is_test = np.arange(len(order)) % 5 == 0
+    order = np.concatenate([order[~is_test], order[is_test]])
+    levels = np.rint(digits.images[order] * (255 / 16)).astype(np.uint8)
+    images = np.repeat(levels[..., None], 3, axis=3)
+    names = map(str, digits.target_names)
+    return Dataset(name=name, **as_fields(images, digits.target[order], (~is_test).sum(), names))
+
+
+# --- pictures of one's own ----------------------------------------------------------------------
+
+
+def _load_imagefolder(name: str, root: str) -> Dataset:
+    """train/<class>/ and test/<class>/ in `root`, of any picture files that PIL reads."""
+    folder = Path(os.path.expanduser(root))
+    _check_root(root, folder)
+    source = find_source(folder)
+    if source is None:
+        raise _Unavailable(
+            f"data.root: no train/<class>/ and test/<class>/ in {root}",
+            "put pictures there or correct data.root",
+        )
+    readable = {
+        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
+    }
+    return Dataset(name=name, **read_layout(source, readable))
+
+
+def _load_huggingface(name: str, root: str) -> Dataset:
+    """A Hugging Face data set by name, or by the path of a folder; "hf:" before it is optional."""
+    path = name.removeprefix("hf:")
+    train, test = _huggingface_splits(name, path)
+    images, label, class_names = _huggingface_columns(name, train.features)
+    if test.features != train.features:
+        raise DataError(f"data.name: {name}: its splits have different columns; use another set")
+    labels = np.array([*train[label], *test[label]], dtype=float)  # None becomes nan
+    if not (labels >= 0).all():
+        raise DataError(f"data.name: {name}: pictures without a label; use another set")
+    pictures = itertools.chain(
+        _huggingface_pictures(f"{name}: training picture", train, images),
+        _huggingface_pictures(f"{name}: test picture", test, images),
+    )
+    stacked = stack_pictures(pictures, len(labels))
+    return Dataset(name=name, **as_fields(stacked, labels, len(train), class_names))
+
+
+def _huggingface_splits(name: str, path: str):
+    import datasets
+
+    is_local = Path(path).exists()
+    is_saved = Path(path, "dataset_dict.json").is_file()  # by DatasetDict.save_to_disk
+    try:
+        splits = datasets.load_from_disk(path) if is_saved else datasets.load_dataset(path)
+    except Exception as error:  # the library raises of its own, its formats' and its client's
+        reason = f"data.name: {name} cannot be loaded ({str(error).partition(chr(10))[0]})"
+        if is_local:
+            raise DataError(f"{reason}; check the files in it") from error
+        raise _Unavailable(reason, "check its name and the connection") from error
+    for test in ("test", "validation", "valid"):
+        if "train" in splits and test in splits and len(splits["train"]) and len(splits[test]):
+            return splits["train"], splits[test]
+    raise DataError(
+        f"data.name: {name} has the splits {', '.join(splits)}; "
+        "it needs train and one of test, validation, valid"
+    )
+
+
+def _huggingface_columns(name: str, features) -> tuple[str, str, list[str]]:
+    """The first column of pictures; the column of labels with the most classes; their names."""
+    import datasets
+
+    images = [key for key, kind in features.items() if isinstance(kind, datasets.Image)]
+    labels = [key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    if not images or not labels:
+        raise DataError(
+            f"data.name: {name} has the columns {', '.join(features)}; "
+            "it needs one of type Image and one of type ClassLabel"
+        )
+    label = max(labels, key=lambda key: features[key].num_classes)
+    return images[0], label, features[label].names
+
+
+def _huggingface_pictures(what: str, split, column: str) -> Iterator[tuple[str, np.ndarray]]:
+    rows = iter(split.select_columns(column))
+    for index in range(len(split)):
+        where = f"{what} {index}"
+        yield where, to_rgb(where, lambda: next(rows)[column])
+
+
+LOADERS = {"cifar10": _load_cifar10, "digits": _load_digits, "imagefolder": _load_imagefolder}

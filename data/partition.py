@@ -1,0 +1,364 @@
+"""Which client holds which training pictures.
+
+The methods are those of flwr-datasets that split by label or by size, under its class names in
+snake case and with its own arguments. Two are written here: iid, which is one line, and
+inner_dirichlet, whose original divides zero by zero where alpha is small (flower#4377) and takes
+time in proportion to clients x pictures.
+"""
+
+import difflib
+import hashlib
+import inspect
+import os
+import reprlib
+import sys
+import textwrap
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from .errors import DataError
+
+PARTITIONERS = {  # name -> class of flwr_datasets.partitioner
+    "iid": "IidPartitioner",
+    "dirichlet": "DirichletPartitioner",
+    "inner_dirichlet": "InnerDirichletPartitioner",
+    "pathological": "PathologicalPartitioner",
+    "shard": "ShardPartitioner",
+    "distribution": "DistributionPartitioner",
+    "size": "SizePartitioner",
+    "linear": "LinearPartitioner",
+    "square": "SquarePartitioner",
+    "exponential": "ExponentialPartitioner",
+}
+
+REMEDIES = {  # what helps where a method fails or leaves a client without pictures
+    "iid": "use fewer clients.total",
+    "dirichlet": "use a larger alpha, a min_partition_size of 1 to 9, or fewer clients.total",
+    "inner_dirichlet": "use a larger alpha or other partition_sizes",
+    "pathological": "use another num_classes_per_partition or fewer clients.total",
+    "shard": "set num_shards_per_partition (for example 2), or a smaller shard_size",
+    "distribution": "correct distribution_array or preassigned_num_samples_per_label",
+    "size": "correct partition_sizes",
+    "linear": "use fewer clients.total",
+    "square": "use fewer clients.total",
+    "exponential": "use fewer clients.total: each gets e times the pictures of the one before",
+}
+
+LEAVE_PICTURES_OUT = {"inner_dirichlet", "pathological", "shard", "distribution", "size"}
+
+SET_ELSEWHERE = {  # arguments that are not the user's -> what sets them
+    "num_partitions": "clients.total",
+    "partition_by": "the labels of the data set",
+    "seed": "seed",
+}
+
+
+def _is_whole(value, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _is_number(value, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_list(value, is_item) -> bool:
+    return isinstance(value, Sequence) and len(value) > 0 and all(map(is_item, value))
+
+
+def _is_alpha(value) -> bool:
+    return _is_number(value, 1e-9, 1e9) or _is_list(value, lambda item: _is_number(item, 1e-9, 1e9))
+
+
+def _is_matrix(value) -> bool:
+    def is_row(row):
+        return _is_list(row, lambda item: _is_number(item, 0, 1e18)) and len(row) == len(value[0])
+
+    return _is_list(value, is_row)
+
+
+SWITCH = ("true or false", "true", lambda value: isinstance(value, bool))
+COUNT = ("a whole number, at least 1", "2", lambda value: _is_whole(value, 1))
+COUNT_OR_NONE = ("a whole number, at least 0", "5", lambda value: _is_whole(value, 0))
+MODES = ("random", "deterministic", "first-deterministic")
+ARGUMENTS = {  # argument -> what it must be, an example, a test of it
+    "alpha": ("a number from 1e-9 to 1e9, or a list of them", "0.3", _is_alpha),
+    "class_assignment_mode": (f"one of {', '.join(MODES)}", MODES[0], lambda v: v in MODES),
+    "distribution_array": (
+        "a list, for each class, of equally long lists of numbers >= 0",
+        "[[0.5, 0.5], [0.1, 0.9]]",
+        _is_matrix,
+    ),
+    "keep_incomplete_shard": SWITCH,
+    "min_partition_size": COUNT_OR_NONE,
+    "num_classes_per_partition": COUNT,
+    "num_shards_per_partition": COUNT,
+    "num_unique_labels_per_partition": COUNT,
+    "partition_sizes": (
+        "a list of whole numbers, at least 1",
+        "[100, 200, 300]",
+        lambda value: _is_list(value, lambda item: _is_whole(item, 1)),
+    ),
+    "preassigned_num_samples_per_label": COUNT_OR_NONE,
+    "rescale": SWITCH,
+    "self_balancing": SWITCH,
+    "shard_size": COUNT,
+    "shuffle": SWITCH,
+}
+
+
+def partition_labels(
+    labels: np.ndarray, num_clients: int, name: str, args: dict, seed: int
+) -> list[np.ndarray]:
+    """Split the examples with these labels over the clients.
+
+    labels: integers [N]. name: a key of PARTITIONERS. args: the arguments of that partitioner in
+    flwr-datasets but for those SET_ELSEWHERE; shuffle has no effect, since indices come sorted.
+    The result depends on nothing but these five.
+
+    Returns for each client the sorted indices, int64, of its examples: at least one, and no
+    example at two clients. Where the method leaves examples out, a line on stderr says how many.
+
+    Raises DataError for an unknown name or argument, a value out of range, and a split that
+    cannot be made or gives a client nothing.
+    """
+    labels = np.asarray(labels)
+    if name not in PARTITIONERS:
+        near = difflib.get_close_matches(name, PARTITIONERS, n=1, cutoff=0)[0]
+        raise DataError(
+            f"data.partition.name: no partition {name!r}; did you mean {near!r}? "
+            f"There are {', '.join(PARTITIONERS)}"
+        )
+    if not 1 <= num_clients <= len(labels):
+        raise DataError(
+            f"clients.total: {num_clients} clients cannot share {len(labels)} examples; "
+            f"use 1 to {len(labels)} clients"
+        )
+    args = _check_args(name, args)
+    _check_sizes(args, num_clients, len(labels))
+
+    rng = np.random.default_rng(seed)
+    # Shuffled first, as by flwr's FederatedDataset: sets come sorted by class and by file name,
+    # and most methods hand out neighbours.
+    order = rng.permutation(len(labels))
+    split = OWN_METHODS.get(name, partial(_run_flwr, name))
+    clients = [np.sort(order[part]) for part in split(labels[order], num_clients, args, rng)]
+    _check_clients(clients, len(labels), name)
+    return clients
+
+
+def _flwr_class(name: str) -> type:
+    import flwr_datasets.partitioner  # takes seconds, so not before it is needed
+
+    return getattr(flwr_datasets.partitioner, PARTITIONERS[name])
+
+
+def _check_args(name: str, args: dict) -> dict:
+    """Check the user's arguments against flwr's class; return them with its defaults."""
+    parameters = inspect.signature(_flwr_class(name)).parameters
+    known = {key: parameters[key].default for key in parameters if key not in SET_ELSEWHERE}
+    for key, value in args.items():
+        where = f"data.partition.args.{key}"
+        if key in SET_ELSEWHERE:
+            raise DataError(f"{where}: comes from {SET_ELSEWHERE[key]}; remove it here")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0)
+            hint = f"did you mean {near[0]!r}?" if near else "it takes none; remove it"
+            raise DataError(f"{where}: {name} has no such argument; {hint}")
+        what, example, is_valid = ARGUMENTS[key]
+        if value is not None and not is_valid(value):
+            raise DataError(f"{where}: {reprlib.repr(value)} is not {what}; for example {example}")
+    if name == "inner_dirichlet":
+        known["partition_sizes"] = None  # even sizes
+    known |= {key: value for key, value in args.items() if value is not None}  # null: not given
+    for key, value in known.items():
+        if value is inspect.Parameter.empty:
+            what, example, _ = ARGUMENTS[key]
+            raise DataError(
+                f"data.partition.args.{key}: {name} needs it: {what}; for example {key}: {example}"
+            )
+    return known
+
+
+def _check_sizes(args: dict, num_clients: int, num_examples: int) -> None:
+    """Refuse at once what flwr would refuse late, in many words, or by dividing by zero."""
+    sizes = args.get("partition_sizes") or []
+    if sizes and len(sizes) != num_clients:
+        raise DataError(
+            f"data.partition.args.partition_sizes: {len(sizes)} sizes for {num_clients} clients; "
+            "give one for each, or change clients.total"
+        )
+    needed = {
+        "partition_sizes": sum(sizes),
+        "min_partition_size": (args.get("min_partition_size") or 0) * num_clients,
+        "num_shards_per_partition": (args.get("num_shards_per_partition") or 0) * num_clients,
+    }
+    for key, count in needed.items():
+        if count > num_examples:
+            raise DataError(
+                f"data.partition.args.{key}: {reprlib.repr(args[key])} takes {count} examples of "
+                f"{num_examples}; make it smaller, or use fewer clients.total"
+            )
+
+
+def _run_flwr(
+    name: str, labels: np.ndarray, num_clients: int, args: dict, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Let flwr's partitioner `name` split; its errors of many kinds become DataError."""
+    import datasets
+
+    partitioner_class = _flwr_class(name)
+    seed = int(rng.integers(2**63))
+    args = args | {"num_partitions": num_clients, "partition_by": "label", "seed": seed}
+    args = {key: args[key] for key in inspect.signature(partitioner_class).parameters}
+    if "distribution_array" in args:
+        args["distribution_array"] = np.array(args["distribution_array"], float)
+    rows = {"label": labels, "index": np.arange(len(labels))}
+    # Not-a-number would pass through unseen, and give one client everything.
+    with warnings.catch_warnings(), np.errstate(over="raise", invalid="raise", divide="raise"):
+        warnings.simplefilter("ignore")
+        try:
+            partitioner = partitioner_class(**args)
+            partitioner.dataset = datasets.Dataset.from_dict(rows)
+            partitioner.load_partition(0)  # makes the whole split
+            # Its public way, a data set for each client, takes a millisecond a client.
+            split = partitioner._partition_id_to_indices
+            index = np.asarray(partitioner.dataset["index"][:])  # shard has sorted its rows
+            return [index[np.asarray(split[client], np.int64)] for client in range(num_clients)]
+        except FloatingPointError as error:
+            reason = f"its shares are out of the range of numbers ({error})"
+            raise DataError(f"data.partition: {name}: {reason}; {REMEDIES[name]}") from error
+        except Exception as error:
+            reason = textwrap.shorten(str(error), 250, placeholder="...").rstrip(".")
+            raise DataError(f"data.partition: {name}: {reason}; {REMEDIES[name]}") from error
+
+
+def _iid(
+    labels: np.ndarray, num_clients: int, args: dict, rng: np.random.Generator
+) -> list[np.ndarray]:
+    return np.array_split(np.arange(len(labels)), num_clients)  # they are shuffled
+
+
+def _inner_dirichlet(
+    labels: np.ndarray, num_clients: int, args: dict, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Every client draws its own mixture of the classes (Hsu et al. 2019, arXiv 1909.06335).
+
+    The law of flwr's InnerDirichletPartitioner: a client that is not full, chosen at random,
+    draws a class from its Dirichlet(alpha) mixture and takes an example of it, and so on; a class
+    that is used up leaves all mixtures, which are renormalised.
+    """
+    labels = np.unique(labels, return_inverse=True)[1]
+    left = np.bincount(labels)  # [K] examples not yet taken
+    num_classes = len(left)
+    sizes = args["partition_sizes"] or [len(part) for part in np.array_split(labels, num_clients)]
+    if np.size(args["alpha"]) not in (1, num_classes):
+        raise DataError(
+            f"data.partition.args.alpha: {np.size(args['alpha'])} values for {num_classes} "
+            "classes; give one number, or one for each class"
+        )
+
+    # Mixtures as logarithms, since a small alpha makes shares far below the smallest float:
+    # a Gamma(a) variate is a Gamma(a + 1) variate times U^(1/a).
+    alpha = np.array(args["alpha"], float)
+    shape = (num_clients, num_classes)
+    log_mixtures = np.log(rng.gamma(alpha + 1, size=shape)) + np.log1p(-rng.random(shape)) / alpha
+
+    turns = _random_turns(sizes, rng)
+    drawn = np.empty(len(turns), np.int64)  # the class of each turn
+    done = 0
+    while done < len(turns):  # once, and once more for each class that is used up
+        classes = _draw_classes(log_mixtures, turns[done:], rng)
+        stop = len(classes)  # before the first draw of a class that has no example left
+        for k in range(num_classes):
+            stop = min([stop, *np.flatnonzero(classes == k)[left[k] : left[k] + 1]])
+        drawn[done : done + stop] = classes[:stop]
+        left -= np.bincount(classes[:stop], minlength=num_classes)
+        log_mixtures[:, classes[stop : stop + 1]] = -np.inf
+        done += stop
+
+    examples = np.empty(len(turns), np.int64)
+    for k in range(num_classes):
+        takers = np.flatnonzero(drawn == k)
+        examples[takers] = np.flatnonzero(labels == k)[: len(takers)]
+    return np.split(examples[np.argsort(turns, kind="stable")], np.cumsum(sizes)[:-1])
+
+
+def _random_turns(sizes: Sequence[int], rng: np.random.Generator) -> np.ndarray:
+    """Clients in the order in which they take an example, each as often as its size.
+
+    At every turn all clients that are not full are equally likely. That is the order of ticks of
+    clocks that tick at random at one rate, each until its client is full.
+    """
+    clients = np.repeat(np.arange(len(sizes)), sizes)
+    ticks = np.cumsum(rng.exponential(size=len(clients)))
+    starts = np.concatenate([[0.0], ticks])[np.cumsum(sizes) - sizes]
+    return clients[np.argsort(ticks - np.repeat(starts, sizes), kind="stable")]
+
+
+def _draw_classes(
+    log_mixtures: np.ndarray, turns: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """For each turn, a class from the mixture of its client; log_mixtures: [clients, classes]."""
+    num_classes = log_mixtures.shape[1]
+    mixtures = np.exp(log_mixtures - log_mixtures.max(axis=1, keepdims=True))
+    bounds = np.cumsum(mixtures, axis=1)
+    bounds /= bounds[:, -1:]
+    # One search for all: the bounds of client c lie between c and c + 1.
+    bounds = (bounds + np.arange(len(bounds))[:, None]).ravel()
+    found = np.searchsorted(bounds, turns + rng.random(len(turns)), side="right")
+    return np.minimum(found - turns * num_classes, num_classes - 1)
+
+
+OWN_METHODS = {"iid": _iid, "inner_dirichlet": _inner_dirichlet}
+
+
+def _check_clients(clients: list[np.ndarray], num_examples: int, name: str) -> None:
+    for client, indices in enumerate(clients):
+        if len(indices) == 0:
+            raise DataError(
+                f"data.partition: {name} gives client {client} no examples; {REMEDIES[name]}"
+            )
+    indices = np.concatenate(clients)
+    num_left_out = num_examples - len(indices)
+    is_fault = len(np.unique(indices)) < len(indices) or (
+        num_left_out and name not in LEAVE_PICTURES_OUT
+    )
+    if is_fault:
+        raise DataError(
+            f"data.partition: {name} did not give each example to one client; use another"
+        )
+    if num_left_out:
+        print(
+            f"note: partition {name} leaves {num_left_out} of {num_examples} examples out",
+            file=sys.stderr,
+        )
+
+
+def save_partition(
+    path: Path, clients: list[np.ndarray], labels: np.ndarray, class_names: Sequence[str]
+) -> str:
+    """Write the split to the .npz file `path`, whole or not at all; return its sha256 in hex.
+
+    In the file: indices, int64 [all]: those of client 0, then of client 1, ...; offsets, int64
+    [clients + 1]: where each begins; labels_per_client, int64 [clients, classes]; class_names.
+    The sum is over offsets and indices as little-endian int64, not over the file.
+    """
+    indices = np.concatenate(clients).astype("<i8")
+    offsets = np.cumsum([0, *map(len, clients)]).astype("<i8")
+    counts = [np.bincount(labels[part], minlength=len(class_names)) for part in clients]
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        np.savez(
+            file,
+            indices=indices,
+            offsets=offsets,
+            labels_per_client=np.array(counts, np.int64),
+            class_names=np.array(class_names, np.str_),
+        )
+    temporary.replace(path)
+    return hashlib.sha256(offsets.tobytes() + indices.tobytes()).hexdigest()

@@ -1,0 +1,314 @@
+"""Federated training, round by round.
+
+A round samples a cohort, broadcasts the model as a payload, trains each client from what that
+payload decodes to, prunes and encodes what the clients learned, exchanges the payloads between
+ranks, decodes and averages them in client order, lets the server's optimizer step, evaluates, and
+writes it all down.
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import pruning
+from client import (
+    ClientStore,
+    Interrupted,
+    evaluate,
+    local_lr,
+    remove_old_states,
+    train,
+)
+from cnn_model import FlatModel, build_network
+from compression import Decoded, NotFinite, decode, encode
+from config import Config, ConfigError
+from data import Pictures, load_dataset, partition_labels
+from distributed import Ranks, Report
+from network import Device, Link, round_seconds
+from runlog import LedgerRow, RunFolder
+from server import Server
+
+
+@dataclass
+class Progress:
+    """How far a run is; a checkpoint holds it."""
+
+    round: int = 0  # rounds completed
+    wall_seconds: float = 0.0
+    simulated_seconds: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    evaluations: list[float] = field(default_factory=list)  # test accuracies, oldest first
+
+
+class Federation:
+    """Everything that a run holds in memory, and its rounds. Every rank has one."""
+
+    def __init__(self, config: Config, ranks: Ranks, folder: RunFolder):
+        self.config, self.ranks, self.folder = config, ranks, folder
+        data, network = config.data, config.network
+        self.dataset = ranks.together(
+            lambda: load_dataset(data.name, data.root, data.fallback), main_first=True
+        )
+        self.pictures = self._pictures()
+        self.clients = ranks.together(self._partition)  # client: int64 indices into the pictures
+        self.model = ranks.together(self._build_model)
+        self.server = ranks.together(lambda: Server(config, self.model))
+        self.store = ClientStore(folder.clients)
+        self.link = Link(network.uplink_mbps, network.downlink_mbps, network.latency_ms)
+        self.hardware = Device(network.ms_per_example)
+        self.precision = config.precision
+        self.progress = Progress()
+        self.sent: dict[int, Decoded] = {}  # this round's updates, as the server will decode them
+        lossless = config.pruning.method == "none" and config.uplink.values == "fp32"
+        self.owes = config.uplink.error_feedback and not lossless  # clients keep residuals
+        self.stop_requested = False
+
+    def run_round(self) -> dict[str, Any]:
+        """Do the next round and return its row of rounds.jsonl. Raises Interrupted."""
+        begin, number = time.perf_counter(), self.progress.round + 1
+        cohort = self.sample_cohort(number)
+        broadcast = self.server.broadcast()
+        reports = self.ranks.exchange(self.train_cohort(number, cohort, broadcast))
+        if reports is None:  # some rank was asked to stop: the round never happened
+            self.store.discard()
+            self.sent = {}
+            raise Interrupted
+        averaged = self.server.step(reports)
+        self.settle(averaged)
+        scores = self.evaluate(number)
+        return self.write_down(number, begin, broadcast, reports, averaged, scores)
+
+    def sample_cohort(self, number: int) -> list[int]:
+        """clients.per_round different clients, ascending."""
+        rng = np.random.default_rng(self.config.seed_for("cohort", number))
+        clients = self.config.clients
+        return sorted(rng.choice(clients.total, clients.per_round, replace=False).tolist())
+
+    def train_cohort(
+        self, number: int, cohort: list[int], broadcast: dict[str, bytes]
+    ) -> list[Report] | None:
+        """Train this rank's clients from what they can decode; None if the run is to stop."""
+        received = decode(broadcast["model"], self.model.layout).dense()
+        buffers = self.server.buffers
+        if "buffers" in broadcast:
+            buffers = decode(broadcast["buffers"], self.model.buffer_layout).dense()
+        try:
+            return [
+                self.train_client(number, client, received, buffers)
+                for client in cohort
+                if self.ranks.owns(client)
+            ]
+        except Interrupted:
+            return None
+
+    def train_client(self, number: int, client: int, received: Tensor, buffers: Tensor) -> Report:
+        """Local training, then prune and encode what was learned and what is still owed."""
+        config, model = self.config, self.model
+        indices = torch.from_numpy(self.clients[client]).to(self.ranks.device)
+        report = Report(client, len(indices))
+        model.parameters.copy_(received)
+        model.buffers.copy_(buffers)
+        report.loss = train(
+            model,
+            self.pictures,
+            indices,
+            config.local,
+            local_lr(config.local, number, config.rounds),
+            self.precision,
+            config.seed_for("training", number, client),
+            lambda: self.stop_requested,
+        )
+        update = model.parameters.cpu() - received
+        if residual := self.store.get(client):
+            update += residual["residual"]
+        try:
+            payload, sent = encode(update, model.layout, config.uplink.values, self.select(update))
+            report.payloads["update"], report.nonzeros = payload, len(sent.values)
+            if model.buffer_layout.size:
+                report.payloads["buffers"], _ = encode(model.buffers.cpu(), model.buffer_layout)
+        except NotFinite:
+            report.failure, report.payloads = "the update is not finite", {}
+            return report
+        if self.owes:
+            sent.add_to(update, -1.0)  # what is left is the new residual
+            self.store.stage(client, {"residual": update})
+            self.sent[client] = sent
+        return report
+
+    def select(self, update: Tensor) -> np.ndarray | None:
+        """The coordinates that travel, ascending; None for all."""
+        settings, layout = self.config.pruning, self.model.layout
+        if settings.method == "none":
+            return None
+        if settings.method == "threshold":
+            return pruning.threshold(update, settings.threshold)
+        if settings.scope == "layer":
+            return pruning.topk_per_layer(update, settings.density, layout.offsets)
+        return pruning.topk(update, pruning.num_kept(settings.density, layout.size))
+
+    def settle(self, averaged: list[int]) -> None:
+        """Keep the new residuals; what the server refused is owed again, so nothing is lost."""
+        for client, sent in self.sent.items():
+            if client not in averaged:
+                sent.add_to(self.store.staged[client]["residual"])
+        self.store.commit()
+        self.sent = {}
+
+    def evaluate(self, number: int) -> dict[str, float | None]:
+        """Accuracy and loss on the test set, if it is due; batches are shared out over the ranks."""
+        every, size = self.config.evaluation.every, self.config.evaluation.batch_size
+        if number % every and number != self.config.rounds:
+            return {"test_accuracy": None, "test_loss": None}
+        self.model.parameters.copy_(self.server.parameters.detach())
+        self.model.buffers.copy_(self.server.buffers)
+        total = self.pictures.num_test
+        starts = list(range(0, total, size))
+        mine = {
+            start: evaluate(
+                self.model, self.pictures, self.precision, start, min(start + size, total)
+            )
+            for start in starts[self.ranks.rank :: self.ranks.size]
+        }
+        scores = {int(k): v for part in self.ranks.gather_json(mine) for k, v in part.items()}
+        accuracy = sum(scores[start][0] for start in starts) / total
+        self.progress.evaluations.append(accuracy)
+        loss = sum(scores[start][1] for start in starts) / total
+        return {"test_accuracy": accuracy, "test_loss": loss if np.isfinite(loss) else None}
+
+    def write_down(
+        self,
+        number: int,
+        begin: float,
+        broadcast: dict[str, bytes],
+        reports: list[Report],
+        averaged: list[int],
+        scores: dict[str, float | None],
+    ) -> dict[str, Any]:
+        """Move the clocks on and log the round: a row of rounds.jsonl, a ledger row a message."""
+        by_client = [self.ledger_rows(number, report, broadcast) for report in reports]
+        messages = [row for rows in by_client for row in rows]
+        lasted = round_seconds(map(self.client_seconds, reports, by_client))
+        progress = self.progress
+        progress.round = number
+        progress.simulated_seconds += lasted
+        up = sum(row.bytes for row in messages if row.direction == "up")
+        down = sum(row.bytes for row in messages if row.direction == "down")
+        progress.bytes_up += up
+        progress.bytes_down += down
+        losses = [r.loss for r in reports if r.client in averaged]
+        wall = time.perf_counter() - begin
+        progress.wall_seconds += wall
+        row = {
+            "round": number,
+            "num_clients": len(averaged),
+            "num_failed": len(reports) - len(averaged),
+            "failures": {str(r.client): r.failure for r in reports if r.failure},
+            "lr": local_lr(self.config.local, number, self.config.rounds),
+            "train_loss": sum(losses) / len(losses) if losses else None,
+            **scores,
+            "bytes_up": up,
+            "bytes_down": down,
+            "simulated_seconds": lasted,
+            "wall_seconds": wall,
+        }
+        if self.ranks.is_main:
+            self.folder.append(row, messages)
+        return row
+
+    def ledger_rows(
+        self, number: int, report: Report, broadcast: dict[str, bytes]
+    ) -> list[LedgerRow]:
+        """A row for each message between the server and one client."""
+        sizes = {
+            "model": self.model.layout.size,
+            "update": self.model.layout.size,
+            "buffers": self.model.buffer_layout.size,
+        }
+        rows = []
+        for direction, payloads in (("down", broadcast), ("up", report.payloads)):
+            for kind, payload in payloads.items():
+                carried = report.nonzeros if kind == "update" else sizes[kind]
+                seconds = self.link.seconds(len(payload), direction)
+                row = (number, report.client, direction, kind, len(payload), 4 * sizes[kind])
+                rows.append(LedgerRow(*row, carried, seconds))
+        return rows
+
+    def client_seconds(self, report: Report, messages: list[LedgerRow]) -> float:
+        """A client's simulated round: receive, train, send."""
+        local = self.config.local
+        trained = local.epochs * report.num_examples
+        if local.steps:
+            trained = local.steps * min(local.batch_size, report.num_examples)
+        return sum(row.seconds for row in messages) + self.hardware.seconds(trained)
+
+    def save(self) -> None:
+        """Write a checkpoint of the last completed round."""
+        manifests = self.ranks.gather_json(self.store.save(self.progress.round))
+        clients = {int(c): version for part in manifests for c, version in part.items()}
+        hashes = self.ranks.gather_json(self.server.sha256())
+        if len(set(hashes)) > 1:
+            raise RuntimeError(
+                f"the ranks' models differ after round {self.progress.round}: {hashes}"
+            )
+        if self.ranks.is_main:
+            state = {
+                "precision": self.precision,
+                "clients": clients,
+                "progress": vars(self.progress),
+            }
+            self.folder.save(state | self.server.state())
+            remove_old_states(self.folder.clients, clients)
+        self.ranks.gather_json(None)  # nobody goes on before the checkpoint stands
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.precision = state["precision"]
+        self.progress = Progress(**state["progress"])
+        self.server.load(state)
+        owned = {c: version for c, version in state["clients"].items() if self.ranks.owns(c)}
+        self.store = ClientStore(self.folder.clients, owned)
+
+    def _pictures(self) -> Pictures:
+        data, side = self.config.data, self.dataset.train_images.shape[1]
+        padding = side // 8 if data.padding is None else data.padding
+        flip = self.dataset.name != "digits" if data.flip is None else data.flip
+        return Pictures(self.dataset, self.ranks.device, padding, flip)
+
+    def _partition(self) -> list[np.ndarray]:
+        config = self.config
+        clients = partition_labels(
+            self.dataset.train_labels.numpy(),
+            config.clients.total,
+            config.data.partition.name,
+            config.data.partition.args,
+            config.seed_for("partition"),
+        )
+        smallest = min(range(len(clients)), key=lambda client: len(clients[client]))
+        alone = min(len(clients[smallest]), config.local.batch_size) == 1
+        if alone and config.model.norm == "batch" and config.model.name.startswith("resnet"):
+            raise ConfigError(
+                f"model.norm: batch cannot train on batches of one example (client {smallest} has "
+                f"{len(clients[smallest])}, local.batch_size={config.local.batch_size}); "
+                f"use group(2)"
+            )
+        return clients
+
+    def _build_model(self) -> FlatModel:
+        model, pictures = self.config.model, self.pictures
+        try:
+            network = build_network(
+                model.name,
+                pictures.num_classes,
+                pictures.image_size,
+                self.config.seed_for("network"),
+                model.stem,
+                model.norm,
+                model.width,
+            )
+        except ValueError as error:
+            raise ConfigError(f"model: {error}") from None
+        return FlatModel(network, self.ranks.device)

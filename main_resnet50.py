@@ -1,0 +1,11 @@
+"""Train federated ResNet-50: `python main_resnet50.py [--config FILE] [key=value ...] [--dry_run]`."""
+
+import sys
+
+from config import read_command_line
+
+if __name__ == "__main__":
+    config, dry_run = read_command_line("configs/cifar10_resnet50.yaml", sys.argv[1:])
+    from experiment import main  # after the config is known to be good: torch takes a while
+
+    sys.exit(main(config, dry_run))

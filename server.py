@@ -1,0 +1,117 @@
+"""The server's part of a round: broadcast the model, decode and average updates, step.
+
+Every rank holds this state and does these steps for itself, from the same bytes in the same order.
+"""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afo import make_optimizer, make_scheduler
+from cnn_model import FlatModel
+from compression import Decoded, decode, encode
+from config import Config, ConfigError
+from distributed import Report
+from wire import PayloadError
+
+
+class Server:
+    """The global vectors and the optimizer that steps them.
+
+    parameters: float32 [num_parameters], stepped; buffers: float32 [num_buffers], averaged.
+    """
+
+    def __init__(self, config: Config, model: FlatModel):
+        self.layout, self.buffer_layout = model.layout, model.buffer_layout
+        self.parameters = torch.nn.Parameter(model.parameters.detach().cpu().clone())
+        self.buffers = model.buffers.cpu().clone()
+        self.is_counter = model.is_counter
+        self.downlink_values = config.downlink.values
+        self.weighting = config.server.weighting
+        self._make_optimizer(config)
+
+    def _make_optimizer(self, config: Config) -> None:
+        server, self.scheduler = config.server, None
+        names = ("lr", "momentum", "nesterov", "beta1", "beta2", "tau", "v0", "bias_correction")
+        given = {name: getattr(server, name) for name in names if getattr(server, name) is not None}
+        try:
+            self.optimizer = make_optimizer(
+                server.optimizer, self.parameters, **(given | server.options)
+            )
+            if server.scheduler:
+                self.scheduler = make_scheduler(
+                    server.scheduler, self.optimizer, **server.scheduler_options
+                )
+        except ValueError as error:
+            raise ConfigError(f"server: {error}") from None
+
+    def broadcast(self) -> dict[str, bytes]:
+        """The payloads that carry the model to each client."""
+        model, _ = encode(self.parameters.detach(), self.layout, self.downlink_values)
+        if not self.buffer_layout.size:
+            return {"model": model}
+        return {"model": model, "buffers": encode(self.buffers, self.buffer_layout)[0]}
+
+    def receive(self, report: Report) -> dict[str, Decoded]:
+        """Decode a client's payloads, by kind. Raises PayloadError."""
+        layouts = {"update": self.layout, "buffers": self.buffer_layout}
+        return {kind: decode(payload, layouts[kind]) for kind, payload in report.payloads.items()}
+
+    def step(self, reports: list[Report]) -> list[int]:
+        """Average the updates, in the order of the reports, and step; return who was averaged.
+
+        A client that failed is left out, and so is one whose payload does not decode (its report
+        then says so). If nobody is left, the model stays as it is.
+        """
+        arrived = []
+        for report in reports:
+            if not report.failure:
+                try:
+                    arrived.append((report, self.receive(report)))
+                except PayloadError as error:
+                    report.failure = f"payload refused: {error}"
+        if not arrived:
+            return []
+        weights = [
+            report.num_examples if self.weighting == "examples" else 1 for report, _ in arrived
+        ]
+        update = torch.zeros_like(self.parameters.data)
+        buffers, counters = torch.zeros_like(self.buffers), torch.zeros_like(self.buffers)
+        for weight, (_, decoded) in zip(weights, arrived, strict=True):
+            decoded["update"].add_to(update, weight / sum(weights))
+            if "buffers" in decoded:
+                decoded["buffers"].add_to(buffers, weight / sum(weights))
+                counters = torch.maximum(counters, decoded["buffers"].dense())
+        self._apply(update, torch.where(self.is_counter, counters, buffers))
+        return [report.client for report, _ in arrived]
+
+    def _apply(self, update: Tensor, buffers: Tensor) -> None:
+        self.buffers = buffers
+        self.parameters.grad = update.neg_()
+        self.optimizer.step()
+        if self.scheduler:
+            self.scheduler.step()
+        self.parameters.grad = None
+
+    def sha256(self) -> str:
+        """Of the parameters and then the buffers, as little-endian float32."""
+        digest = hashlib.sha256(self.parameters.detach().numpy().astype("<f4").data)
+        digest.update(self.buffers.numpy().astype("<f4").data)
+        return digest.hexdigest()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "parameters": self.parameters.detach(),
+            "buffers": self.buffers,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else {},
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.parameters.data.copy_(state["parameters"])
+        self.buffers.copy_(state["buffers"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler:
+            self.scheduler.load_state_dict(state["scheduler"])

@@ -1,0 +1,167 @@
+"""The bits on the wire: one container for every message, and the coder of positions.
+
+docs/wire-format.md specifies every bit. A payload comes from a stranger: whatever is wrong with it
+ends in PayloadError, before memory beyond the layout is taken, and nothing is ever executed.
+"""
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import xxhash
+
+MAGIC = b"FLUP"
+VERSION = 1
+HEADER = struct.Struct("<4sBBBBQQ")  # magic, version, selection, values, zero, layout, body bytes
+CHECKSUM = struct.Struct("<Q")
+
+
+class PayloadError(ValueError):
+    """A payload is not what its layout and format promise; the message says what and where."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of the tensors that lie one after the other in a flat vector."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def sizes(self) -> np.ndarray:  # int64 [num_tensors]
+        return np.array([int(np.prod(shape)) for shape in self.shapes], np.int64)
+
+    @cached_property
+    def offsets(self) -> np.ndarray:  # int64 [num_tensors + 1]
+        return np.concatenate(([0], np.cumsum(self.sizes))).astype(np.int64)
+
+    @property
+    def size(self) -> int:
+        return int(self.offsets[-1])
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """64 bits by which both ends know that they mean the same vector."""
+        text = ";".join(f"{n}:{','.join(map(str, s))}" for n, s in zip(self.names, self.shapes))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def pack(selection: int, values: int, layout: Layout, *body: bytes | memoryview) -> bytes:
+    """Put a body into the container."""
+    length = sum(len(part) for part in body)
+    header = HEADER.pack(MAGIC, VERSION, selection, values, 0, layout.fingerprint, length)
+    checksum = xxhash.xxh3_64(header)
+    for part in body:
+        checksum.update(part)
+    return b"".join((header, *body, CHECKSUM.pack(checksum.intdigest())))
+
+
+def unpack(payload: bytes, layout: Layout) -> tuple[int, int, memoryview]:
+    """Return (selection, values, body). Raises PayloadError."""
+    if len(payload) < HEADER.size + CHECKSUM.size:
+        raise PayloadError(f"{len(payload)} bytes are too short for a payload")
+    magic, version, selection, values, zero, fingerprint, length = HEADER.unpack_from(payload)
+    if magic != MAGIC:
+        raise PayloadError(f"byte 0: magic is {magic!r}, not {MAGIC!r}")
+    if version != VERSION or zero != 0:
+        raise PayloadError(f"byte 4: version {version}.{zero} is not {VERSION}.0")
+    if length != len(payload) - HEADER.size - CHECKSUM.size:
+        raise PayloadError(f"byte 16: a body of {length} bytes in a payload of {len(payload)}")
+    view = memoryview(payload)
+    if CHECKSUM.unpack(view[-CHECKSUM.size :])[0] != xxhash.xxh3_64_intdigest(view[:-8]):
+        raise PayloadError("the checksum does not match: the payload was changed on its way")
+    if fingerprint != layout.fingerprint:
+        raise PayloadError("byte 8: made for another layout (other tensors, names or shapes)")
+    return selection, values, view[HEADER.size : -CHECKSUM.size]
+
+
+class Reader:
+    """Reads a body from front to back and never past its end."""
+
+    def __init__(self, body: memoryview):
+        self.body, self.position = body, 0
+
+    def take(self, dtype: str, count: int) -> np.ndarray:
+        """The next `count` items as a read-only array. Raises PayloadError if they are not there."""
+        length = count * np.dtype(dtype).itemsize
+        if length > len(self.body) - self.position:
+            raise PayloadError(f"the body ends at byte {len(self.body)}, {length} more were due")
+        items = np.frombuffer(self.body, dtype, count, self.position)
+        self.position += length
+        return items
+
+    def finish(self) -> None:
+        if self.position != len(self.body):
+            raise PayloadError(f"{len(self.body) - self.position} bytes are left over in the body")
+
+
+def encode_positions(indices: np.ndarray, layout: Layout) -> bytes:
+    """Code ascending int64 indices: counts per tensor, then Rice codes of the gaps (Rice 1979).
+
+    A gap g of tensor t is written as g >> k zeros and a one in the first stream, and the low k
+    bits of g in the second; k follows from the tensor's count, so it is not sent.
+    """
+    tensor = np.searchsorted(layout.offsets, indices, side="right") - 1
+    counts = np.bincount(tensor, minlength=len(layout.sizes))
+    first = np.r_[True, tensor[1:] != tensor[:-1]] if len(indices) else np.zeros(0, bool)
+    previous = np.r_[-1, indices[:-1]] if len(indices) else indices
+    gaps = indices - np.where(first, layout.offsets[tensor], previous + 1)
+    k = _rice_parameters(counts, layout.sizes)[tensor]
+    ones = np.cumsum((gaps >> k) + 1) - 1  # where each unary code ends
+    unary = np.zeros(ones[-1] + 1 if len(ones) else 0, np.uint8)
+    unary[ones] = 1
+    shifts, owners = _bit_shifts(k)
+    remainders = (gaps[owners] >> shifts & 1).astype(np.uint8)
+    head = np.append(counts, -(-len(unary) // 8)).astype("<u4").tobytes()
+    return b"".join((head, np.packbits(unary).tobytes(), np.packbits(remainders).tobytes()))
+
+
+def decode_positions(reader: Reader, layout: Layout) -> np.ndarray:
+    """Return ascending int64 indices. Raises PayloadError."""
+    counts = reader.take("<u4", len(layout.sizes)).astype(np.int64)
+    if (counts > layout.sizes).any():
+        tensor = int(np.argmax(counts > layout.sizes))
+        raise PayloadError(
+            f"{counts[tensor]} positions in {layout.names[tensor]}, which is smaller"
+        )
+    total = int(counts.sum())
+    k = _rice_parameters(counts, layout.sizes)
+    tensor = np.repeat(np.arange(len(counts)), counts)
+    num_unary = int(reader.take("<u4", 1)[0])
+    # A tensor of s entries has gaps that add up to at most s, so its unary code is bounded.
+    if num_unary * 8 > int((counts + (layout.sizes >> k)).sum()) + 7:
+        raise PayloadError(f"a unary stream of {num_unary} bytes is longer than the layout allows")
+    unary = np.unpackbits(reader.take("u1", num_unary))
+    ones = np.flatnonzero(unary)
+    if len(ones) != total or len(unary) - (ones[-1] + 1 if total else 0) >= 8:
+        raise PayloadError(f"the unary stream holds {len(ones)} gaps, {total} were announced")
+    quotients = np.diff(ones, prepend=-1) - 1
+    shifts, owners = _bit_shifts(k[tensor])
+    bits = np.unpackbits(reader.take("u1", -(-len(shifts) // 8)))
+    if bits[len(shifts) :].any():
+        raise PayloadError("the padding after the remainders is not zero")
+    gaps = quotients << k[tensor]
+    np.add.at(gaps, owners, bits[: len(shifts)].astype(np.int64) << shifts)
+    # Positions within the vector: a running sum that starts anew in each tensor.
+    ends = np.cumsum(gaps + 1)
+    starts = np.cumsum(counts) - counts
+    before = np.where(starts > 0, ends[np.maximum(starts, 1) - 1], 0) if total else starts
+    indices = ends - 1 - before[tensor] + layout.offsets[tensor]
+    if total and (indices >= layout.offsets[tensor + 1]).any():
+        raise PayloadError("a position lies beyond its tensor")
+    return indices
+
+
+def _rice_parameters(counts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """k = floor(log2(ln 2 * size / count)), at least 0, in integers (ln 2 is about 177 / 256)."""
+    mean_gaps = sizes * 177 // (256 * np.maximum(counts, 1))
+    return np.array([max(int(gap).bit_length() - 1, 0) for gap in mean_gaps], np.int64)
+
+
+def _bit_shifts(k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For numbers of k[i] bits written high bit first: each bit's shift, and its number's index."""
+    owners = np.repeat(np.arange(len(k)), k)
+    ends = np.cumsum(k)
+    return ends[owners] - 1 - np.arange(len(owners)), owners
