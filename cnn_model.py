@@ -1,8 +1,8 @@
 """Networks, and their view as one flat vector.
 
 ResNets are torchvision's blocks (He et al. 2016, arXiv 1512.03385) behind a stem that fits the
-pictures; `cnn` is the network of pfl-research's CIFAR-10 benchmark, `lenet` that of NIID-Bench (Li et
-al. 2022, arXiv 2102.02079). A FlatModel keeps all parameters in one contiguous float32 vector, so
+pictures; `cnn` is the network of pfl-research's CIFAR-10 benchmark, `lenet` that of NIID-Bench
+(Li et al. 2022, arXiv 2102.02079). A FlatModel keeps all parameters in one contiguous vector, so
 that receiving a model is one copy and an update one subtraction.
 """
 

@@ -6,6 +6,7 @@ with a checkpoint written.
 
 import signal
 import sys
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def main(config: Config, dry_run: bool = False) -> int:
     except (ConfigError, DataError, RunFolderError) as error:
         _say(ranks, f"error: {error}", sys.stderr)
         return 2
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         _say(ranks, "interrupted; the same command goes on from the checkpoint", sys.stderr)
         return 130
     except OSError as error:
@@ -45,30 +46,35 @@ def main(config: Config, dry_run: bool = False) -> int:
 
 
 def run(config: Config, ranks: Ranks) -> int:
-    folder = RunFolder(config.run_folder)
+    with closing(RunFolder(config.run_folder)) as folder:
+        federation = start(config, ranks, folder)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: _request_stop(federation, number))
+        try:
+            train(federation)
+        except Interrupted:
+            federation.save()
+            raise
+        finally:
+            ranks.accelerator.end_training()
+        if ranks.is_main:
+            finish(federation)
+    return 0
+
+
+def start(config: Config, ranks: Ranks, folder: RunFolder) -> Federation:
+    """Claim the run folder and build the federation, from the checkpoint if there is one."""
     folder.refuse_other_runs(config)
     ranks.together(lambda: folder.start(config) if ranks.is_main else None, main_first=True)
     federation = Federation(config, ranks, folder)
-    state = folder.checkpoint()
-    if state:
+    if state := folder.checkpoint():
         federation.load(state)
         _say(ranks, f"resuming {folder.path} after round {federation.progress.round}")
     _announce_data(federation)
     settle_precision(federation)
     ranks.together(lambda: record_environment(federation) if ranks.is_main else None)
     ranks.accelerator.init_trackers("tensorboard")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: _request_stop(federation, number))
-    try:
-        train(federation)
-    except Interrupted:
-        federation.save()
-        raise
-    finally:
-        ranks.accelerator.end_training()
-    if ranks.is_main:
-        finish(federation)
-    return 0
+    return federation
 
 
 def train(federation: Federation) -> None:
@@ -172,27 +178,24 @@ def finish(federation: Federation) -> None:
 def plan(config: Config, ranks: Ranks) -> int:
     """Print the resolved config, the size of the model and of a round, and how long it may take."""
     federation = Federation(config, ranks, RunFolder(config.run_folder))
-    layout, per_round = federation.model.layout, config.clients.per_round
+    layout, num_buffers = federation.model.layout, federation.model.buffer_layout.size
+    cohort, num_clients = config.clients.per_round, config.clients.total
     seconds = probe_precision(federation.model, federation.pictures, config.local)
     precision = config.precision if config.precision != "auto" else choose_precision(seconds)
-    steps = sum(num_steps(config.local, len(c)) for c in federation.clients) / len(
-        federation.clients
-    )
-    estimate = config.rounds * per_round * steps * seconds.get(precision, seconds["fp32"])
+    steps = sum(num_steps(config.local, len(c)) for c in federation.clients) / num_clients
+    estimate = config.rounds * cohort * steps * seconds.get(precision, seconds["fp32"])
     noise = torch.randn(layout.size, generator=torch.Generator().manual_seed(0))
     update, _ = encode(noise, layout, config.uplink.values, federation.select(noise))
-    down = sum(len(payload) for payload in federation.server.broadcast().values())
-    up = len(update) + 4 * federation.model.buffer_layout.size
-    if ranks.is_main:
-        print(config.to_yaml())
-        print(f"{layout.size:,} parameters, {federation.model.buffer_layout.size:,} norm buffers")
-        print(
-            f"{per_round * down / 1e6:,.1f} MB down and about {per_round * up / 1e6:,.2f} MB up a round"
-        )
-        print(
-            f"about {tqdm.format_interval(estimate / ranks.size)} of training for {config.rounds} rounds "
-            f"in {precision}, without evaluation"
-        )
+    down = cohort * sum(len(payload) for payload in federation.server.broadcast().values())
+    up = cohort * (len(update) + 4 * num_buffers)
+    _say(
+        ranks,
+        f"{config.to_yaml()}\n"
+        f"{layout.size:,} parameters, {num_buffers:,} numbers in norm buffers\n"
+        f"{down / 1e6:,.1f} MB down and about {up / 1e6:,.2f} MB up a round\n"
+        f"about {tqdm.format_interval(estimate / ranks.size)} for the training of "
+        f"{config.rounds} rounds in {precision}",
+    )
     return 0
 
 

@@ -160,7 +160,7 @@ class Federation:
         self.sent = {}
 
     def evaluate(self, number: int) -> dict[str, float | None]:
-        """Accuracy and loss on the test set, if it is due; batches are shared out over the ranks."""
+        """Test accuracy and loss, if they are due; the batches are shared out over the ranks."""
         every, size = self.config.evaluation.every, self.config.evaluation.batch_size
         if number % every and number != self.config.rounds:
             return {"test_accuracy": None, "test_loss": None}

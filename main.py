@@ -1,4 +1,4 @@
-"""Train federated ResNet-18: `python main.py [--config FILE] [key=value ...] [--dry_run]`."""
+"""Train federated ResNet-18: `python main.py [--config FILE] [--dry_run] [key=value ...]`."""
 
 import sys
 

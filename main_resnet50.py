@@ -1,4 +1,4 @@
-"""Train federated ResNet-50: `python main_resnet50.py [--config FILE] [key=value ...] [--dry_run]`."""
+"""Train federated ResNet-50: `python main_resnet50.py [--dry_run] [key=value ...]`."""
 
 import sys
 

@@ -16,7 +16,7 @@ import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 import yaml
@@ -54,6 +54,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self.clients = path / "clients"
+        self._lock: IO | None = None
 
     def start(self, config: Config) -> dict[str, Any] | None:
         """Claim the folder for this run; return the checkpoint to go on from, or None.
@@ -80,6 +81,11 @@ class RunFolder:
         if not state:
             (self.path / "ledger.csv").write_text(LEDGER_HEADER)
         return state
+
+    def close(self) -> None:
+        """Let another process work in the folder."""
+        if self._lock:
+            self._lock.close()
 
     def checkpoint(self) -> dict[str, Any] | None:
         path = self.path / "checkpoint.pt"

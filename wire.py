@@ -44,7 +44,8 @@ class Layout:
     @cached_property
     def fingerprint(self) -> int:
         """64 bits by which both ends know that they mean the same vector."""
-        text = ";".join(f"{n}:{','.join(map(str, s))}" for n, s in zip(self.names, self.shapes))
+        tensors = zip(self.names, self.shapes, strict=True)
+        text = ";".join(f"{name}:{','.join(map(str, shape))}" for name, shape in tensors)
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
@@ -84,7 +85,7 @@ class Reader:
         self.body, self.position = body, 0
 
     def take(self, dtype: str, count: int) -> np.ndarray:
-        """The next `count` items as a read-only array. Raises PayloadError if they are not there."""
+        """The next `count` items, read-only. Raises PayloadError if they are not there."""
         length = count * np.dtype(dtype).itemsize
         if length > len(self.body) - self.position:
             raise PayloadError(f"the body ends at byte {len(self.body)}, {length} more were due")

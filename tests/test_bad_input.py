@@ -1,0 +1,118 @@
+"""Bad input ends in one line that says what is wrong and what to do, and exit status 2."""
+
+import json
+import shutil
+
+import pytest
+from conftest import PYTHON, REPOSITORY, TINY, launch
+
+from config import read_command_line
+from experiment import main
+
+
+def refused(capsys, *words: str) -> str:
+    """The one line on stderr of a command line that must be refused."""
+    with pytest.raises(SystemExit) as stopped:
+        config, dry_run = read_command_line(
+            str(REPOSITORY / "configs/default.yaml"), [*TINY, *words]
+        )
+        raise SystemExit(main(config, dry_run))
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    lines = [line for line in lines if not line.startswith("note:")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+CASES = {
+    "a misspelt key": (["server.optimiser=FedAvg"], "did you mean 'optimizer'?"),
+    "a wrong type": (["rounds=many"], "rounds: Value 'many'"),
+    "a value out of range": (["pruning.density=1.5"], "pruning.density: 1.5 is out of range"),
+    "an unknown server optimizer": (["server.optimizer=FedYogy"], "did you mean 'FedYogi'?"),
+    "a setting of another optimizer": (
+        ["server.momentum=0.9"],
+        "FedYogi has no setting 'momentum'",
+    ),
+    "a missing data root": (["data.name=cifar10", "data.root=/nowhere"], "/nowhere"),
+    "an unknown data set": (["data.name=cifar11"], "cifar10"),
+    "too many clients": (["clients.total=5000"], "5000"),
+    "an unknown partitioner": (["data.partition.name=dirichlett"], "dirichlet"),
+    "a partition that cannot be met": (
+        [
+            "data.partition.name=dirichlet",
+            "data.partition.args={alpha: 0.1, min_partition_size: 360}",
+        ],
+        "data.partition",
+    ),
+    "batches of one with BatchNorm": (
+        ["model.name=resnet18", "model.width=0.1", "local.batch_size=1"],
+        "use group(2)",
+    ),
+    "groups that do not divide": (["model.name=resnet18", "model.norm=group(7)"], "group(7)"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_and_exit_2(case, tmp_path, capsys):
+    words, expected = CASES[case]
+    assert expected in refused(capsys, f"output_dir={tmp_path}", *words)
+    assert "error: " in refused(capsys, f"output_dir={tmp_path}", *words)
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    line = refused(capsys, f"output_dir={tmp_path}/file/below")
+    assert "output_dir" in line and "Not a directory" in line
+
+
+def test_a_truncated_zip_even_with_a_fallback(tmp_path, capsys):
+    whole = tmp_path / "whole.zip"
+    shutil.make_archive(str(whole.with_suffix("")), "zip", REPOSITORY / "configs")
+    (tmp_path / "cifar10.zip").write_bytes(whole.read_bytes()[:-100])
+    line = refused(
+        capsys,
+        f"output_dir={tmp_path}",
+        "data.name=cifar10",
+        "data.fallback=digits",
+        f"data.root={tmp_path / 'cifar10.zip'}",
+    )
+    assert "cifar10.zip" in line
+
+
+def test_a_deepspeed_file_that_contradicts(tmp_path, capsys):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"train_micro_batch_size_per_gpu": 7}))
+    line = refused(capsys, f"output_dir={tmp_path}", f"deepspeed_config={path}")
+    assert "train_micro_batch_size_per_gpu is 7 but local.batch_size is 16" in line
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
+    import torch
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device", "ledger.csv")
+
+    from runlog import RunFolder
+
+    original = RunFolder.append
+    calls = []
+    monkeypatch.setattr(
+        RunFolder,
+        "append",
+        lambda *args: no_space() if calls.append(1) or len(calls) > 3 else original(*args),
+    )
+    line = refused(capsys, f"output_dir={tmp_path}")
+    assert line == "error: ledger.csv: No space left on device"
+    state = torch.load(tmp_path / "default-s1" / "checkpoint.pt", weights_only=True)
+    assert state["progress"]["round"] == 2
+
+
+def test_the_command_itself_prints_one_line_and_no_traceback(tmp_path):
+    done = launch(PYTHON, "main.py", "server.leraning_rate=0.1", f"output_dir={tmp_path}")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        "error: command line: server.leraning_rate: no such key; did you mean 'lr'?\n"
+    )
+    done = launch(PYTHON, "main.py", "data.root=/nowhere", f"output_dir={tmp_path}")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: data.root: ") and done.stderr.count("\n") == 1

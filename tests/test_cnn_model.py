@@ -1,0 +1,232 @@
+"""cnn_model.py: the networks against torchvision, and their view as one vector."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from cnn_model import FlatModel, build_network
+
+CPU = torch.device("cpu")
+
+
+def build(name: str, size=(8, 8), seed: int = 0, **settings) -> nn.Module:
+    return build_network(name, settings.pop("num_classes", 10), size, seed, **settings)
+
+
+def flat(name: str, **settings) -> FlatModel:
+    return FlatModel(build(name, **settings), CPU)
+
+
+SMALL = dict(width=0.125)  # a ResNet-18 of 176 thousand parameters
+
+
+# --- networks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("resnet18", {}, 11_173_962),
+        ("resnet50", {}, 23_520_842),
+        ("cnn", {}, 1_626_442),
+        ("lenet", {}, 62_006),
+        # torchvision publishes 11,689,512 and 25,557,032
+        ("resnet18", dict(num_classes=1000, stem="imagenet"), 11_689_512),
+        ("resnet50", dict(num_classes=1000, stem="imagenet"), 25_557_032),
+        # GroupNorm has BatchNorm's weights and biases
+        ("resnet18", dict(norm="group(2)"), 11_173_962),
+        ("lenet", dict(num_classes=100), 62_006 + 90 * 85),
+    ],
+)
+def test_number_of_parameters(name, settings, expected):
+    with torch.device("meta"):  # shapes only
+        network = build(name, (32, 32), **settings)
+    assert sum(p.numel() for p in network.parameters()) == expected
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_resnet_with_the_imagenet_stem_is_torchvisions(name):
+    ours = build(name, (64, 64), stem="imagenet")
+    theirs = getattr(torchvision.models, name)(num_classes=10)
+    pairs = zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True)
+    for a, b in pairs:
+        assert a.shape == b.shape
+        b.copy_(a)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for mode in ("train", "eval"):
+        getattr(ours, mode)(), getattr(theirs, mode)()
+        with torch.no_grad():
+            torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-6)
+
+
+def test_the_cifar_stem_is_3x3_and_keeps_the_resolution():
+    network = build("resnet18", **SMALL)
+    features = []
+    network.stages[0].register_forward_hook(lambda *call: features.append(call[-1].shape))
+    network.stages[3].register_forward_hook(lambda *call: features.append(call[-1].shape))
+    network(torch.zeros(2, 3, 32, 32))
+    assert network.conv1.kernel_size == (3, 3)
+    assert features == [(2, 8, 32, 32), (2, 64, 4, 4)]
+
+
+def test_convolutions_start_as_he_et_al_say():
+    """kaiming_normal, fan_out: a standard deviation of sqrt(2 / (channels out * kernel area))."""
+    network = build("resnet18", width=0.5)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 10_000:
+            height, width = module.kernel_size
+            expected = (2 / (module.out_channels * height * width)) ** 0.5
+            assert float(module.weight.detach().std()) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 20), (16, 16), (17, 9), (33, 16), (32, 32)])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "cnn", "lenet"])
+def test_any_size_from_8x8_trains(name, size):
+    for settings in [{}, dict(stem="imagenet", norm="group(2)")]:
+        model = flat(name, size=size, width=0.0625, num_classes=3, **settings)
+        model.network.train()
+        logits = model.network(torch.randn(4, 3, *size))
+        assert logits.shape == (4, 3)
+        cross_entropy(logits, torch.tensor([0, 1, 2, 0])).backward()
+        assert torch.isfinite(model.gradients).all() and model.gradients.abs().max() > 0
+
+
+@pytest.mark.parametrize("size", [(7, 8), (8, 7), (4, 64)])
+def test_smaller_pictures_are_refused(size):
+    with pytest.raises(ValueError, match=f"pictures of {size[0]}x{size[1]} are too small"):
+        build("cnn", size)
+
+
+def test_width_scales_the_channels_and_keeps_at_least_one():
+    assert build("resnet18", width=0.5).conv1.out_channels == 32
+    assert build("resnet50", width=0.25).head.in_features == 512
+    assert build("lenet", width=2.0)[0].out_channels == 12
+    for name in ("resnet18", "cnn", "lenet"):
+        assert build(name, width=1e-9)(torch.zeros(2, 3, 8, 8)).shape == (2, 10)
+
+
+def test_norms():
+    kinds = {"batch": nn.BatchNorm2d, "group(4)": nn.GroupNorm}
+    for norm, kind in kinds.items():
+        norms = [m for m in build("resnet18", norm=norm).modules() if "Norm" in type(m).__name__]
+        assert len(norms) == 20 and all(type(m) is kind for m in norms)
+    assert norms[0].num_groups == 4
+    with pytest.raises(ValueError, match=r"group\(3\) does not divide the 64 channels"):
+        build("resnet18", norm="group(3)")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "cnn", "lenet"])
+def test_weights_depend_on_the_seed_alone(name):
+    def weights(seed):
+        return flat(name, seed=seed, **SMALL).parameters
+
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = weights(5)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(weights(5), first)
+    assert not torch.equal(weights(6), first)
+
+
+# --- the flat view --------------------------------------------------------------------------------
+
+
+def test_layout_is_that_of_the_parameters():
+    network = build("resnet18", **SMALL)
+    named = list(network.named_parameters())
+    values = torch.cat([p.detach().flatten() for _, p in named])
+    model = FlatModel(network, CPU)
+    assert model.layout.names == tuple(name for name, _ in named)
+    assert model.layout.shapes == tuple(tuple(p.shape) for _, p in named)
+    assert torch.equal(model.parameters, values)
+    assert model.parameters.dtype == torch.float32 and model.parameters.is_contiguous()
+
+
+def test_writing_to_the_vector_changes_the_network():
+    model = flat("lenet")
+    images = torch.randn(2, 3, 8, 8)
+    model.parameters.zero_()
+    assert torch.equal(model.network(images), torch.zeros(2, 10))
+    bias = model.layout.names.index("11.bias")
+    model.views(model.parameters)[bias].copy_(torch.arange(10.0))
+    assert torch.equal(model.network(images)[1], torch.arange(10.0))
+    with torch.no_grad():
+        model.network[0].weight.fill_(7.0)  # and the other way round
+    assert torch.equal(model.parameters[: 6 * 3 * 25], torch.full((450,), 7.0))
+
+
+def test_gradients_land_in_the_flat_vector_and_add_up():
+    model, plain = flat("lenet"), build("lenet")
+    images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
+    for times in (1, 2):
+        cross_entropy(model.network(images), labels).backward()
+        cross_entropy(plain(images), labels).backward()
+        expected = torch.cat([p.grad.flatten() for p in plain.parameters()])
+        assert torch.equal(model.gradients, expected), times
+    model.gradients.zero_()
+    assert all(not p.grad.any() for p in model.network.parameters())
+
+
+def test_views_have_the_shapes_of_the_parameters():
+    model = flat("lenet")
+    vector = torch.arange(model.layout.size, dtype=torch.float32)
+    views = model.views(vector)
+    assert [tuple(view.shape) for view in views] == list(model.layout.shapes)
+    assert torch.equal(torch.cat([view.flatten() for view in views]), vector)
+    assert views[0].data_ptr() == vector.data_ptr()
+
+
+def test_buffers_are_views_counters_included():
+    model = flat("resnet18", **SMALL)
+    network = model.network
+    named = dict(network.named_buffers())
+    assert model.buffer_layout.names == tuple(named)
+    counters = [name for name in named if name.endswith("num_batches_tracked")]
+    assert len(counters) == 20 and int(model.is_counter.sum()) == 20
+    assert model.buffers.dtype == torch.float32
+    assert model.buffer_layout.size == len(model.buffers) == len(model.is_counter)
+
+    network.train()
+    for _ in range(3):
+        network(torch.randn(4, 3, 8, 8) + 5)
+    assert model.buffers[model.is_counter].tolist() == [3.0] * 20
+    now = torch.cat([b.flatten() for b in network.buffers()])
+    assert torch.equal(model.buffers, now)
+    assert network.norm1.running_mean.abs().max() > 0
+    model.buffers.zero_()
+    assert all(not buffer.any() for buffer in network.buffers())
+
+
+def test_a_network_without_buffers():
+    model = flat("cnn")
+    assert model.buffers.shape == (0,) and model.is_counter.shape == (0,)
+    assert model.buffer_layout.size == 0
+
+
+def test_training_with_batchnorm_equals_that_of_the_plain_network():
+    """Several steps, with backward: views must not confuse autograd or the running statistics."""
+    network = build("resnet18", **SMALL)
+    plain, model = copy.deepcopy(network), FlatModel(network, CPU)
+    generator = torch.Generator().manual_seed(0)
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.05)
+    for _ in range(4):
+        images = torch.randn(8, 3, 8, 8, generator=generator)
+        labels = torch.randint(10, (8,), generator=generator)
+        sgd.zero_grad()
+        cross_entropy(plain(images), labels).backward()
+        sgd.step()
+        model.gradients.zero_()
+        cross_entropy(model.network(images), labels).backward()
+        model.parameters.sub_(model.gradients, alpha=0.05)
+    ours, theirs = model.network.state_dict(), plain.state_dict()
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name].float(), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.network.eval()(images), plain.eval()(images), rtol=1e-4, atol=1e-5
+        )
