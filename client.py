@@ -195,7 +195,8 @@ class ClientStore:
                 file.flush()
                 os.fsync(file.fileno())
             self.versions[client] = round
-        self.dirty = set()
+        # What is on the disk need not stay in memory: that holds one checkpoint's clients at most.
+        self.dirty, self.states = set(), {}
         return self.versions
 
     def _path(self, client: int, round: int) -> Path:

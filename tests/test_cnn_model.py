@@ -13,6 +13,11 @@ from cnn_model import FlatModel, build_network
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def build(name: str, size=(8, 8), seed: int = 0, **settings) -> nn.Module:
     return build_network(name, settings.pop("num_classes", 10), size, seed, **settings)
 
@@ -109,12 +114,15 @@ def test_width_scales_the_channels_and_keeps_at_least_one():
         assert build(name, width=1e-9)(torch.zeros(2, 3, 8, 8)).shape == (2, 10)
 
 
-def test_norms():
-    kinds = {"batch": nn.BatchNorm2d, "group(4)": nn.GroupNorm}
-    for norm, kind in kinds.items():
-        norms = [m for m in build("resnet18", norm=norm).modules() if "Norm" in type(m).__name__]
-        assert len(norms) == 20 and all(type(m) is kind for m in norms)
-    assert norms[0].num_groups == 4
+@pytest.mark.parametrize(("norm", "kind"), [("batch", nn.BatchNorm2d), ("group(4)", nn.GroupNorm)])
+def test_norms(norm, kind):
+    network = build("resnet18", norm=norm, width=0.25)
+    norms = [m for m in network.modules() if "Norm" in type(m).__name__]
+    assert len(norms) == 20 and all(type(m) is kind for m in norms)
+    assert kind is nn.BatchNorm2d or {m.num_groups for m in norms} == {4}
+
+
+def test_groups_that_do_not_divide_the_channels_are_refused():
     with pytest.raises(ValueError, match=r"group\(3\) does not divide the 64 channels"):
         build("resnet18", norm="group(3)")
 

@@ -247,13 +247,28 @@ def test_wrong_positions_are_refused_and_named(code, message):
         decode_positions(Reader(memoryview(code)), TWO)
 
 
-def test_the_longest_unary_stream_that_an_encoder_can_write_is_accepted():
+@pytest.mark.parametrize("num_tensors", range(1, 9))
+def test_the_longest_unary_stream_that_an_encoder_can_write_is_accepted(num_tensors):
     """The bound on its length must not refuse the last entry of every tensor."""
-    for size in range(1, 70):
-        layout = Layout(("a", "b"), ((size,), (size,)))
-        for indices in ([size - 1], [size - 1, 2 * size - 1], range(2 * size)):
+    for size in range(1, 40):
+        names = tuple(f"t{i}" for i in range(num_tensors))
+        layout = Layout(names, ((size,),) * num_tensors)
+        for indices in (layout.offsets[1:] - 1, layout.offsets[1:2] - 1, range(layout.size)):
             code = encode_positions(np.array(indices, np.int64), layout)
             assert decode_positions(Reader(memoryview(code)), layout).tolist() == list(indices)
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "k"),
+    # g = 177 * size // (256 * count) is just below and just at a power of two
+    [(92, 1, 5), (93, 1, 6), (5924, 1, 11), (5925, 1, 12), (3 * 5924, 3, 11), (3 * 5925, 3, 12)]
+    + [(1, 0, 0), (1, 1, 0), (2, 1, 0), (3, 1, 1), (3, 2, 0), (0, 0, 0)],
+)
+def test_the_rice_parameter_by_hand(size, count, k):
+    layout = Layout(("w",), ((size,),))
+    code = encode_positions(np.arange(count), layout)  # gaps of 0: a one each, and k zeros
+    assert len(code) == 8 + -(-count // 8) + -(-count * k // 8)
+    assert naive_decoder.remainder_bits(size, count) == k
 
 
 def test_small_payloads_that_announce_much_take_no_more_memory_than_the_layout_allows():

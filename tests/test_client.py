@@ -1,0 +1,419 @@
+"""client.py: local training against a plain torch loop, and the state that clients keep."""
+
+import copy
+import math
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.optim import lr_scheduler
+
+import client
+from client import (
+    ClientStore,
+    Interrupted,
+    batch_bounds,
+    choose_precision,
+    evaluate,
+    local_lr,
+    num_steps,
+    remove_old_states,
+    train,
+)
+from cnn_model import FlatModel, build_network
+from config import Local, Schedule
+from data import Pictures
+from data.datasets import Dataset
+
+CPU = torch.device("cpu")
+PLAIN = Local(epochs=1, batch_size=8, lr=0.1, momentum=0.0, weight_decay=0.0)
+
+
+# --- schedules and batches ------------------------------------------------------------------------
+
+
+def rates(schedule: Schedule, rounds: int) -> list[float]:
+    return [local_lr(Local(lr=0.4, lr_schedule=schedule), r, rounds) for r in range(1, rounds + 1)]
+
+
+def test_local_lr_by_hand():
+    assert rates(Schedule(), 3) == [0.4, 0.4, 0.4]
+    assert rates(Schedule(name="exponential", gamma=0.5), 4) == [0.4, 0.2, 0.1, 0.05]
+    # a milestone m counts completed rounds, as in torch: round m + 1 is the first at the lower rate
+    step = rates(Schedule(name="step", gamma=0.5, milestones=[1, 3]), 5)
+    assert step == [0.4, 0.2, 0.2, 0.1, 0.1]
+    half = 0.5 * math.sqrt(0.5)
+    expected = [0.4, 0.4 * (0.5 + half), 0.2, 0.4 * (0.5 - half)]
+    assert rates(Schedule(name="cosine"), 4) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "theirs"),
+    [
+        (Schedule(name="cosine"), lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=20)),
+        (Schedule(name="exponential", gamma=0.9), lambda o: lr_scheduler.ExponentialLR(o, 0.9)),
+        (
+            Schedule(name="step", gamma=0.2, milestones=[5, 6, 15]),
+            lambda o: lr_scheduler.MultiStepLR(o, [5, 6, 15], 0.2),
+        ),
+    ],
+)
+def test_local_lr_is_that_of_torchs_schedulers(schedule, theirs):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
+    scheduler, expected = theirs(optimizer), []
+    for _ in range(20):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates(schedule, 20) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "batch_size", "expected"),
+    [
+        (10, 5, [0, 5, 10]),
+        (10, 4, [0, 4, 8, 10]),
+        (9, 4, [0, 4, 9]),  # the ninth joins the batch before it
+        (5, 4, [0, 5]),
+        (4, 4, [0, 4]),
+        (3, 4, [0, 3]),
+        (3, 2, [0, 3]),
+        (1, 4, [0, 1]),  # unavoidable
+        (3, 1, [0, 1, 2, 3]),  # asked for
+    ],
+)
+def test_batch_bounds_by_hand(num_examples, batch_size, expected):
+    assert batch_bounds(num_examples, batch_size) == expected
+
+
+@settings(deadline=None)
+@given(st.integers(1, 500), st.integers(1, 100))
+def test_batch_bounds_cover_everything_once(num_examples, batch_size):
+    bounds = batch_bounds(num_examples, batch_size)
+    sizes = [stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    assert bounds[0] == 0 and bounds[-1] == num_examples
+    assert all(size == batch_size for size in sizes[:-1])
+    assert 1 <= sizes[-1] <= batch_size + 1
+    assert 1 not in sizes or batch_size == 1 or num_examples == 1
+
+
+def test_num_steps():
+    assert num_steps(Local(epochs=1, batch_size=4), 10) == 3
+    assert num_steps(Local(epochs=5, batch_size=4), 9) == 10
+    assert num_steps(Local(epochs=5, batch_size=4, steps=7), 9) == 7
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def make_pictures(num_train: int = 43, num_test: int = 17) -> Pictures:
+    """Three classes of 8x8 noise; no augmentation."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(count):
+        images = torch.randint(256, (count, 8, 8, 3), generator=generator, dtype=torch.uint8)
+        return images, torch.randint(3, (count,), generator=generator)
+
+    fields = (*noise(num_train), *noise(num_test), ("a", "b", "c"), "0" * 64)
+    return Pictures(Dataset("noise", *fields), CPU, padding=0, flip=False)
+
+
+PICTURES = make_pictures()
+INDICES = torch.arange(0, 43, 2)  # 22 of them: batches of 8, 8, 6
+
+
+def network(name: str = "lenet", seed: int = 0) -> nn.Module:
+    return build_network(name, 3, (8, 8), seed, width=0.125)
+
+
+def fit(name: str = "lenet", local: Local = PLAIN, seed: int = 3, **more):
+    """Train a fresh model; return it and its mean loss."""
+    model = FlatModel(network(name), CPU)
+    settings = dict(lr=local.lr, precision="fp32", seed=seed) | more
+    indices = settings.pop("indices", INDICES)
+    return model, train(model, PICTURES, indices, local, **settings)
+
+
+def plain_loop(module: nn.Module, local: Local, lr: float, seed: int, indices=INDICES) -> float:
+    """The same training in textbook torch: no flat vector, no fused step, no scaler."""
+    sgd = torch.optim.SGD(
+        module.parameters(),
+        lr=lr,
+        momentum=local.momentum,
+        weight_decay=local.weight_decay,
+        nesterov=local.nesterov,
+        fused=False,
+        foreach=False,
+    )
+    generator, losses = torch.Generator().manual_seed(seed), []
+    while True:
+        order = indices[torch.randperm(len(indices), generator=generator)]
+        batches = list(order.split(local.batch_size))
+        if len(batches[-1]) == 1 and len(batches) > 1:
+            batches[-2:] = [torch.cat(batches[-2:])]
+        for batch in batches:
+            if len(losses) == (local.steps or local.epochs * len(batches)):
+                return sum(losses) / len(losses)
+            images, labels = PICTURES.train_batch(batch, torch.Generator())
+            module.train().zero_grad()
+            loss = cross_entropy(module(images), labels)
+            loss.backward()
+            if local.clip:
+                torch.nn.utils.clip_grad_norm_(module.parameters(), local.clip)
+            sgd.step()
+            losses.append(loss.item())
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet18"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(epochs=3),
+        dict(steps=7),  # two epochs and one batch
+        dict(steps=2),
+        dict(momentum=0.9, epochs=2),
+        dict(momentum=0.9, nesterov=True, epochs=2),
+        dict(weight_decay=0.1),
+        dict(clip=0.05),
+        dict(clip=1e6),
+        dict(momentum=0.5, weight_decay=0.01, clip=0.5, epochs=2),
+        dict(batch_size=7),  # 22 = 7 + 7 + 8
+        dict(batch_size=100),
+    ],
+)
+def test_training_equals_a_plain_loop(name, changes):
+    local, module = replace(PLAIN, **changes), network(name)
+    lr = 0.07  # that of the round, not local.lr
+    expected_loss = plain_loop(module, local, lr, seed=3)
+    model, loss = fit(name, local, lr=lr)
+    expected = torch.cat([p.detach().flatten() for p in module.parameters()])
+    torch.testing.assert_close(model.parameters, expected, rtol=1e-5, atol=1e-6)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert isinstance(loss, float)
+    buffers = [b.flatten().float() for b in module.buffers()]
+    if buffers:
+        torch.testing.assert_close(model.buffers, torch.cat(buffers), rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_does_something():
+    free, clipped = fit()[0], fit(local=replace(PLAIN, clip=0.05))[0]
+    start = FlatModel(network(), CPU).parameters
+    assert (clipped.parameters - start).norm() <= 3 * 0.1 * 0.05 * 1.0001  # three steps
+    assert (free.parameters - start).norm() > 3 * 0.1 * 0.05
+
+
+@pytest.mark.parametrize("name", ["lenet", "cnn", "resnet18"])  # cnn has dropout
+def test_the_result_depends_on_the_seed_and_not_on_what_happened_before(name):
+    torch.manual_seed(98)
+    first, first_loss = fit(name, seed=3)
+    other, _ = fit(name, seed=4)
+    assert not torch.equal(first.parameters, other.parameters)
+
+    torch.manual_seed(99)
+    other.parameters.copy_(FlatModel(network(name), CPU).parameters)  # as a rank does
+    other.buffers.copy_(FlatModel(network(name), CPU).buffers)
+    other.network.eval()  # as evaluate() leaves it
+    again = train(other, PICTURES, INDICES, PLAIN, PLAIN.lr, "fp32", seed=3)
+    assert torch.equal(other.parameters, first.parameters) and again == first_loss
+    assert torch.equal(other.buffers, first.buffers)
+
+
+@pytest.mark.parametrize("name", ["cnn", "lenet"])
+@pytest.mark.parametrize("stop", [lambda: False, lambda: True])
+def test_the_global_random_state_is_left_as_it_was(name, stop):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    try:
+        fit(name, stop=stop)
+    except Interrupted:
+        pass
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dropout_is_on_in_training_and_off_in_evaluation():
+    model, loss = fit("cnn", replace(PLAIN, batch_size=100), lr=1e-9)
+    _, total = evaluate(FlatModel(network("cnn"), CPU), PICTURES, "fp32", 0, 17)
+    assert model.network.training
+    with torch.no_grad():
+        images, labels = PICTURES.train_batch(INDICES, torch.Generator())
+        assert loss != pytest.approx(float(cross_entropy(model.network.eval()(images), labels)))
+    again = evaluate(FlatModel(network("cnn"), CPU), PICTURES, "fp32", 0, 17)
+    assert again[1] == total and not model.network.training
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_stop_is_asked_before_each_batch(after):
+    answers = iter([False] * after + [True])
+    model, expected = FlatModel(network(), CPU), FlatModel(network(), CPU)
+    with pytest.raises(Interrupted):
+        train(model, PICTURES, INDICES, PLAIN, 0.1, "fp32", 3, stop=lambda: next(answers))
+    if after:
+        train(expected, PICTURES, INDICES, replace(PLAIN, steps=after), 0.1, "fp32", 3)
+    assert torch.equal(model.parameters, expected.parameters)
+
+
+def test_gradients_of_an_earlier_client_do_not_leak():
+    model = FlatModel(network(), CPU)
+    model.gradients.fill_(1e3)
+    train(model, PICTURES, INDICES, PLAIN, PLAIN.lr, "fp32", seed=3)
+    assert torch.equal(model.parameters, fit()[0].parameters)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("changes", [{}, dict(clip=0.05)])
+def test_half_precision_is_near_full_precision(precision, changes):
+    local = replace(PLAIN, **changes)
+    model, loss = fit(local=local, precision=precision)
+    full, full_loss = fit(local=local)
+    start = FlatModel(network(), CPU).parameters
+    assert loss == pytest.approx(full_loss, rel=0.02) and loss != full_loss
+    moved, expected = model.parameters - start, full.parameters - start
+    assert (moved - expected).norm() < 0.1 * expected.norm()
+
+
+def test_a_client_of_one_example():
+    model, loss = fit(indices=torch.tensor([5]))
+    module = network()
+    expected = plain_loop(module, PLAIN, PLAIN.lr, 3, torch.tensor([5]))
+    assert loss == pytest.approx(expected, rel=1e-6)
+
+
+# --- evaluation and precision ---------------------------------------------------------------------
+
+
+def test_evaluate_counts_and_sums_over_its_part_of_the_test_set():
+    model = FlatModel(network("resnet18"), CPU)
+    model.buffers.mul_(1.5)  # statistics that a batch would not have
+    module = copy.deepcopy(model.network).eval()
+    buffers = model.buffers.clone()
+    parts = [evaluate(model, PICTURES, "fp32", *part) for part in ((0, 10), (10, 17))]
+    with torch.no_grad():
+        images, labels = PICTURES.test_batch(0, 17)
+        logits = module(images)
+    assert sum(right for right, _ in parts) == int((logits.argmax(1) == labels).sum())
+    expected = float(cross_entropy(logits, labels, reduction="sum"))
+    assert sum(loss for _, loss in parts) == pytest.approx(expected, rel=1e-5)
+    assert all(type(right) is int and type(loss) is float for right, loss in parts)
+    assert torch.equal(model.buffers, buffers)
+
+
+def test_bf16_is_chosen_where_it_is_clearly_faster():
+    assert choose_precision({"fp32": 1.0, "bf16": 0.8}) == "bf16"
+    assert choose_precision({"fp32": 1.0, "bf16": 0.9}) == "fp32"
+    assert choose_precision({"fp32": 1.0, "bf16": 1.6}) == "fp32"
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(8, 8), (100, 43)])
+def test_the_probe_times_a_step_of_each_precision_in_turn(monkeypatch, batch_size, expected):
+    calls = []
+
+    def record(model, pictures, indices, local, lr, precision, seed):
+        assert local.steps == 1 and local.batch_size == batch_size and len(indices) == expected
+        calls.append(precision)
+
+    monkeypatch.setattr(client, "train", record)
+    monkeypatch.setattr(client, "PROBE_SECONDS", 0.0)
+    local = replace(PLAIN, batch_size=batch_size, epochs=9)
+    seconds = client.probe_precision(FlatModel(network(), CPU), PICTURES, local)
+    assert calls == ["fp32", "bf16"] * 2
+    assert set(seconds) == {"fp32", "bf16"} and min(seconds.values()) > 0
+
+
+def test_the_probe_takes_its_time(monkeypatch):
+    monkeypatch.setattr(client, "PROBE_SECONDS", 0.1)
+    begin = time.perf_counter()
+    client.probe_precision(FlatModel(network(), CPU), PICTURES, PLAIN)
+    assert time.perf_counter() - begin >= 0.1
+
+
+# --- what clients keep ----------------------------------------------------------------------------
+
+
+def state(value: float) -> dict[str, torch.Tensor]:
+    return {"residual": torch.full((5,), value)}
+
+
+def value_of(store: ClientStore, number: int) -> float | None:
+    found = store.get(number)
+    return float(found["residual"][0]) if found else None
+
+
+def files(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_staged_states_take_effect_with_commit(tmp_path):
+    store = ClientStore(tmp_path)
+    assert store.get(7) == {}
+    store.stage(7, state(1.0))
+    assert value_of(store, 7) is None
+    store.commit()
+    assert value_of(store, 7) == 1.0
+    store.stage(7, state(2.0))
+    store.stage(8, state(3.0))
+    store.discard()
+    store.commit()
+    assert value_of(store, 7) == 1.0 and value_of(store, 8) is None
+
+
+def test_what_is_discarded_or_only_staged_is_not_saved(tmp_path):
+    store = ClientStore(tmp_path / "clients")
+    store.stage(1, state(1.0))
+    store.discard()
+    store.stage(2, state(2.0))
+    assert store.save(round=1) == {} and files(tmp_path / "clients") == []
+    store.commit()
+    assert store.save(round=2) == {2: 2}
+
+
+def test_save_writes_what_changed_under_a_new_name(tmp_path):
+    store = ClientStore(tmp_path)
+    for number in (1, 2):
+        store.stage(number, state(float(number)))
+    store.commit()
+    assert store.save(round=4) == {1: 4, 2: 4}
+    store.stage(2, state(20.0))
+    store.commit()
+    assert dict(store.save(round=6)) == {1: 4, 2: 6}
+    assert files(tmp_path) == ["1-4.pt", "2-4.pt", "2-6.pt"]
+    assert dict(store.save(round=8)) == {1: 4, 2: 6}
+    assert files(tmp_path) == ["1-4.pt", "2-4.pt", "2-6.pt"]
+
+    # a run that died before its checkpoint of round 6 goes on from that of round 4
+    before = ClientStore(tmp_path, {1: 4, 2: 4})
+    assert (value_of(before, 1), value_of(before, 2)) == (1.0, 2.0)
+    remove_old_states(tmp_path, store.versions)
+    assert files(tmp_path) == ["1-4.pt", "2-6.pt"]
+
+
+def test_states_survive_a_new_store(tmp_path):
+    store = ClientStore(tmp_path)
+    exact = {"residual": torch.randn(100), "control": torch.randn(3)}
+    store.stage(12, exact)
+    store.commit()
+    versions = store.save(round=3)
+
+    other = ClientStore(tmp_path, versions)
+    assert other.versions == {12: 3} and other.get(11) == {}
+    found = other.get(12)
+    assert found.keys() == exact.keys() and all(torch.equal(found[k], exact[k]) for k in exact)
+    assert other.save(round=9) == {12: 3} and files(tmp_path) == ["12-3.pt"]  # nothing changed
+    other.stage(12, state(5.0))
+    other.commit()
+    assert other.save(round=10) == {12: 10}
+    assert value_of(ClientStore(tmp_path, {12: 10}), 12) == 5.0
+    assert versions == {12: 3}  # the store has its own copy
+
+
+def test_files_of_others_are_left_alone(tmp_path):
+    for name in ("1-2.pt", "1-3.pt", "notes.txt"):
+        (tmp_path / name).write_text("")
+    remove_old_states(tmp_path, {1: 3})
+    assert files(tmp_path) == ["1-3.pt", "notes.txt"]
+    remove_old_states(tmp_path / "nowhere", {})

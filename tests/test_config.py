@@ -1,0 +1,434 @@
+"""config.py: precedence, and that every mistake is one line with its place and a hint."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from config import Config, ConfigError, load_config, read_command_line
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Work in an empty folder: the repository's deepspeed_config.json is out of the way."""
+    monkeypatch.chdir(tmp_path)
+
+
+def load(text: str = "", *overrides: str) -> Config:
+    Path("x.yaml").write_text(text)
+    return load_config(Path("x.yaml"), list(overrides))
+
+
+def mistake(text: str = "", *overrides: str) -> str:
+    """The message of the ConfigError that this ends in: one line."""
+    with pytest.raises(ConfigError) as error:
+        load(text, *overrides)
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+# --- precedence and types -------------------------------------------------------------------------
+
+
+def test_defaults_then_yaml_then_command_line():
+    assert load() == Config()
+    text = "rounds: 20\nlocal:\n  lr: 0.3\n  lr_schedule:\n    name: cosine\n"
+    config = load(text, "local.lr=0.2", "server.optimizer=FedYogi", "clients.total=50")
+    assert config.local.lr == 0.2  # command line over YAML
+    assert config.rounds == 20 and config.local.lr_schedule.name == "cosine"  # YAML over defaults
+    assert config.clients.total == 50 and config.server.optimizer == "FedYogi"
+    assert config.local.momentum == 0.9 and config.local.lr_schedule.gamma == 0.1  # defaults
+    assert load("rounds: 20", "rounds=1", "rounds=2").rounds == 2  # the last one counts
+
+
+def test_values_arrive_in_their_types():
+    config = load(
+        "seed: 0\n"
+        "local: {lr: 1e-3, nesterov: true, steps: 5, weight_decay: 1}\n"
+        "data: {padding: 0, flip: false, partition: {name: dirichlet, args: {alpha: 0.1}}}\n"
+        "trackers: []\n",
+        "local.lr_schedule.milestones=[2,3]",
+        "server.options.betas=[0.8,0.9]",
+        "data.fallback=",
+    )
+    assert config.seed == 0 and config.local.lr == 0.001 and config.local.nesterov is True
+    assert config.local.steps == 5 and type(config.local.weight_decay) is float
+    assert config.data.padding == 0 and config.data.flip is False and config.data.fallback == ""
+    assert config.data.partition.args == {"alpha": 0.1} and type(config.data.partition.args) is dict
+    assert config.local.lr_schedule.milestones == [2, 3]
+    assert config.server.options == {"betas": [0.8, 0.9]} and config.trackers == []
+
+
+def test_null_is_for_optional_keys():
+    text = "local: {steps: null}\ndata: {padding: null, flip: null}\nserver: {lr: null, v0: null}"
+    config = load(text, "server.tau=null")
+    assert config.local.steps is config.data.padding is config.data.flip is None
+    assert config.server.lr is config.server.v0 is config.server.tau is None
+    assert mistake("seed: 1\nrounds: null").startswith("x.yaml:2: rounds: ")
+    assert mistake("", "local.lr=null").startswith("command line: local.lr: ")
+
+
+def test_config_is_frozen():
+    config = load()
+    for section, key in ((config, "seed"), (config.local, "lr"), (config.data.partition, "name")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(section, key, 1)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["server.optimizer=Adam", "server.options.betas=[0.8,0.9]", "server.lr=1e-05"],
+        ["local.lr_schedule={name: step, gamma: 0.5, milestones: [1, 2]}", "local.steps=3"],
+        ["data.partition.args={alpha: 1e-7, note: '1e5', when: '2020-01-01', word: 'on'}"],
+        ["name='1e5'", "seed=123456789012345678901"],
+        ["name=007", "data.root='~/a b/ü'"],
+    ],
+)
+def test_to_yaml_round_trips(overrides):
+    config = load("", *overrides)
+    assert load(config.to_yaml()) == config
+
+
+def test_every_yaml_of_the_repository_loads():
+    paths = sorted((ROOT / "configs").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        config = load_config(path, [])
+        assert path.name == "default.yaml" or not config.data.fallback  # no other config falls back
+
+
+def test_the_run_folder_is_named_after_the_run_and_its_seed():
+    config = load("", "name=a.b-c", "seed=7", "output_dir=out")
+    assert config.run_folder == Path("out/a.b-c-s7")
+
+
+# --- mistakes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        # by spelling, by initials, by the list of what there is
+        ("seed: 1\nserver:\n  momentun: 0.1", [], "x.yaml:3: server.momentun: no such key; "
+         "did you mean 'momentum'?"),
+        ("# hello\n\nserver:\n  leraning_rate: 1", [], "x.yaml:4: server.leraning_rate: "
+         "no such key; did you mean 'lr'?"),
+        ("", ["local.learning_rate=1"], "command line: local.learning_rate: no such key; "
+         "did you mean 'lr'?"),
+        ("rouns: 3", [], "x.yaml:1: rouns: no such key; did you mean 'rounds'?"),
+        ("clients: {q: 1}", [], "x.yaml:1: clients.q: no such key; it takes total, per_round"),
+        ("", ["locla.lr=1"], "command line: locla: no such key; did you mean 'local'?"),
+        ("local:\n  lr_schedule:\n    gama: 1", [], "x.yaml:3: local.lr_schedule.gama: "
+         "no such key; did you mean 'gamma'?"),
+        ("pruning.density: 0.1", [], "x.yaml:1: pruning.density: no such key; "
+         "did you mean 'pruning'?"),
+        ("1: 2", [], "x.yaml:1: 1: no such key; it takes name, "),
+        ("", ["local.=5"], "command line: local.: no such key; it takes "),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_has_its_place_and_the_nearest_name(text, overrides, message):
+    assert mistake(text, *overrides).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "start"),
+    [
+        ("rounds: 1.5", [], "x.yaml:1: rounds: "),
+        ("rounds: true", [], "x.yaml:1: rounds: "),
+        ("seed: 1\nlocal:\n  lr: fast", [], "x.yaml:3: local.lr: Value 'fast'"),
+        ("data:\n  flip: maybe", [], "x.yaml:2: data.flip: Value 'maybe'"),
+        ("data:\n  name: [a]", [], "x.yaml:2: data.name: "),
+        ("", ["rounds="], "command line: rounds: "),
+        ("rounds: 3", ["rounds={}"], "command line: rounds: "),
+        ("", ["local.lr.x=1"], "command line: local.lr: "),
+        ("local: 5", [], "x.yaml:1: local: a section of keys, not 5"),
+        ("seed: 1\nlocal:", [], "x.yaml:2: local: a section of keys, not None"),
+        ("", ["local=5"], "command line: local: a section of keys, not 5"),
+        ("data:\n  partition:\n    args: null", [], "x.yaml:3: data.partition.args: "),
+        ("name: ${nope}", [], "x.yaml:1: name: "),
+    ],
+)
+def test_a_wrong_type_has_its_place(text, overrides, start):
+    assert mistake(text, *overrides).startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "start"),
+    [
+        (
+            "local:\n  lr_schedule:\n    name: step\n    milestones: [a]",
+            [],
+            "x.yaml:4: local.lr_schedule.milestones[0]: Value 'a'",
+        ),
+        ("seed: 1\ntrackers: [null]", [], "x.yaml:2: trackers"),
+        ("", ["trackers=[null]"], "command line: trackers"),
+    ],
+)
+def test_a_wrong_item_of_a_list_has_the_place_of_its_key(text, overrides, start):
+    assert mistake(text, *overrides).startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "start"),
+    [
+        ("seed: 1\nnull: 2", [], "x.yaml"),
+        ("data:\n  partition:\n    args: [1]", [], "x.yaml:3: data.partition.args: "),
+        ("server:\n  options: 5", [], "x.yaml:2: server.options: "),
+        ("local:\n  lr_schedule:\n    milestones: {a: 1}", [], "x.yaml:3: local.lr_schedule."),
+        ("", ["local.lr_schedule.milestones=5"], "command line: local.lr_schedule.milestones: "),
+        ("", ["server.options=[1]"], "command line: server.options: "),
+        ("", ["name=${nope}"], "command line: name: "),
+        ("", ["server.options.a=${nope}"], "command line: server.options.a: "),
+    ],
+)
+def test_odd_mistakes_end_in_one_line_as_well(text, overrides, start):
+    assert mistake(text, *overrides).startswith(start)
+
+
+NUMBERS = [
+    *[f"{key}=0" for key in ("rounds", "clients.total", "clients.per_round", "local.epochs")],
+    *[f"{key}=0" for key in ("local.steps", "local.batch_size", "evaluation.every")],
+    *[f"{key}=0" for key in ("evaluation.last", "evaluation.batch_size", "checkpoint.every")],
+    *[f"{key}=0" for key in ("local.lr", "server.lr", "server.tau", "model.width")],
+    *[f"{key}=0" for key in ("pruning.density", "network.uplink_mbps", "network.downlink_mbps")],
+    "local.lr_schedule.gamma=0",
+    *[f"{key}=-1" for key in ("seed", "data.padding", "local.lr", "local.momentum", "server.v0")],
+    *[f"{key}=-0.1" for key in ("local.weight_decay", "local.clip", "pruning.threshold")],
+    *[f"{key}=-0.1" for key in ("network.latency_ms", "network.ms_per_example", "server.momentum")],
+    *[f"{key}=1.1" for key in ("local.momentum", "server.momentum", "server.beta1")],
+    *[f"{key}=1.1" for key in ("server.beta2", "pruning.density", "local.lr_schedule.gamma")],
+    *[f"{key}=.nan" for key in ("local.lr", "server.lr", "pruning.density", "local.clip")],
+    *[f"{key}=.inf" for key in ("local.lr", "server.tau", "model.width", "local.clip")],
+    "local.lr=-.inf",
+]
+
+
+@pytest.mark.parametrize("override", NUMBERS)
+def test_numbers_out_of_range(override):
+    key, _, value = override.partition("=")
+    message = mistake("", override)
+    assert message.startswith(f"command line: {key}: ") and " is out of range; " in message
+
+
+def test_ranges_include_their_ends_and_say_what_they_are():
+    load("", "pruning.density=1", "local.momentum=0", "local.clip=0", "seed=0", "server.v0=0")
+    load("", "clients.total=1", "clients.per_round=1", "network.latency_ms=0", "local.momentum=1")
+    assert mistake("pruning:\n  density: 2").endswith(
+        ": pruning.density: 2.0 is out of range; above 0.0, at most 1.0"
+    )
+    assert mistake("rounds: 0") == "x.yaml:1: rounds: 0 is out of range; at least 1"
+
+
+def test_words():
+    choices = ["auto", "cpu", "cuda"]
+    assert [load("", f"device={word}").device for word in choices] == choices
+    message = "x.yaml:2: model.name: 'resnet19' is not one of resnet18, resnet50, cnn, lenet"
+    assert mistake("model:\n  name: resnet19") == message
+    for key in ("device", "precision", "model.name", "model.stem", "local.algorithm"):
+        assert mistake("", f"{key}=X").startswith(f"command line: {key}: 'X' is not one of ")
+    for key in ("local.optimizer", "local.lr_schedule.name", "pruning.method", "pruning.scope"):
+        assert mistake("", f"{key}=X").startswith(f"command line: {key}: 'X' is not one of ")
+    for key in ("uplink.values", "downlink.values", "server.weighting", "checkpoint.resume"):
+        assert mistake("", f"{key}=X").startswith(f"command line: {key}: 'X' is not one of ")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("clients:\n  total: 30\n  per_round: 31", [], "x.yaml:3: clients.per_round: 31 is more "
+         "than clients.total=30"),
+        ("", ["clients.total=5"], "command line: clients.per_round: 10 is more than "),
+        ("local:\n  nesterov: true\n  momentum: 0", [], "x.yaml:2: local.nesterov: needs "),
+        ("model:\n  norm: layer", [], "x.yaml:2: model.norm: 'layer' is neither batch nor group(n)"),
+        ("model:\n  norm: group(0)", [], "x.yaml:2: model.norm: 'group(0)' is neither"),
+        ("model:\n  norm: group(2)x", [], "x.yaml:2: model.norm: 'group(2)x' is neither"),
+        ("name: a/b", [], "x.yaml:1: name: 'a/b' must be usable as a folder"),
+        ("name: ..", [], "x.yaml:1: name: '..' must be usable as a folder"),
+        ("name: ''", [], "x.yaml:1: name: '' must be usable as a folder"),
+        ("", ["name="], "command line: name: '' must be usable as a folder"),
+        ("local:\n  lr_schedule:\n    name: step", [], "x.yaml:2: local.lr_schedule.milestones: "
+         "step needs"),
+        ("server:\n  scheduler_options: {gamma: 1}", [], "x.yaml:2: server.scheduler_options: "
+         "given without server.scheduler"),
+    ],
+)  # fmt: skip
+def test_contradictions(text, overrides, message):
+    assert mistake(text, *overrides).startswith(message)
+
+
+def test_what_looks_like_a_contradiction_and_is_none():
+    load("", "clients.total=10", "clients.per_round=10")
+    load("", "local.nesterov=true", "model.norm=group(32)", "name=A-1_b.c")
+    load("", "local.lr_schedule.name=step", "local.lr_schedule.milestones=[3]")
+    load("", "server.scheduler=StepLR", "server.scheduler_options.step_size=3")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: x\nseed: 1\nname: y", "x.yaml:3: not valid YAML: found duplicate key name"),
+        ("local:\n  lr: 1\n  lr: 2", "x.yaml:3: not valid YAML: found duplicate key lr"),
+        ("name: x\n\tseed: 1", "x.yaml:2: not valid YAML: "),
+        ("local: {lr: 1", "x.yaml:1: not valid YAML: "),
+        ("seed: 1\n---\nseed: 2", "x.yaml:2: not valid YAML: "),
+        ("name: !!python/name:os.system", "x.yaml:1: not valid YAML: could not determine"),
+        ("[a, b]", "x.yaml:1: a config is a list of `key: value` lines"),
+        ("hello", "x.yaml:1: a config is a list of `key: value` lines"),
+        ("data: &d\n  partition: *d", "x.yaml:1: not valid YAML: "),
+        ("seed: 1\0", "x.yaml: not valid YAML: "),
+    ],
+)
+def test_what_is_not_a_mapping_of_yaml(text, message):
+    assert mistake(text).startswith(message)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    for path, bytes_ in (("none.yaml", None), (".", None), ("latin.yaml", b"name: \xe9")):
+        if bytes_:
+            Path(path).write_bytes(bytes_)
+        with pytest.raises(ConfigError) as error:
+            load_config(Path(path), [])
+        assert str(error.value).startswith(f"{path}: cannot be read: ")
+        assert str(error.value).endswith("; give a YAML file to --config")
+
+
+@pytest.mark.parametrize("override", ["foo", "=3", "--x", "a b=3", "1a=2", ".lr=1", "local.lr"])
+def test_what_is_no_override(override):
+    message = f"command line: {override!r} is not of the form key=value"
+    assert mistake("", "seed=1", override) == message
+
+
+def test_an_override_that_is_not_yaml():
+    assert mistake("", "local.lr=[1").startswith("command line: local.lr=[1: ")
+
+
+# --- deepspeed_config.json --------------------------------------------------------------------------
+
+
+def deepspeed(content: object, *overrides: str) -> Config:
+    text = content if isinstance(content, str) else json.dumps(content)
+    Path("deepspeed_config.json").write_text(text)
+    return load("", *overrides)
+
+
+OURS = [  # theirs, our override, a value that agrees, one that does not
+    ("train_micro_batch_size_per_gpu", "local.batch_size=32", 32, 64),
+    ("gradient_accumulation_steps", "seed=1", 1, 2),
+    ("gradient_clipping", "local.clip=1.5", 1.5, 1.0),
+    ("optimizer.type", "local.optimizer=SGD", "SGD", "AdamW"),
+    ("optimizer.params.lr", "local.lr=0.25", 0.25, 0.1),
+    ("optimizer.params.momentum", "local.momentum=0.5", 0.5, 0.9),
+    ("optimizer.params.weight_decay", "local.weight_decay=0.5", 0.5, 0),
+    ("optimizer.params.nesterov", "local.nesterov=true", True, False),
+    ("fp16.enabled", "precision=fp16", True, False),
+    ("fp16.enabled", "precision=bf16", False, True),
+    ("bf16.enabled", "precision=bf16", True, False),
+    ("bf16.enabled", "precision=fp32", False, True),
+]
+
+
+@pytest.mark.parametrize(("theirs", "override", "same", "other"), OURS)
+def test_deepspeed_must_agree_or_say_auto(theirs, override, same, other):
+    def nested(value):
+        for key in reversed(theirs.split(".")):
+            value = {key: value}
+        return value
+
+    for value in (same, "auto"):
+        deepspeed(nested(value), override)
+    with pytest.raises(ConfigError) as error:
+        deepspeed(nested(other), override)
+    message = str(error.value)
+    assert message.startswith(f"deepspeed_config.json: {theirs} is {other!r} but ")
+    assert message.endswith('; write "auto" there') and "\n" not in message
+    if theirs != "gradient_accumulation_steps":
+        assert override.partition("=")[0] in message
+
+
+def test_deepspeed_may_say_what_we_do_not():
+    deepspeed({"zero_optimization": {"stage": 2}, "optimizer": "auto", "fp16": {}})
+    deepspeed({"fp16": {"enabled": True}})  # precision is auto
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "3", '{"a": }'])
+def test_a_broken_deepspeed_config_is_named(content):
+    with pytest.raises(ConfigError) as error:
+        deepspeed(content)
+    message = str(error.value)
+    assert message.startswith("deepspeed_config.json: ") and "\n" not in message
+
+
+def test_another_deepspeed_config_can_be_named():
+    Path("other.json").write_text('{"gradient_clipping": 5}')
+    with pytest.raises(ConfigError, match="^other.json: gradient_clipping is 5 but local.clip"):
+        load("", "deepspeed_config=other.json")
+    load("")  # without a file there is nothing to check
+
+
+def test_the_repositorys_deepspeed_config_fits_every_yaml():
+    path = ROOT / "deepspeed_config.json"
+    for config in sorted((ROOT / "configs").glob("*.yaml")):
+        load_config(config, [f"deepspeed_config={path}"])
+
+
+# --- seeds ------------------------------------------------------------------------------------------
+
+
+def test_seeds_are_the_same_on_every_machine_and_forever():
+    config = Config(seed=1)
+    assert config.seed_for("training", 3, 7) == 1395668248391941273
+    assert config.seed_for("network") == 7503469782132752027
+    assert config.seed_for("network", 0, 0) == 7503469782132752027
+    assert Config(seed=0).seed_for("cohort", 1) == 7219566367586880376
+
+
+def test_every_stream_has_a_seed_of_its_own():
+    seeds = [
+        Config(seed=seed).seed_for(purpose, round, client)
+        for seed in (0, 1, 11)
+        for purpose in ("training", "cohort", "network")
+        for round in (0, 1, 11)
+        for client in (0, 1, 11)
+    ]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert math.log2(max(seeds)) > 60
+
+
+# --- the command line -------------------------------------------------------------------------------
+
+
+def test_the_command_line():
+    Path("default.yaml").write_text("seed: 3")
+    Path("other.yaml").write_text("seed: 4")
+    assert read_command_line("default.yaml", []) == (Config(seed=3), False)
+    given = ["rounds=2", "--config", "other.yaml", "--local_rank=0", "--dry_run", "name=x"]
+    assert read_command_line("default.yaml", given) == (Config(seed=4, rounds=2, name="x"), True)
+
+
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_2(capsys):
+    Path("default.yaml").write_text("")
+    with pytest.raises(SystemExit) as end:
+        read_command_line("default.yaml", ["locla.lr=1"])
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    expected = "error: command line: locla: no such key; did you mean 'local'?\n"
+    assert (out, err) == ("", expected)
+
+
+def test_main_answers_a_mistake_without_importing_torch():
+    command = [sys.executable, "-X", "importtime", "main.py", "rounds=0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert lines == ["error: command line: rounds: 0 is out of range; at least 1"]
+    assert "| torch" not in done.stderr

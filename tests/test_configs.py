@@ -1,0 +1,103 @@
+"""Every config runs two rounds, and what the repository says about itself is true."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+
+from config import load_config, read_command_line
+from experiment import main
+
+CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+# Small pictures, few clients and steps; everything else is as the config says.
+SMALL = ["data.name=digits", "data.root=", "data.fallback=", "rounds=2", "trackers=[]"]
+SMALL += ["clients.total=4", "clients.per_round=2", "local.steps=1", "local.batch_size=4"]
+SMALL += ["evaluation.every=2", "precision=fp32"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_runs_two_rounds(path, tmp_path):
+    config = load_config(path, [*SMALL, f"output_dir={tmp_path}"])
+    assert main(config) == 0
+    assert (config.run_folder / "summary.json").exists()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_run_folders_of_configs_differ_and_only_default_falls_back(path):
+    config = load_config(path, [])
+    assert config.name == path.stem
+    assert bool(config.data.fallback) == (path.stem == "default")
+
+
+def test_the_baseline_differs_from_its_twin_in_pruning_and_compression_only():
+    twin, baseline = (
+        yaml.safe_load(load_config(REPOSITORY / f"configs/{name}.yaml", []).to_yaml())
+        for name in ("cifar10_resnet18", "baseline_fedavg")
+    )
+    differing = {key for key in twin if twin[key] != baseline[key]}
+    assert differing == {"name", "pruning", "uplink"}
+
+
+def requirement_lines() -> list[str]:
+    text = (REPOSITORY / "requirements.txt").read_text()
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    return [line for line in lines if line]
+
+
+def test_conda_reads_the_one_list_of_packages():
+    environment = yaml.safe_load((REPOSITORY / "environment.yml").read_text())
+    *conda, pip = environment["dependencies"]
+    assert conda == ["python=3.11", "pip"] and pip == {"pip": ["-r requirements.txt"]}
+
+
+def test_every_import_is_in_the_list_of_packages():
+    distribution = {"sklearn": "scikit-learn", "flwr_datasets": "flwr-datasets", "yaml": "omegaconf"}
+    distribution |= {"datasets": "flwr-datasets", "PIL": "torchvision", "huggingface_hub": "flwr-datasets"}
+    listed = {re.split(r"[\[<>=;!~ ]", line)[0] for line in requirement_lines()}
+    ours = {path.stem for path in REPOSITORY.glob("*.py")} | {"data", "bandwidth_analysis"}
+    for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("[dbt]*/*.py")]:
+        ours.add(path.stem)
+        for name in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M):
+            if name not in sys.stdlib_module_names and name not in ours and name != "conftest":
+                assert distribution.get(name, name) in listed or _is_test(name), (path, name)
+
+
+def _is_test(name: str) -> bool:
+    return (REPOSITORY / "tests" / f"{name}.py").exists()
+
+
+def readme_commands() -> list[str]:
+    """The lines of README.md's ```bash blocks, continuation lines joined."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.M | re.S)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line]
+
+
+def test_readme_begins_with_the_two_commands():
+    assert readme_commands()[:2] == [
+        "pip install -r requirements.txt && python main.py",
+        "pip install -r requirements.txt && python -m pytest",
+    ]
+
+
+def test_every_training_command_in_the_readme_is_valid():
+    """Each is parsed as the program would, so that no key or file in it can go stale."""
+    defaults = {"main.py": "configs/default.yaml", "main_resnet50.py": "configs/cifar10_resnet50.yaml"}
+    seen = 0
+    for line in readme_commands():
+        command = line.partition("#")[0].rpartition("&&")[2].split()
+        for script, default in defaults.items():
+            if script in command:
+                words = command[command.index(script) + 1 :]
+                read_command_line(str(REPOSITORY / default), words)
+                seen += 1
+    assert seen >= 5
+
+
+def test_files_named_in_the_readme_exist():
+    text = (REPOSITORY / "README.md").read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (REPOSITORY / target).exists(), target
+    assert Path(REPOSITORY / "docs/LOG.md").exists()
