@@ -137,7 +137,11 @@ def make_scheduler(name: str, optimizer: Optimizer, **settings: Any) -> Any:
     """
     cls = _pick(name, _classes(lr_scheduler, lr_scheduler.LRScheduler), "scheduler")
     _check_settings(cls, settings)
-    try:
+    try:  # on another optimizer first: some fail only when they are stepped, or want a metric
+        trial = SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
+        trial_scheduler = cls(trial, **settings)
+        trial.step()
+        trial_scheduler.step()
         return cls(optimizer, **settings)
     except Exception as error:
         raise ValueError(f"{name} cannot be used: {_first_line(error)}") from None

@@ -121,7 +121,7 @@ def build_network(
     """
     if min(image_size) < 8:
         raise ValueError(f"pictures of {image_size[0]}x{image_size[1]} are too small; at least 8x8")
-    channels = round(64 * width)
+    channels = max(1, round(64 * width))
     if norm == "batch":
         make_norm = nn.BatchNorm2d
     else:

@@ -12,7 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wire import Layout, PayloadError, Reader, decode_positions, encode_positions, pack, unpack
+from wire import (
+    CHECKSUM,
+    Layout,
+    PayloadError,
+    Reader,
+    decode_positions,
+    encode_positions,
+    pack,
+    unpack,
+)
 
 Buffer = bytes | memoryview
 DENSE, SPARSE = 0, 1  # the selection byte of the container
@@ -59,18 +68,20 @@ def encode(
     """
     if not _all_finite(vector):
         raise NotFinite("the vector holds inf or NaN")
-    code, write, _ = VALUES[values]
-    numbers = vector.cpu().numpy()
-    if indices is None:
-        body, arrived = write(numbers, layout.offsets)
-        return pack(DENSE, code, layout, body), Decoded(layout.size, None, arrived)
-    numbers = numbers[indices]
-    _, arrived = write(numbers, np.searchsorted(indices, layout.offsets))
-    numbers, indices = numbers[arrived != 0], indices[arrived != 0]
-    body, arrived = write(numbers, np.searchsorted(indices, layout.offsets))
-    positions = encode_positions(indices, layout)
-    payload = pack(SPARSE, code, layout, positions, body)
-    return payload, Decoded(layout.size, indices, arrived)
+    code, write, read = VALUES[values]
+    numbers, bounds, positions = vector.cpu().numpy(), layout.offsets, b""
+    if indices is not None:
+        numbers, bounds = numbers[indices], np.searchsorted(indices, layout.offsets)
+        arrives = read(Reader(memoryview(write(numbers, bounds))), bounds) != 0
+        numbers, indices = numbers[arrives], indices[arrives]
+        bounds = np.searchsorted(indices, layout.offsets)
+        positions = encode_positions(indices, layout)
+    body = write(numbers, bounds)
+    selection = DENSE if indices is None else SPARSE
+    payload = pack(selection, code, layout, positions, body)
+    # Read back from the payload: what the receiver will see, also if `vector` changes later.
+    written = memoryview(payload)[len(payload) - CHECKSUM.size - len(body) :]
+    return payload, Decoded(layout.size, indices, read(Reader(written), bounds))
 
 
 def decode(payload: bytes, layout: Layout) -> Decoded:
@@ -91,30 +102,29 @@ def decode(payload: bytes, layout: Layout) -> Decoded:
     return Decoded(layout.size, indices, arrived)
 
 
-# Writers take float32 [n] and bounds [num_tensors + 1], by which tensor t owns the entries
-# bounds[t]:bounds[t + 1]; they return the bytes and the float32 [n] that will arrive.
+# A writer turns float32 [n] into bytes and a reader turns them into the float32 [n] that arrive;
+# bounds [num_tensors + 1] say that tensor t owns the entries bounds[t]:bounds[t + 1].
 
 
-def _write_fp32(numbers: np.ndarray, bounds: np.ndarray) -> tuple[Buffer, np.ndarray]:
-    return memoryview(numbers.astype("<f4", copy=False)).cast("B"), numbers
+def _write_fp32(numbers: np.ndarray, bounds: np.ndarray) -> Buffer:
+    return memoryview(numbers.astype("<f4", copy=False)).cast("B")
 
 
 def _read_fp32(reader: Reader, bounds: np.ndarray) -> np.ndarray:
     return reader.take("<f4", int(bounds[-1]))
 
 
-def _write_fp16(numbers: np.ndarray, bounds: np.ndarray) -> tuple[Buffer, np.ndarray]:
-    halves = np.clip(numbers, -FP16_MAX, FP16_MAX).astype("<f2")
-    return halves.tobytes(), halves.astype(np.float32)
+def _write_fp16(numbers: np.ndarray, bounds: np.ndarray) -> Buffer:
+    return np.clip(numbers, -FP16_MAX, FP16_MAX).astype("<f2").tobytes()
 
 
 def _read_fp16(reader: Reader, bounds: np.ndarray) -> np.ndarray:
     return reader.take("<f2", int(bounds[-1])).astype(np.float32)
 
 
-def _write_bf16(numbers: np.ndarray, bounds: np.ndarray) -> tuple[Buffer, np.ndarray]:
+def _write_bf16(numbers: np.ndarray, bounds: np.ndarray) -> Buffer:
     halves = torch.from_numpy(np.clip(numbers, -BF16_MAX, BF16_MAX)).to(torch.bfloat16)
-    return halves.view(torch.int16).numpy().astype("<i2").tobytes(), halves.float().numpy()
+    return halves.view(torch.int16).numpy().astype("<i2").tobytes()
 
 
 def _read_bf16(reader: Reader, bounds: np.ndarray) -> np.ndarray:
@@ -122,7 +132,7 @@ def _read_bf16(reader: Reader, bounds: np.ndarray) -> np.ndarray:
     return (high << 16).view(np.float32)
 
 
-def _write_int8(numbers: np.ndarray, bounds: np.ndarray) -> tuple[Buffer, np.ndarray]:
+def _write_int8(numbers: np.ndarray, bounds: np.ndarray) -> Buffer:
     filled = bounds[:-1] < bounds[1:]
     largest = np.zeros(len(filled))
     if filled.any():
@@ -133,7 +143,7 @@ def _write_int8(numbers: np.ndarray, bounds: np.ndarray) -> tuple[Buffer, np.nda
     scale = np.repeat(scales, np.diff(bounds))
     levels = np.divide(numbers, scale, out=np.zeros_like(numbers), where=scale > 0)
     levels = np.clip(np.rint(levels), -127, 127).astype(np.int8)
-    return scales[filled].tobytes() + levels.tobytes(), levels * scale
+    return scales[filled].tobytes() + levels.tobytes()
 
 
 def _read_int8(reader: Reader, bounds: np.ndarray) -> np.ndarray:

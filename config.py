@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -180,7 +180,7 @@ class Config:
         return Path(self.output_dir) / f"{self.name}-s{self.seed}"
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(asdict(self), sort_keys=False)
+        return OmegaConf.to_yaml(OmegaConf.create(asdict(self)))
 
 
 def read_command_line(default: str, arguments: list[str]) -> tuple[Config, bool]:
@@ -210,8 +210,9 @@ def load_config(path: Path, overrides: list[str]) -> Config:
     where = {key: f"{path}:{line}" for key, line in _lines(tree)}
     _check_keys(yaml.safe_load(text) or {}, Config, where, str(path))
     from_cli = _read_overrides(overrides)
-    where |= {key: "command line" for key in _dotted(from_cli)}
-    _check_keys(from_cli, Config, {}, "command line")
+    given = OmegaConf.to_container(from_cli)  # as it was written: ${...} not yet resolved
+    where |= {key: "command line" for key in _dotted(given)}
+    _check_keys(given, Config, {}, "command line")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text), from_cli)
         config = OmegaConf.to_object(merged)
@@ -240,6 +241,8 @@ def _read_yaml(path: Path) -> tuple[str, yaml.Node | None]:
         line = f":{mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"{path}{line}: not valid YAML: {reason}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
     if tree is not None and not isinstance(tree, yaml.MappingNode):
         raise ConfigError(f"{path}:1: a config is a list of `key: value` lines")
     return text, tree
@@ -265,15 +268,16 @@ def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]
             yield from _lines(value, f"{dotted}.")
 
 
-def _dotted(tree: Any, prefix: str = "") -> Iterator[str]:
-    for key in tree:
+def _dotted(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
         yield f"{prefix}{key}"
-        if OmegaConf.is_dict(tree[key]):
-            yield from _dotted(tree[key], f"{prefix}{key}.")
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
 
 
 def _place(key: str, where: dict[str, str], default: object) -> str:
     """The file and line of a key, or of the nearest section above it that was written down."""
+    key = re.sub(r"\[\d+\]", "", key)  # an item of a list stands where its list does
     while key and key not in where:
         key = key.rpartition(".")[0]
     return where.get(key, str(default))
@@ -287,10 +291,15 @@ def _check_keys(tree: Any, section: type, where: dict[str, str], default: str, p
         if key not in names:
             hint = _nearest(str(key), list(names))
             raise ConfigError(f"{place}: {dotted}: no such key; {hint}")
-        if is_dataclass(names[key].type):
-            if not hasattr(value, "items"):
+        kind = names[key].type
+        if is_dataclass(kind):
+            if not isinstance(value, dict):
                 raise ConfigError(f"{place}: {dotted}: a section of keys, not {value!r}")
-            _check_keys(value, names[key].type, where, default, f"{dotted}.")
+            _check_keys(value, kind, where, default, f"{dotted}.")
+        elif get_origin(kind) is dict and not isinstance(value, dict):
+            raise ConfigError(f"{place}: {dotted}: takes keys and values, {{a: 1}}, not {value!r}")
+        elif get_origin(kind) is list and not isinstance(value, list):
+            raise ConfigError(f"{place}: {dotted}: takes a list, [...], not {value!r}")
 
 
 def _nearest(key: str, names: list[str]) -> str:

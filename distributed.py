@@ -40,9 +40,12 @@ class Ranks:
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             _init_process_group(on_cpu)
-        self.accelerator = Accelerator(
-            cpu=on_cpu, log_with=config.trackers or None, project_dir=config.run_folder
-        )
+        try:
+            self.accelerator = Accelerator(
+                cpu=on_cpu, log_with=config.trackers or None, project_dir=config.run_folder
+            )
+        except ValueError as error:
+            raise ConfigError(f"trackers: {str(error).splitlines()[0]}") from None
         self.device = self.accelerator.device
         self.rank = self.accelerator.process_index
         self.size = self.accelerator.num_processes
@@ -80,7 +83,7 @@ class Ranks:
         return sorted(everybody, key=lambda report: report.client)
 
     def together(self, work: Callable[[], T], main_first: bool = False) -> T:
-        """Do `work` on every rank; if it fails on one with an error we expect, all raise it."""
+        """Do `work` on every rank, or on the main one first; if one fails, all raise its error."""
         turns = (self.is_main, not self.is_main) if main_first else (True,)
         result, error = None, ""
         for my_turn in turns:
@@ -90,7 +93,7 @@ class Ranks:
                 except Exception as caught:
                     if self.size == 1:
                         raise
-                    error = f"{caught}"
+                    error = str(caught) or type(caught).__name__
             failures = [message for message in self.gather_json(error) if message]
             if failures:
                 raise ConfigError(failures[0])

@@ -15,7 +15,8 @@ SAMPLE_STRIDE = 61  # a prime, so that the sample does not march in step with an
 
 def num_kept(density: float, size: int) -> int:
     """How many of `size` coordinates a density keeps: rounded up, so that at least one goes."""
-    return min(size, math.ceil(density * size))
+    exact = round(density * size, 6)  # 0.07 * 100 is 7.000000000000001
+    return min(size, max(1, math.ceil(exact)))
 
 
 def topk(vector: Tensor, k: int) -> np.ndarray:

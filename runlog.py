@@ -178,9 +178,9 @@ class RunFolder:
 
 
 def _first_difference(ours: dict, theirs: dict, prefix: str = "") -> str:
-    """The first dotted key whose values differ; how often to checkpoint may differ."""
+    """The first dotted key whose values differ, of those that change what a run computes."""
     for key in ours:
-        if f"{prefix}{key}" == "checkpoint":
+        if f"{prefix}{key}" in ("checkpoint", "output_dir", "trackers"):
             continue
         a, b = ours[key], theirs.get(key)
         if isinstance(a, dict) and isinstance(b, dict):

@@ -20,7 +20,7 @@ import yaml
 LEDGER_FIELDS = {"round": "i8", "direction": "U5", "bytes": "i8", "dense_bytes": "i8"}
 NUMBER = (int, float)
 NUMBER_OR_NULL = (int, float, type(None))
-MEAN_OVER = 10  # evaluations averaged for a run whose summary does not yet say how many
+MEAN_OVER = 5  # as evaluation.last: evaluations averaged while a run has no summary
 DATASET_NAMES = {"cifar10": "CIFAR-10", "digits": "scikit-learn's digits"}
 REPAIR = "restore the file or repeat the run"
 

@@ -277,6 +277,19 @@ def test_half_precision_is_near_full_precision(precision, changes):
     assert (moved - expected).norm() < 0.1 * expected.norm()
 
 
+def test_fp16_keeps_small_gradients_by_scaling_the_loss():
+    zeros = INDICES[PICTURES.train_labels[INDICES] == 0]
+    gradients = {}
+    for precision in ("fp32", "fp16"):
+        model = FlatModel(network(), CPU)
+        model.views(model.parameters)[-1][0] = 14.0  # nearly certain, and right
+        train(model, PICTURES, zeros, replace(PLAIN, steps=1), 1.0, precision, seed=3)
+        gradients[precision] = model.gradients
+    exact = gradients["fp32"]
+    assert 0 < exact.norm() < 1e-4
+    assert (gradients["fp16"] - exact).norm() < 0.02 * exact.norm()
+
+
 def test_a_client_of_one_example():
     model, loss = fit(indices=torch.tensor([5]))
     module = network()

@@ -54,8 +54,16 @@ def test_conda_reads_the_one_list_of_packages():
 
 
 def test_every_import_is_in_the_list_of_packages():
-    distribution = {"sklearn": "scikit-learn", "flwr_datasets": "flwr-datasets", "yaml": "omegaconf"}
-    distribution |= {"datasets": "flwr-datasets", "PIL": "torchvision", "huggingface_hub": "flwr-datasets"}
+    distribution = {
+        "sklearn": "scikit-learn",
+        "flwr_datasets": "flwr-datasets",
+        "yaml": "omegaconf",
+    }
+    distribution |= {
+        "datasets": "flwr-datasets",
+        "PIL": "torchvision",
+        "huggingface_hub": "flwr-datasets",
+    }
     listed = {re.split(r"[\[<>=;!~ ]", line)[0] for line in requirement_lines()}
     ours = {path.stem for path in REPOSITORY.glob("*.py")} | {"data", "bandwidth_analysis"}
     for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("[dbt]*/*.py")]:
@@ -84,7 +92,10 @@ def test_readme_begins_with_the_two_commands():
 
 def test_every_training_command_in_the_readme_is_valid():
     """Each is parsed as the program would, so that no key or file in it can go stale."""
-    defaults = {"main.py": "configs/default.yaml", "main_resnet50.py": "configs/cifar10_resnet50.yaml"}
+    defaults = {
+        "main.py": "configs/default.yaml",
+        "main_resnet50.py": "configs/cifar10_resnet50.yaml",
+    }
     seen = 0
     for line in readme_commands():
         command = line.partition("#")[0].rpartition("&&")[2].split()

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("bandwidth_analysis/*.py")])
+SOURCES = sorted(
+    [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("bandwidth_analysis/*.py")]
+)
 METHODS = ("pruning", "compression", "wire", "afo", "network")
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"data", "bandwidth_analysis"}
 
@@ -30,7 +32,9 @@ def imports_of(path: Path) -> set[str]:
 
 
 def test_the_reader_of_imports_sees_them_all():
-    source = "import a.b, c as d\ndef f():\n    from e.g import h\nfrom . import i\nfrom .j import k"
+    source = (
+        "import a.b, c as d\ndef f():\n    from e.g import h\nfrom . import i\nfrom .j import k"
+    )
     assert imports(source) == {"a", "c", "e"}
 
 
