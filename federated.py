@@ -247,8 +247,10 @@ class Federation:
         return sum(row.seconds for row in messages) + self.hardware.seconds(trained)
 
     def save(self) -> None:
-        """Write a checkpoint of the last completed round."""
-        manifests = self.ranks.gather_json(self.store.save(self.progress.round))
+        """Write a checkpoint of the last completed round; a finished run needs no residuals."""
+        done = self.progress.round == self.config.rounds
+        versions = {} if done else self.store.save(self.progress.round)
+        manifests = self.ranks.gather_json(versions)
         clients = {int(c): version for part in manifests for c, version in part.items()}
         hashes = self.ranks.gather_json(self.server.sha256())
         if len(set(hashes)) > 1:

@@ -11,6 +11,7 @@ is that of the worst case.
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as main.py does
 
 import numpy as np
 import torch

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as main.py does, before torch is imported
+
 REPOSITORY = Path(__file__).parent.parent
 CIFAR10 = REPOSITORY.parent / "shared" / "data"  # the real pictures, where there are any
 

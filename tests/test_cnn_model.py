@@ -53,6 +53,26 @@ def test_number_of_parameters(name, settings, expected):
     assert sum(p.numel() for p in network.parameters()) == expected
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    # the last feature map is 1x1 without padding; 2x2 and 4x3 with it
+    [
+        ((16, 16), 14_006 + 16 * 120),
+        ((8, 8), 14_006 + 16 * 4 * 120),
+        ((16, 15), 14_006 + 16 * 4 * 3 * 120),
+    ],
+)
+def test_lenet_pads_pictures_under_16x16(size, expected):
+    # 456 + 2,416 in the convolutions; 120 + 10,164 + 850 in the layers but for the first's weights
+    with torch.device("meta"):
+        network = build("lenet", size)
+    assert sum(p.numel() for p in network.parameters()) == expected
+
+
+def test_the_cnn_drops_out_as_pfl_research_does():
+    assert [m.p for m in build("cnn").modules() if isinstance(m, nn.Dropout)] == [0.25, 0.5]
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_a_resnet_with_the_imagenet_stem_is_torchvisions(name):
     ours = build(name, (64, 64), stem="imagenet")

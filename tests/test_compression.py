@@ -95,7 +95,7 @@ def test_round_trip(kind, case):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -3.4e38, LARGEST, 1e-45, -1e-39, 6e-8])
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -3.4e38, LARGEST, 1e-45, 1e-33, 6e-8])
 def test_constant_vectors(kind, sparse, value):
     layout = Layout(("a", "b", "c"), ((4, 5), (), (0, 3)))
     vector = torch.full((layout.size,), value)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from compression import decode, encode
 from wire import Layout, PayloadError, Reader, decode_positions, encode_positions, pack, unpack
 
+pytestmark = pytest.mark.filterwarnings("error")
 PAGE = Path(__file__).parents[1] / "docs" / "wire-format.md"
 LAYOUT = Layout(("conv.weight", "scale", "bias"), ((4, 2, 3), (), (3,)))
 PAYLOAD = pack(1, 3, LAYOUT, b"abc", b"de")
@@ -260,8 +261,9 @@ def test_the_longest_unary_stream_that_an_encoder_can_write_is_accepted(num_tens
 
 @pytest.mark.parametrize(
     ("size", "count", "k"),
-    # g = 177 * size // (256 * count) is just below and just at a power of two
-    [(92, 1, 5), (93, 1, 6), (5924, 1, 11), (5925, 1, 12), (3 * 5924, 3, 11), (3 * 5925, 3, 12)]
+    # g = 177 * size // (256 * count) is just below and just at a power of two; eight remainders
+    # of k bits are k bytes
+    [(8 * 92, 8, 5), (8 * 93, 8, 6), (8 * 5924, 8, 11), (8 * 5925, 8, 12)]
     + [(1, 0, 0), (1, 1, 0), (2, 1, 0), (3, 1, 1), (3, 2, 0), (0, 0, 0)],
 )
 def test_the_rice_parameter_by_hand(size, count, k):
