@@ -140,7 +140,7 @@ def decode_integers(body: bytes | memoryview, layout: Layout) -> tuple[np.ndarra
     if ending != DONE:
         raise PayloadError(f"levels: {FAULTS[ending]}")
     _check_end(body, int(point), int(width), at)
-    for t in np.flatnonzero(_by_columns(tensors)):
+    for t in _out_of_order(tensors):
         part = slice(bounds[t], bounds[t + 1])
         order = np.argsort(indices[part])
         indices[part], levels[part] = indices[part][order], levels[part][order]
@@ -179,6 +179,12 @@ def _by_columns(tensors: np.ndarray) -> np.ndarray:
     return (tensors[:, 5] < tensors[:, 6]) & (tensors[:, 1] > 1)
 
 
+def _out_of_order(tensors: np.ndarray) -> list[int]:
+    """Tensors that are walked by columns, and those that could be a copy of one."""
+    grids = set(map(tuple, tensors[_by_columns(tensors), 1:4].tolist()))
+    return [t for t, grid in enumerate(tensors[:, 1:4].tolist()) if tuple(grid) in grids]
+
+
 def _room(tensors: np.ndarray) -> tuple[np.ndarray, ...]:
     """What a walk writes on: int64 [num_tensors + 1], three of [columns], one of [kernel]."""
     columns, kernel = int(tensors[:, 2].max(initial=1)), int(tensors[:, 3].max(initial=1))
@@ -200,13 +206,13 @@ def _scan_order(tensors: np.ndarray, indices: np.ndarray, levels: np.ndarray):
         part = slice(bounds[t], bounds[t + 1])
         if part.start == part.stop:
             continue
-        inside = indices[part] - offset
         if by_columns[t]:
+            inside = indices[part] - offset
             order = np.argsort(inside % stride * columns + inside // stride)
             indices[part], levels[part] = indices[part][order], levels[part][order]
         shape = rows, columns, kernel
         rank = num_alike[shape] = num_alike.get(shape, 0) + 1
-        content = shape, inside.tobytes(), levels[part].tobytes()
+        content = shape, (indices[part] - offset).tobytes(), levels[part].tobytes()
         copies[t] = rank - last_equal.get(content, rank)
         last_equal[content] = rank
     return indices, levels, copies
