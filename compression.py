@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entropy import decode_integers, encode_integers
 from wire import (
     CHECKSUM,
     Layout,
@@ -24,7 +25,9 @@ from wire import (
 )
 
 Buffer = bytes | memoryview
-DENSE, SPARSE = 0, 1  # the selection byte of the container
+DENSE, SPARSE, CODED = 0, 1, 2  # the selection byte of the container
+INT8 = 3  # the number of int8 among VALUES; sparse int8 is CODED, the other kinds are SPARSE
+LARGEST_LEVEL = 127
 FP16_MAX = torch.finfo(torch.float16).max
 BF16_MAX = torch.finfo(torch.bfloat16).max
 
@@ -70,6 +73,8 @@ def encode(
         raise NotFinite("the vector holds inf or NaN")
     code, write, read = VALUES[values]
     numbers, bounds, positions = vector.cpu().numpy(), layout.offsets, b""
+    if indices is not None and code == INT8:
+        return _encode_levels(numbers[indices], indices, layout)
     if indices is not None:
         numbers, bounds = numbers[indices], np.searchsorted(indices, layout.offsets)
         arrives = read(Reader(memoryview(write(numbers, bounds))), bounds) != 0
@@ -88,18 +93,51 @@ def decode(payload: bytes, layout: Layout) -> Decoded:
     """Decode a stranger's bytes. Raises PayloadError, never anything else."""
     selection, code, body = unpack(payload, layout)
     readers = {code: read for code, _, read in VALUES.values()}
-    if selection not in (DENSE, SPARSE):
+    if selection not in (DENSE, SPARSE, CODED):
         raise PayloadError(f"byte 5: no selection has the number {selection}")
     if code not in readers:
         raise PayloadError(f"byte 6: no kind of values has the number {code}")
+    if selection != DENSE and (selection == CODED) != (code == INT8):
+        raise PayloadError(f"byte 6: selection {selection} has no values of kind {code}")
+    if selection == CODED:
+        return _decode_levels(body, layout)
     reader = Reader(body)
     indices = decode_positions(reader, layout) if selection == SPARSE else None
     bounds = layout.offsets if indices is None else np.searchsorted(indices, layout.offsets)
     arrived = readers[code](reader, bounds)
     reader.finish()
-    if not _all_finite(torch.from_numpy(arrived)):
+    return _finite(Decoded(layout.size, indices, arrived))
+
+
+def _encode_levels(
+    numbers: np.ndarray, indices: np.ndarray, layout: Layout
+) -> tuple[bytes, Decoded]:
+    """Sparse int8: one scale for the whole vector, then positions and levels in one code.
+
+    With a scale for each tensor every level is near the largest, and costs about two bits more.
+    """
+    scale = _scales(np.abs(numbers).max(initial=0))
+    levels = _levels(numbers, scale)
+    indices, levels = indices[levels != 0], levels[levels != 0]
+    body = encode_integers(indices, levels, layout)
+    payload = pack(CODED, INT8, layout, scale.tobytes(), body)
+    return payload, Decoded(layout.size, indices, levels * scale)
+
+
+def _decode_levels(body: memoryview, layout: Layout) -> Decoded:
+    scale = Reader(body[:4]).take("<f4", 1)
+    indices, levels = decode_integers(body[4:], layout)
+    if np.abs(levels).max(initial=0) > LARGEST_LEVEL:
+        raise PayloadError(f"a level lies beyond {LARGEST_LEVEL}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _finite(Decoded(layout.size, indices, levels * scale))
+
+
+def _finite(decoded: Decoded) -> Decoded:
+    """What was decoded. Raises PayloadError if a value is infinite or NaN."""
+    if not _all_finite(torch.from_numpy(decoded.values)):
         raise PayloadError("it holds a value that is not finite")
-    return Decoded(layout.size, indices, arrived)
+    return decoded
 
 
 # A writer turns float32 [n] into bytes and a reader turns them into the float32 [n] that arrive;
@@ -137,13 +175,25 @@ def _write_int8(numbers: np.ndarray, bounds: np.ndarray) -> Buffer:
     largest = np.zeros(len(filled))
     if filled.any():
         largest[filled] = np.maximum.reduceat(np.abs(numbers), bounds[:-1][filled])
-    scales = (largest / 127).astype("<f4")
-    too_large = scales.astype(np.float64) * 127 > largest  # so that 127 * scale cannot overflow
-    scales[too_large] = np.nextafter(scales[too_large], np.float32(0))
-    scale = np.repeat(scales, np.diff(bounds))
-    levels = np.divide(numbers, scale, out=np.zeros_like(numbers), where=scale > 0)
-    levels = np.clip(np.rint(levels), -127, 127).astype(np.int8)
+    scales = _scales(largest)
+    levels = _levels(numbers, np.repeat(scales, np.diff(bounds)))
     return scales[filled].tobytes() + levels.tobytes()
+
+
+def _scales(largest: np.ndarray) -> np.ndarray:
+    """largest / 127 in float32 [n], rounded down so that 127 * scale cannot overflow."""
+    largest = np.atleast_1d(largest).astype(np.float64)
+    scales = (largest / LARGEST_LEVEL).astype("<f4")
+    too_large = scales.astype(np.float64) * LARGEST_LEVEL > largest
+    scales[too_large] = np.nextafter(scales[too_large], np.float32(0))
+    return scales
+
+
+def _levels(numbers: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """numbers / scales to the nearest of -127..127, int8; 0 where the scale is 0."""
+    scales = np.broadcast_to(scales, numbers.shape)
+    levels = np.divide(numbers, scales, out=np.zeros_like(numbers), where=scales > 0)
+    return np.clip(np.rint(levels), -LARGEST_LEVEL, LARGEST_LEVEL).astype(np.int8)
 
 
 def _read_int8(reader: Reader, bounds: np.ndarray) -> np.ndarray:
@@ -155,12 +205,13 @@ def _read_int8(reader: Reader, bounds: np.ndarray) -> np.ndarray:
 
 
 # name: (number in the container, writer, reader). fp16 and bf16 round to nearest and clamp to
-# their largest finite number; int8 is round(v / scale) with scale = max abs(v) / 127 per tensor.
+# their largest finite number; int8 is round(v / scale) with scale = max abs(v) / 127 per tensor
+# (of selected entries: of all of them, see _encode_levels).
 VALUES = {
     "fp32": (0, _write_fp32, _read_fp32),
     "fp16": (1, _write_fp16, _read_fp16),
     "bf16": (2, _write_bf16, _read_bf16),
-    "int8": (3, _write_int8, _read_int8),
+    "int8": (INT8, _write_int8, _read_int8),
 }
 
 

@@ -8,9 +8,21 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 SAMPLE_STRIDE = 61  # a prime, so that the sample does not march in step with any tensor's shape
+BLOCK = 64  # entries that are looked at together; most blocks hold nothing large
+MAGNITUDE_BITS = 0x7FFFFFFF  # a float32 without its sign: as integers these order as magnitudes do
+
+
+def _compiled(function):
+    """numba's machine code: compiled in a second at first use, then loaded where it can be kept."""
+    options = {"_nrt": False, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # neither __pycache__ nor the user's cache folder can be written
+        return njit(**options)(function)
 
 
 def num_kept(density: float, size: int) -> int:
@@ -29,11 +41,12 @@ def topk(vector: Tensor, k: int) -> np.ndarray:
         return np.arange(vector.numel())
     if vector.is_cuda:
         return _topk_cuda(vector, k)
-    magnitudes = vector.abs().numpy()
-    survivors = np.flatnonzero(magnitudes >= _floor(magnitudes, k))
+    numbers = np.ascontiguousarray(vector.numpy())
+    survivors = np.empty(len(numbers), np.int64)  # untouched pages cost nothing
+    survivors = survivors[: _gather(numbers, _floor(numbers, k), survivors)]
     if len(survivors) < k:  # the sample was unlucky
-        survivors = np.arange(len(magnitudes))
-    candidates = magnitudes[survivors]
+        survivors = np.arange(len(numbers))
+    candidates = numbers.view(np.int32)[survivors] & MAGNITUDE_BITS
     kth = np.partition(candidates, len(candidates) - k)[len(candidates) - k]
     keep = candidates > kth
     ties = np.flatnonzero(candidates == kth)[: k - int(keep.sum())]
@@ -55,12 +68,35 @@ def threshold(vector: Tensor, limit: float) -> np.ndarray:
     return np.flatnonzero(vector.abs().cpu().numpy() > limit)
 
 
-def _floor(magnitudes: np.ndarray, k: int) -> float:
+def _floor(numbers: np.ndarray, k: int) -> np.float32:
     """A magnitude that at least k entries reach, with high probability, and not many more do."""
-    sample = magnitudes[::SAMPLE_STRIDE]
-    expected = k * len(sample) / len(magnitudes)
+    sample = np.abs(numbers[::SAMPLE_STRIDE])
+    expected = k * len(sample) / len(numbers)
     rank = min(len(sample), math.ceil(expected + 4 * math.sqrt(expected)) + 1)
     return np.partition(sample, len(sample) - rank)[len(sample) - rank]
+
+
+@_compiled
+def _gather(numbers, floor, out):
+    """Write the positions whose magnitude is not below floor (so NaN too); return how many.
+
+    numbers: float32 [n]; out: int64 [n]. A position is written always and counted only if it
+    stays: without branches the compiler takes many entries at once.
+    """
+    count = 0
+    full = len(numbers) - len(numbers) % BLOCK
+    for begin in range(0, full, BLOCK):
+        any_stays = False
+        for j in range(BLOCK):
+            any_stays |= not abs(numbers[begin + j]) < floor
+        if any_stays:
+            for j in range(begin, begin + BLOCK):
+                out[count] = j
+                count += not abs(numbers[j]) < floor
+    for j in range(full, len(numbers)):
+        out[count] = j
+        count += not abs(numbers[j]) < floor
+    return count
 
 
 def _topk_cuda(vector: Tensor, k: int) -> np.ndarray:

@@ -34,19 +34,26 @@ def changed(payload: bytes, position: int, byte: int) -> bytes:
 # --- the page -----------------------------------------------------------------------------------
 
 
-def test_the_worked_example_of_the_page_is_what_the_code_writes_and_reads():
-    block = re.search(r"```hex\n(.*?)```", PAGE.read_text(), re.DOTALL).group(1)
-    example = bytes.fromhex(re.sub(r"#.*", "", block))
+@pytest.mark.parametrize(
+    ("number", "kind", "arriving"),
+    [
+        (0, "fp16", {0: 0.00100040435791015625, 2: 0.25, 3: -1, 17: 0.5, 26: 3}),
+        (1, "int8", {2: 0.25984251, 3: -0.99212599, 17: 0.49606299, 26: 3}),
+    ],
+)
+def test_the_worked_examples_of_the_page_are_what_the_code_writes_and_reads(number, kind, arriving):
+    blocks = re.findall(r"```hex\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    example = bytes.fromhex(re.sub(r"#.*", "", blocks[number]))
     vector = torch.zeros(28)
     selected = np.array([0, 2, 3, 17, 26])
     vector[selected] = torch.tensor([0.001, 0.25, -1.0, 0.5, 3.0])
-    payload, _ = encode(vector, LAYOUT, "int8", selected)
+    payload, _ = encode(vector, LAYOUT, kind, selected)
     assert payload.hex(" ") == example.hex(" ")
 
     tensors = list(zip(LAYOUT.names, LAYOUT.shapes, strict=True))
     positions, values = naive_decoder.decode(example, tensors)
-    assert positions == [2, 3, 17, 26]
-    assert values == pytest.approx([0.2519685, -1, 0.503937, 3], rel=1e-7)
+    assert positions == list(arriving)
+    assert values == pytest.approx(list(arriving.values()), rel=1e-7)
     decoded = decode(example, LAYOUT)
     assert decoded.indices.tolist() == positions and decoded.values.tolist() == values
 
