@@ -69,7 +69,7 @@ class Clients:
 class Schedule:
     name: str = one_of("constant", "cosine", "exponential", "step")
     gamma: float = between(0.1, 0.0, 1.0, open_low=True)  # factor of exponential and step
-    milestones: list[int] = field(default_factory=list)  # rounds at which step applies gamma
+    milestones: list[int] = field(default_factory=list)  # rounds after which step applies gamma
 
 
 @dataclass(frozen=True)

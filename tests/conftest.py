@@ -21,6 +21,7 @@ TINY = [
     "clients.per_round=3",
     "local.steps=2",
     "local.batch_size=16",
+    "local.lr=0.05",
     "pruning.density=0.05",
     "server.optimizer=FedYogi",
     "precision=fp32",

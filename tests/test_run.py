@@ -85,8 +85,9 @@ KILLS = {
     "in round 1, before any checkpoint": ("federated.Federation.train_client", 2),
     "between two checkpoints": ("federated.Federation.train_client", 8),
     "before the round is logged": ("runlog.RunFolder.append", 3),
-    "before the clients' states are saved": ("client.ClientStore.save", 2),
-    "between the clients' states and the checkpoint": ("runlog.RunFolder.save", 2),
+    "before the clients' states are saved": ("client.ClientStore.save", 1),
+    "between the clients' states and the checkpoint": ("runlog.RunFolder.save", 1),
+    "before the last checkpoint": ("runlog.RunFolder.save", 2),
     "before old states are removed": ("federated.remove_old_states", 2),
     "before the summary": ("runlog.RunFolder.finish", 1),
 }
