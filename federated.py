@@ -15,16 +15,10 @@ import torch
 from torch import Tensor
 
 import pruning
-from client import (
-    ClientStore,
-    Interrupted,
-    evaluate,
-    local_lr,
-    remove_old_states,
-    train,
-)
+from client import Interrupted, evaluate, local_lr, train
+from client_store import ClientStore
 from cnn_model import FlatModel, build_network
-from compression import Decoded, NotFinite, decode, encode
+from compression import NotFinite, decode, encode
 from config import Config, ConfigError
 from data import Pictures, load_dataset, partition_labels
 from distributed import Ranks, Report
@@ -58,12 +52,12 @@ class Federation:
         self.clients = ranks.together(self._partition)  # client: int64 indices into the pictures
         self.model = ranks.together(self._build_model)
         self.server = ranks.together(lambda: Server(config, self.model))
-        self.store = ClientStore(folder.clients)
+        self.states: dict[int, int] = {}  # client: version of its saved state, of all ranks
+        self.store = self._store()
         self.link = Link(network.uplink_mbps, network.downlink_mbps, network.latency_ms)
         self.hardware = Device(network.ms_per_example)
         self.precision = config.precision
         self.progress = Progress()
-        self.sent: dict[int, Decoded] = {}  # this round's updates, as the server will decode them
         lossless = config.pruning.method == "none" and config.uplink.values == "fp32"
         self.owes = config.uplink.error_feedback and not lossless  # clients keep residuals
         self.stop_requested = False
@@ -73,13 +67,13 @@ class Federation:
         begin, number = time.perf_counter(), self.progress.round + 1
         cohort = self.sample_cohort(number)
         broadcast = self.server.broadcast()
-        reports = self.ranks.exchange(self.train_cohort(number, cohort, broadcast))
+        mine = self.train_cohort(number, cohort, broadcast)
+        reports = self.ranks.exchange(mine)
         if reports is None:  # some rank was asked to stop: the round never happened
             self.store.discard()
-            self.sent = {}
             raise Interrupted
         averaged = self.server.step(reports)
-        self.settle(averaged)
+        self.settle(number, mine, averaged)
         scores = self.evaluate(number)
         return self.write_down(number, begin, broadcast, reports, averaged, scores)
 
@@ -136,8 +130,7 @@ class Federation:
             return report
         if self.owes:
             sent.add_to(update, -1.0)  # what is left is the new residual
-            self.store.stage(client, {"residual": update})
-            self.sent[client] = sent
+            self.store.stage(client, {"residual": update}, number)
         return report
 
     def select(self, update: Tensor) -> np.ndarray | None:
@@ -151,13 +144,18 @@ class Federation:
             return pruning.topk_per_layer(update, settings.density, layout.offsets)
         return pruning.topk(update, pruning.num_kept(settings.density, layout.size))
 
-    def settle(self, averaged: list[int]) -> None:
-        """Keep the new residuals; what the server refused is owed again, so nothing is lost."""
-        for client, sent in self.sent.items():
-            if client not in averaged:
-                sent.add_to(self.store.staged[client]["residual"])
+    def settle(self, number: int, mine: list[Report], averaged: list[int]) -> None:
+        """Keep the new residuals; what the server refused is owed again, so nothing is lost.
+
+        mine: the reports of this rank's clients as they left it.
+        """
+        for report in mine:
+            if report.client in self.store.staged and report.client not in averaged:
+                state = self.store.get_staged(report.client)
+                sent = decode(report.payloads["update"], self.model.layout)
+                sent.add_to(state["residual"])
+                self.store.stage(report.client, state, number)
         self.store.commit()
-        self.sent = {}
 
     def evaluate(self, number: int) -> dict[str, float | None]:
         """Test accuracy and loss, if they are due; the batches are shared out over the ranks."""
@@ -249,9 +247,9 @@ class Federation:
     def save(self) -> None:
         """Write a checkpoint of the last completed round; a finished run needs no residuals."""
         done = self.progress.round == self.config.rounds
-        versions = {} if done else self.store.save(self.progress.round)
-        manifests = self.ranks.gather_json(versions)
-        clients = {int(c): version for part in manifests for c, version in part.items()}
+        changed = {} if done else self.store.save()
+        for part in self.ranks.gather_json(changed):
+            self.states |= {int(client): version for client, version in part.items()}
         hashes = self.ranks.gather_json(self.server.sha256())
         if len(set(hashes)) > 1:
             raise RuntimeError(
@@ -260,19 +258,24 @@ class Federation:
         if self.ranks.is_main:
             state = {
                 "precision": self.precision,
-                "clients": clients,
+                "clients": {} if done else self.states,
                 "progress": vars(self.progress),
             }
             self.folder.save(state | self.server.state())
-            remove_old_states(self.folder.clients, clients)
         self.ranks.gather_json(None)  # nobody goes on before the checkpoint stands
+        self.store.drop_replaced()
 
     def load(self, state: dict[str, Any]) -> None:
         self.precision = state["precision"]
         self.progress = Progress(**state["progress"])
         self.server.load(state)
-        owned = {c: version for c, version in state["clients"].items() if self.ranks.owns(c)}
-        self.store = ClientStore(self.folder.clients, owned)
+        self.states = state["clients"]
+        self.store = self._store()
+
+    def _store(self) -> ClientStore:
+        budget = self.config.clients.state_memory_gib * 2**30
+        owned = {c: version for c, version in self.states.items() if self.ranks.owns(c)}
+        return ClientStore(self.folder.clients, budget, owned)
 
     def _pictures(self) -> Pictures:
         data, side = self.config.data, self.dataset.train_images.shape[1]
