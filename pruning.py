@@ -105,3 +105,8 @@ def _topk_cuda(vector: Tensor, k: int) -> np.ndarray:
     above = torch.nonzero(magnitudes > kth).flatten()
     ties = torch.nonzero(magnitudes == kth).flatten()[: k - len(above)]
     return torch.cat((above, ties)).sort().values.cpu().numpy()
+
+
+def density_at(density: float, warmup: Sequence[float], round: int) -> float:
+    """The density of a round, counted from 1: warmup[0], warmup[1], ..., then `density`."""
+    return warmup[round - 1] if round <= len(warmup) else density
