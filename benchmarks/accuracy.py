@@ -1,6 +1,6 @@
 """Accuracy against measured bytes: the codecs on one task, several seeds each.
 
-    python benchmarks/accuracy.py [--rows dense topk1-ef ...] [--seeds 1 2 3] [key=value ...]
+    python benchmarks/accuracy.py [key=value ...] [--rows dense topk1-ef ...] [--seeds 1 2 3]
 
 Each run is `python main.py --config configs/codecs_cifar10.yaml` with the overrides of its row. One
 that was killed goes on and one that is finished is read, so the command can be given again. Ends
