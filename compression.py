@@ -6,6 +6,7 @@ et al. 2019, arXiv 1901.09847).
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,15 +63,21 @@ class Decoded:
 
 
 def encode(
-    vector: Tensor, layout: Layout, values: str = "fp32", indices: np.ndarray | None = None
+    vector: Tensor,
+    layout: Layout,
+    values: str = "fp32",
+    select: Callable[[Tensor, Layout], np.ndarray] | None = None,
+    dense_below: int = 0,
+    seed: int = 0,
 ) -> tuple[bytes, Decoded]:
-    """Encode float32 [layout.size], or only its entries at the ascending `indices`.
+    """Encode float32 [layout.size], or only its entries that `select` names.
 
     values is one of VALUES. Of selected entries, those that would arrive as zero are not sent.
     Returns the payload and exactly what decode() makes of it. Raises NotFinite.
     """
     if not _all_finite(vector):
         raise NotFinite("the vector holds inf or NaN")
+    indices = select(vector, layout) if select else None
     code, write, read = VALUES[values]
     numbers, bounds, positions = vector.cpu().numpy(), layout.offsets, b""
     if indices is not None and code == INT8:

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from bandwidth_analysis import AnalysisError, read_run, write_plots
 from client import Interrupted, choose_precision, num_steps, probe_precision
-from compression import encode
 from config import Config, ConfigError
 from data import DataError, save_partition
 from distributed import Ranks
@@ -185,8 +184,9 @@ def plan(config: Config, ranks: Ranks) -> int:
     steps = sum(num_steps(config.local, len(c)) for c in federation.clients) / num_clients
     estimate = config.rounds * cohort * steps * seconds.get(precision, seconds["fp32"])
     noise = torch.randn(layout.size, generator=torch.Generator().manual_seed(0))
-    update, _ = encode(noise, layout, config.uplink.values, federation.select(noise))
-    down = cohort * sum(len(payload) for payload in federation.server.broadcast().values())
+    update, _ = federation.server.uplink.encode(noise, config.rounds)
+    messages = federation.server.broadcast(config.rounds, [0]).messages[0]
+    down = cohort * sum(len(message.payload) for message in messages)
     up = cohort * (len(update) + 4 * num_buffers)
     _say(
         ranks,

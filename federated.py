@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import pruning
+from channel import ErrorFeedback
 from client import (
     ClientStore,
     Interrupted,
@@ -24,13 +24,14 @@ from client import (
     train,
 )
 from cnn_model import FlatModel, build_network
-from compression import Decoded, NotFinite, decode, encode
+from compression import Decoded, NotFinite, encode
 from config import Config, ConfigError
 from data import Pictures, load_dataset, partition_labels
 from distributed import Ranks, Report
+from downlink import Message
 from network import Device, Link, round_seconds
 from runlog import LedgerRow, RunFolder
-from server import Server
+from server import Broadcast, Server
 
 
 @dataclass
@@ -64,21 +65,21 @@ class Federation:
         self.precision = config.precision
         self.progress = Progress()
         self.sent: dict[int, Decoded] = {}  # this round's updates, as the server will decode them
-        lossless = config.pruning.method == "none" and config.uplink.values == "fp32"
-        self.owes = config.uplink.error_feedback and not lossless  # clients keep residuals
+        self.feedback = self._error_feedback()
         self.stop_requested = False
 
     def run_round(self) -> dict[str, Any]:
         """Do the next round and return its row of rounds.jsonl. Raises Interrupted."""
         begin, number = time.perf_counter(), self.progress.round + 1
         cohort = self.sample_cohort(number)
-        broadcast = self.server.broadcast()
+        broadcast = self.server.broadcast(number, cohort)
         reports = self.ranks.exchange(self.train_cohort(number, cohort, broadcast))
         if reports is None:  # some rank was asked to stop: the round never happened
             self.store.discard()
             self.sent = {}
             raise Interrupted
-        averaged = self.server.step(reports)
+        averaged = self.server.step(reports, number)
+        self.server.downlink.commit()
         self.settle(averaged)
         scores = self.evaluate(number)
         return self.write_down(number, begin, broadcast, reports, averaged, scores)
@@ -90,29 +91,25 @@ class Federation:
         return sorted(rng.choice(clients.total, clients.per_round, replace=False).tolist())
 
     def train_cohort(
-        self, number: int, cohort: list[int], broadcast: dict[str, bytes]
+        self, number: int, cohort: list[int], broadcast: Broadcast
     ) -> list[Report] | None:
         """Train this rank's clients from what they can decode; None if the run is to stop."""
-        received = decode(broadcast["model"], self.model.layout).dense()
-        buffers = self.server.buffers
-        if "buffers" in broadcast:
-            buffers = decode(broadcast["buffers"], self.model.buffer_layout).dense()
         try:
             return [
-                self.train_client(number, client, received, buffers)
+                self.train_client(number, client, broadcast)
                 for client in cohort
                 if self.ranks.owns(client)
             ]
         except Interrupted:
             return None
 
-    def train_client(self, number: int, client: int, received: Tensor, buffers: Tensor) -> Report:
+    def train_client(self, number: int, client: int, broadcast: Broadcast) -> Report:
         """Local training, then prune and encode what was learned and what is still owed."""
         config, model = self.config, self.model
         indices = torch.from_numpy(self.clients[client]).to(self.ranks.device)
         report = Report(client, len(indices))
-        model.parameters.copy_(received)
-        model.buffers.copy_(buffers)
+        model.parameters.copy_(broadcast.parameters)
+        model.buffers.copy_(broadcast.buffers)
         report.loss = train(
             model,
             self.pictures,
@@ -123,33 +120,24 @@ class Federation:
             config.seed_for("training", number, client),
             lambda: self.stop_requested,
         )
-        update = model.parameters.cpu() - received
-        if residual := self.store.get(client):
-            update += residual["residual"]
         try:
-            payload, sent = encode(update, model.layout, config.uplink.values, self.select(update))
-            report.payloads["update"], report.nonzeros = payload, len(sent.values)
+            self.send(report, number, model.parameters.cpu() - broadcast.parameters)
             if model.buffer_layout.size:
                 report.payloads["buffers"], _ = encode(model.buffers.cpu(), model.buffer_layout)
         except NotFinite:
             report.failure, report.payloads = "the update is not finite", {}
-            return report
-        if self.owes:
-            sent.add_to(update, -1.0)  # what is left is the new residual
-            self.store.stage(client, {"residual": update})
-            self.sent[client] = sent
         return report
 
-    def select(self, update: Tensor) -> np.ndarray | None:
-        """The coordinates that travel, ascending; None for all."""
-        settings, layout = self.config.pruning, self.model.layout
-        if settings.method == "none":
-            return None
-        if settings.method == "threshold":
-            return pruning.threshold(update, settings.threshold)
-        if settings.scope == "layer":
-            return pruning.topk_per_layer(update, settings.density, layout.offsets)
-        return pruning.topk(update, pruning.num_kept(settings.density, layout.size))
+    def send(self, report: Report, number: int, update: Tensor) -> None:
+        """Encode an update and what is owed into a report; keep what does not travel."""
+        client, kept = report.client, {}
+        if self.feedback:
+            kept = self.feedback.add(update, self.store.get(client))
+        payload, sent = self.server.uplink.encode(update, number, client)
+        report.payloads["update"], report.nonzeros = payload, len(sent.values)
+        if self.feedback:
+            self.store.stage(client, self.feedback.subtract(update, sent, kept))
+            self.sent[client] = sent
 
     def settle(self, averaged: list[int]) -> None:
         """Keep the new residuals; what the server refused is owed again, so nothing is lost."""
@@ -184,7 +172,7 @@ class Federation:
         self,
         number: int,
         begin: float,
-        broadcast: dict[str, bytes],
+        broadcast: Broadcast,
         reports: list[Report],
         averaged: list[int],
         scores: dict[str, float | None],
@@ -220,22 +208,17 @@ class Federation:
             self.folder.append(row, messages)
         return row
 
-    def ledger_rows(
-        self, number: int, report: Report, broadcast: dict[str, bytes]
-    ) -> list[LedgerRow]:
+    def ledger_rows(self, number: int, report: Report, broadcast: Broadcast) -> list[LedgerRow]:
         """A row for each message between the server and one client."""
-        sizes = {
-            "model": self.model.layout.size,
-            "update": self.model.layout.size,
-            "buffers": self.model.buffer_layout.size,
-        }
+        sizes = {"update": self.model.layout.size, "buffers": self.model.buffer_layout.size}
+        carried = {"update": report.nonzeros, "buffers": sizes["buffers"]}
+        up = [Message(kind, p, carried[kind], sizes[kind]) for kind, p in report.payloads.items()]
         rows = []
-        for direction, payloads in (("down", broadcast), ("up", report.payloads)):
-            for kind, payload in payloads.items():
-                carried = report.nonzeros if kind == "update" else sizes[kind]
-                seconds = self.link.seconds(len(payload), direction)
-                row = (number, report.client, direction, kind, len(payload), 4 * sizes[kind])
-                rows.append(LedgerRow(*row, carried, seconds))
+        for direction, messages in (("down", broadcast.messages[report.client]), ("up", up)):
+            for m in messages:
+                seconds = self.link.seconds(len(m.payload), direction)
+                row = (number, report.client, direction, m.kind, len(m.payload), 4 * m.dense)
+                rows.append(LedgerRow(*row, m.numbers, seconds))
         return rows
 
     def client_seconds(self, report: Report, messages: list[LedgerRow]) -> float:
@@ -273,6 +256,14 @@ class Federation:
         self.server.load(state)
         owned = {c: version for c, version in state["clients"].items() if self.ranks.owns(c)}
         self.store = ClientStore(self.folder.clients, owned)
+
+    def _error_feedback(self) -> ErrorFeedback | None:
+        """None if nothing can be owed."""
+        config, up = self.config, self.config.uplink
+        lossless = config.pruning.method == "none" and up.values == "fp32"
+        if not up.error_feedback or lossless and not up.momentum:
+            return None
+        return ErrorFeedback(up.decay, up.momentum)
 
     def _pictures(self) -> Pictures:
         data, side = self.config.data, self.dataset.train_images.shape[1]

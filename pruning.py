@@ -85,15 +85,10 @@ def topk_per_chunk(vector: Tensor, density: float, chunk: int) -> np.ndarray:
     return np.concatenate((kept, full + kept_of_rest))
 
 
-def threshold(vector: Tensor, limit: float) -> np.ndarray:
-    """The positions with abs(value) > limit, int64, ascending."""
-    return np.flatnonzero(vector.abs().cpu().numpy() > limit)
-
-
-def relative_threshold(vector: Tensor, share: float) -> np.ndarray:
-    """The positions with abs(value) > share * the largest magnitude, int64, ascending."""
-    largest = float(vector.abs().max()) if vector.numel() else 0.0
-    return threshold(vector, share * largest)
+def threshold(vector: Tensor, limit: float, relative: bool = False) -> np.ndarray:
+    """The positions with abs(value) > limit, or > limit * the largest magnitude if relative."""
+    magnitudes = vector.abs().cpu().numpy()
+    return np.flatnonzero(magnitudes > (limit * magnitudes.max(initial=0) if relative else limit))
 
 
 def random(size: int, k: int, seed: int) -> np.ndarray:

@@ -43,7 +43,7 @@ class LedgerRow(NamedTuple):
     round: int
     client: int
     direction: str  # up or down
-    kind: str  # up: update, buffers; down: model, buffers
+    kind: str  # up: update, buffers; down: model or change, buffers
     bytes: int  # the payload's real length
     dense_bytes: int  # the same numbers as float32
     nonzeros: int  # the numbers that the payload carries

@@ -4,17 +4,30 @@ Every rank holds this state and does these steps for itself, from the same bytes
 """
 
 import hashlib
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from afo import make_optimizer, make_scheduler
+from channel import Channel
 from cnn_model import FlatModel
 from compression import Decoded, decode, encode
-from config import Config, ConfigError
+from config import Config, ConfigError, Downlink, Selection
 from distributed import Report
+from downlink import Changes, Message, WholeModel
 from wire import PayloadError
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What the clients decode, float32 [n] each, and the messages that it came in."""
+
+    parameters: Tensor
+    buffers: Tensor
+    messages: dict[int, list[Message]]  # by client
 
 
 class Server:
@@ -28,7 +41,7 @@ class Server:
         self.parameters = torch.nn.Parameter(model.parameters.detach().cpu().clone())
         self.buffers = model.buffers.cpu().clone()
         self.is_counter = model.is_counter
-        self.downlink_values = config.downlink.values
+        self.uplink, self.downlink = self._make_links(config)
         self.weighting = config.server.weighting
         self._make_optimizer(config)
 
@@ -47,19 +60,35 @@ class Server:
         except ValueError as error:
             raise ConfigError(f"server: {error}") from None
 
-    def broadcast(self) -> dict[str, bytes]:
-        """The payloads that carry the model to each client."""
-        model, _ = encode(self.parameters.detach(), self.layout, self.downlink_values)
-        if not self.buffer_layout.size:
-            return {"model": model}
-        return {"model": model, "buffers": encode(self.buffers, self.buffer_layout)[0]}
+    def _make_links(self, config: Config) -> tuple[Channel, WholeModel | Changes]:
+        up, down = config.uplink, config.downlink
+        make = partial(Channel, self.layout, seed_for=config.seed_for)
+        uplink = make(config.pruning, up, unbiased=not up.error_feedback)
+        channel = make(down.pruning, down, unbiased=False)
+        if down.mode == "model":
+            return uplink, WholeModel(channel)
+        whole = make(Selection(method="none"), Downlink(values="fp32"), unbiased=False)
+        return uplink, Changes(channel, whole, self.parameters.detach())
 
-    def receive(self, report: Report) -> dict[str, Decoded]:
+    def broadcast(self, number: int, cohort: list[int]) -> Broadcast:
+        """The messages that bring the model to each client, and what they decode to."""
+        parameters, messages = self.downlink.send(self.parameters.detach(), number, cohort)
+        buffers = self.buffers
+        if self.buffer_layout.size:
+            payload, sent = encode(buffers, self.buffer_layout)
+            buffers, size = sent.dense(), self.buffer_layout.size
+            message = Message("buffers", payload, size, size)
+            messages = {client: [*some, message] for client, some in messages.items()}
+        return Broadcast(parameters, buffers, messages)
+
+    def receive(self, report: Report, number: int) -> dict[str, Decoded]:
         """Decode a client's payloads, by kind. Raises PayloadError."""
-        layouts = {"update": self.layout, "buffers": self.buffer_layout}
-        return {kind: decode(payload, layouts[kind]) for kind, payload in report.payloads.items()}
+        decoded = {"update": self.uplink.decode(report.payloads["update"], number, report.client)}
+        if self.buffer_layout.size:
+            decoded["buffers"] = decode(report.payloads["buffers"], self.buffer_layout)
+        return decoded
 
-    def step(self, reports: list[Report]) -> list[int]:
+    def step(self, reports: list[Report], number: int) -> list[int]:
         """Average the updates, in the order of the reports, and step; return who was averaged.
 
         A client that failed is left out, and so is one whose payload does not decode (its report
@@ -69,7 +98,7 @@ class Server:
         for report in reports:
             if not report.failure:
                 try:
-                    arrived.append((report, self.receive(report)))
+                    arrived.append((report, self.receive(report, number)))
                 except PayloadError as error:
                     report.failure = f"payload refused: {error}"
         if not arrived:
@@ -107,11 +136,13 @@ class Server:
             "buffers": self.buffers,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else {},
+            "downlink": self.downlink.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self.parameters.data.copy_(state["parameters"])
         self.buffers.copy_(state["buffers"])
+        self.downlink.load(state["downlink"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler:
             self.scheduler.load_state_dict(state["scheduler"])

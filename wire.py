@@ -16,6 +16,7 @@ MAGIC = b"FLUP"
 VERSION = 1
 HEADER = struct.Struct("<4sBBBBQQ")  # magic, version, selection, values, zero, layout, body bytes
 CHECKSUM = struct.Struct("<Q")
+OVERHEAD = HEADER.size + CHECKSUM.size  # bytes of a payload that are not its body
 
 
 class PayloadError(ValueError):
@@ -47,6 +48,13 @@ class Layout:
         tensors = zip(self.names, self.shapes, strict=True)
         text = ";".join(f"{name}:{','.join(map(str, shape))}" for name, shape in tensors)
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+    def on(self, positions: np.ndarray) -> "Layout":
+        """The sub-vector at ascending positions that both ends agree on (a shared mask)."""
+        counts = np.diff(np.searchsorted(positions, self.offsets)).tolist()
+        digest = hashlib.blake2b(positions.tobytes(), digest_size=8).hexdigest()
+        names = tuple(f"{digest}/{name}" for name in self.names)
+        return Layout(names, tuple((count,) for count in counts))
 
 
 def pack(selection: int, values: int, layout: Layout, *body: bytes | memoryview) -> bytes:

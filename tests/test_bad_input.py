@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import PYTHON, REPOSITORY, TINY, launch
 
-from config import read_command_line
+from command_line import read_command_line
 from experiment import main
 
 

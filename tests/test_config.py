@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from config import Config, ConfigError, load_config, read_command_line
+from command_line import load_config, read_command_line
+from config import Config, ConfigError
 
 ROOT = Path(__file__).parents[1]
 
@@ -237,7 +238,7 @@ def test_words():
         assert mistake("", f"{key}=X").startswith(f"command line: {key}: 'X' is not one of ")
     for key in ("local.optimizer", "local.lr_schedule.name", "pruning.method", "pruning.scope"):
         assert mistake("", f"{key}=X").startswith(f"command line: {key}: 'X' is not one of ")
-    for key in ("uplink.values", "downlink.values", "server.weighting", "checkpoint.resume"):
+    for key in ("downlink.mode", "server.weighting", "checkpoint.resume"):
         assert mistake("", f"{key}=X").startswith(f"command line: {key}: 'X' is not one of ")
 
 

@@ -44,14 +44,16 @@ def test_methods_know_neither_config_nor_each_other(name):
     assert imports_of(ROOT / f"{name}.py") & OURS <= MAY_IMPORT.get(name, set())
 
 
-@pytest.mark.parametrize("name", ["wire", "entropy", "network", "config"])
+@pytest.mark.parametrize("name", ["wire", "entropy", "network", "config", "command_line"])
 def test_files_that_need_no_torch_import_none(name):
     assert not imports_of(ROOT / f"{name}.py") & {"torch", "torchvision", "accelerate", "deepspeed"}
 
 
 def test_config_is_read_without_torch():
     """What config imports imports no torch either: an error is instant."""
-    code = "import sys, config; sys.exit(sorted({'torch', 'numpy'} & sys.modules.keys()) != [])"
+    code = (
+        "import sys, command_line; sys.exit(sorted({'torch', 'numpy'} & sys.modules.keys()) != [])"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -153,12 +153,12 @@ def test_threshold_is_strict_and_of_the_magnitude():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.999, 1.0])
-def test_relative_threshold_is_a_share_of_the_largest_magnitude(share):
+def test_a_relative_threshold_is_a_share_of_the_largest_magnitude(share):
     vector = torch.tensor([0.5, -2.0, 1.0, 0.0, -1.0, 1.5])
     expected = [i for i, value in enumerate(vector.tolist()) if abs(value) > share * 2.0]
-    assert pruning.relative_threshold(vector, share).tolist() == expected
-    assert pruning.relative_threshold(torch.zeros(3), share).tolist() == []
-    assert pruning.relative_threshold(torch.zeros(0), share).tolist() == []
+    assert pruning.threshold(vector, share, relative=True).tolist() == expected
+    assert pruning.threshold(torch.zeros(3), share, relative=True).tolist() == []
+    assert pruning.threshold(torch.zeros(0), share, relative=True).tolist() == []
 
 
 @settings(max_examples=100, deadline=None)
