@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
     [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("bandwidth_analysis/*.py")]
 )
-METHODS = ("pruning", "compression", "entropy", "wire", "afo", "network")
-MAY_IMPORT = {"compression": {"entropy", "wire"}, "entropy": {"wire"}}
+METHODS = ("pruning", "compression", "quantisers", "entropy", "wire", "afo", "network")
+MAY_IMPORT = {"compression": {"quantisers", "entropy", "wire"}}
+MAY_IMPORT |= {"quantisers": {"wire"}, "entropy": {"wire"}}
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"data", "bandwidth_analysis"}
 
 
