@@ -64,7 +64,7 @@ def train(
     precision: str,
     seed: int,
     stop: Callable[[], bool] = lambda: False,
-    pruned: Tensor | None = None,  # bool [num_parameters], on the device: weights that stay 0
+    pruned: Tensor | None = None,  # bool [num_parameters]: weights that stay 0
 ) -> float:
     """Train `model` in place on the pictures at `indices`; return the mean loss of the batches.
 
@@ -81,6 +81,8 @@ def train(
         weight_decay=local.weight_decay,
         fused=True,
     )
+    if pruned is not None:
+        pruned = pruned.to(model.device)
     scaler = torch.amp.GradScaler(model.device.type, 2.0**10, enabled=precision == "fp16")
     steps = num_steps(local, len(indices))
     total_loss = torch.zeros((), device=model.device)
