@@ -57,7 +57,8 @@ class Channel:
         """The share of coordinates that this client sends in this round."""
         densities = getattr(self.selection, "client_densities", None) or [self.selection.density]
         density = densities[client % len(densities)]
-        return pruning.density_at(density, self.selection.warmup, round)
+        stage = 1 + (round - 1) // self.selection.warmup_rounds
+        return pruning.density_at(density, self.selection.warmup, stage)
 
     def _support(self, round: int, client: int) -> tuple[np.ndarray | None, Layout, float]:
         """(coordinates that both ends know, the layout on them, what their values are scaled by)"""

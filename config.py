@@ -86,7 +86,8 @@ class Selection:
 
     method: str = one_of("topk", "random", "threshold", "none")
     density: float = between(0.01, 0.0, 1.0, open_low=True)  # topk, random: share of coordinates
-    warmup: list[float] = field(default_factory=list)  # densities of the first rounds (DGC)
+    warmup: list[float] = field(default_factory=list)  # densities to begin with, one by one (DGC)
+    warmup_rounds: int = between(1, 1)  # how many rounds each of them lasts
     scope: str = one_of("global", "layer", "chunk")  # topk: rank over the vector, a tensor, a chunk
     chunk: int = between(4096, 1)  # entries of a chunk
     threshold: float = between(0.0, 0.0)  # threshold: send coordinates with abs(value) above it

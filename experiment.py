@@ -193,14 +193,13 @@ def plan(config: Config, ranks: Ranks) -> int:
         federation.server.prune(noise.abs())  # any scores: only the mask's length matters here
         federation.server.mask.received([0])
     update, _ = federation.server.uplink.encode(noise, config.rounds)
-    messages = federation.server.broadcast(config.rounds, [0]).messages[0]
-    down = cohort * sum(len(message.payload) for message in messages)
-    up = cohort * (len(update) + 4 * num_buffers)
+    model, _ = federation.server.downlink.channel.encode(noise, config.rounds)
+    down, up = (cohort * (len(payload) + 4 * num_buffers) for payload in (model, update))
     _say(
         ranks,
         f"{config.to_yaml()}\n"
         f"{layout.size:,} parameters, {num_buffers:,} numbers in norm buffers\n"
-        f"{down / 1e6:,.1f} MB down and about {up / 1e6:,.2f} MB up a round\n"
+        f"about {down / 1e6:,.2f} MB down and {up / 1e6:,.2f} MB up a round\n"
         f"about {tqdm.format_interval(estimate / ranks.size)} for the training of "
         f"{config.rounds} rounds in {precision}",
     )

@@ -315,56 +315,62 @@ def blocks(count: int) -> np.ndarray:
 
 
 @_compiled
-def _butterflies(x, size):
-    """Multiply x[:size] by the Hadamard matrix of +1 and -1, in place."""
-    half = 1
-    while half < size:
-        for i in range(0, size, 2 * half):
-            for j in range(i, i + half):
-                a, b = x[j], x[j + half]
-                x[j], x[j + half] = a + b, a - b
-        half *= 2
+def _rotate(x, spare, size):
+    """Multiply x[:size] by the Hadamard matrix of +1 and -1; returns (the product, the other).
+
+    Butterflies of i and i + size / 2, then of i and i + size / 4, down to neighbours. Each stage
+    writes its pairs side by side (Pease 1968), so that all of them read long runs of both halves.
+    """
+    half, stages = size // 2, size
+    while stages > 1:
+        for i in range(half):
+            a, b = x[i], x[i + half]
+            spare[2 * i], spare[2 * i + 1] = a + b, a - b
+        x, spare = spare, x
+        stages //= 2
+    return x, spare
 
 
 @_compiled
 def _flip(x, size, start, stage, seed):
     """Change signs by bit i % 64 of random number 2 * (i // 64) + stage, i counting from start."""
-    word = np.uint64(0)
-    for j in range(size):
-        i = start + j
-        if j == 0 or i % 64 == 0:
-            word = _random(seed, np.uint64(2 * (i // 64) + stage))
-        if word >> np.uint64(i % 64) & np.uint64(1):
-            x[j] = -x[j]
+    for begin in range(0, size, 64):
+        i = start + begin
+        word = _random(seed, np.uint64(2 * (i // 64) + stage)) >> np.uint64(i % 64)
+        for j in range(min(64, size - begin)):
+            sign = np.int32(word >> np.uint64(j) & np.uint64(1))
+            x[begin + j] *= np.float32(1 - 2 * sign)
 
 
 @_compiled
-def _eden(numbers, sizes, seed, centres, x, indices, scales):
-    """Rotate and quantise each block: numbers float32 [n], x float64 [8192] is scratch."""
+def _eden(numbers, sizes, seed, centres, x, spare, indices, scales):
+    """Rotate and quantise each block; numbers float32 [n], x and spare float32 [8192]."""
     start = 0
     for b in range(len(sizes)):
-        size, square = sizes[b], 0.0
+        size, square, product = sizes[b], 0.0, 0.0
+        for j in range(start, start + size):
+            square += np.float64(numbers[j]) * np.float64(numbers[j])
+            indices[j] = 0
+        norm = math.sqrt(square)
+        unit = 1 / norm if norm > 0 else 0.0
         for j in range(size):
-            x[j] = numbers[start + j]
-            square += x[j] * x[j]
+            x[j] = np.float32(numbers[start + j] * unit)
         for stage in range(2):
             _flip(x, size, start, stage, seed)
-            _butterflies(x, size)
-        # The rotation is x / size; its coordinates have the deviation norm / sqrt(size).
-        unit = 1 / math.sqrt(square * size) if square > 0 else 0.0
-        product = 0.0
+            x, spare = _rotate(x, spare, size)
+        # The rotation is x / size; its coordinates have the deviation 1 / sqrt(size).
+        for k in range(len(centres) - 1):
+            limit = np.float32((centres[k] + centres[k + 1]) / 2 * math.sqrt(size))
+            for j in range(size):
+                indices[start + j] += x[j] > limit
         for j in range(size):
-            index = 0
-            for k in range(len(centres) - 1):
-                index += x[j] * unit > (centres[k] + centres[k + 1]) / 2
-            indices[start + j] = index
-            product += x[j] * centres[index]
-        scales[b] = min(square / product, LARGEST) if square > 0 else 0.0
+            product += np.float64(x[j]) * centres[indices[start + j]]
+        scales[b] = min(norm / product, LARGEST) if norm > 0 else 0.0
         start += size
 
 
 @_compiled
-def _eden_back(indices, sizes, seed, centres, scales, x, out):
+def _eden_back(indices, sizes, seed, centres, scales, x, spare, out):
     """The reverse of _eden but for the quantiser, all in float32."""
     start = 0
     for b in range(len(sizes)):
@@ -372,7 +378,7 @@ def _eden_back(indices, sizes, seed, centres, scales, x, out):
         for j in range(size):
             x[j] = centres[indices[start + j]]
         for stage in range(1, -1, -1):
-            _butterflies(x, size)
+            x, spare = _rotate(x, spare, size)
             _flip(x, size, start, stage, seed)
         for j in range(size):
             out[start + j] = x[j] * scales[b]
@@ -390,10 +396,14 @@ def write_eden(numbers: np.ndarray, bits: int, seed: int) -> bytes:
     indices, scales = np.empty(rotated, np.int16), np.empty(len(sizes), np.float32)
     seed &= 2**64 - 1
     centres = centroids(bits).astype(np.float64)
-    _eden(numbers, sizes, np.uint64(seed), centres, np.empty(LARGEST_BLOCK), indices, scales)
+    _eden(numbers, sizes, np.uint64(seed), centres, *_room(), indices, scales)
     tail = numbers[rotated:].astype("<f4").tobytes()
     head = seed.to_bytes(8, "little") + scales.astype("<f4").tobytes()
     return head + pack_bits(indices, bits) + tail
+
+
+def _room() -> tuple[np.ndarray, np.ndarray]:
+    return np.empty(LARGEST_BLOCK, np.float32), np.empty(LARGEST_BLOCK, np.float32)
 
 
 def read_eden(reader: Reader, bits: int, count: int) -> np.ndarray:
@@ -404,8 +414,7 @@ def read_eden(reader: Reader, bits: int, count: int) -> np.ndarray:
         raise PayloadError("a scale is not finite")
     indices = unpack_bits(reader, rotated, bits)
     out = np.empty(count, np.float32)
-    x = np.empty(LARGEST_BLOCK, np.float32)
-    _eden_back(indices, sizes, seed, centroids(bits), scales, x, out)
+    _eden_back(indices, sizes, seed, centroids(bits), scales, *_room(), out)
     out[rotated:] = reader.take("<f4", count - rotated)
     return np.clip(out, -LARGEST, LARGEST, out=out) if np.isinf(out).any() else out
 

@@ -19,6 +19,7 @@ from config import Config, ConfigError, Downlink, Selection
 from distributed import Report
 from downlink import Changes, Message, WholeModel
 from masks import SharedMask
+from quantisers import parse_values
 from wire import PayloadError
 
 
@@ -69,6 +70,11 @@ class Server:
 
     def _make_links(self, config: Config) -> tuple[Channel, WholeModel | Changes]:
         up, down = config.uplink, config.downlink
+        for key, link in (("uplink", up), ("downlink", down)):
+            try:
+                parse_values(link.values)
+            except ValueError as error:
+                raise ConfigError(f"{key}.values: {error}") from None
         make = partial(Channel, self.layout, seed_for=config.seed_for)
         uplink = make(config.pruning, up, unbiased=not up.error_feedback)
         channel = make(down.pruning, down, unbiased=False)

@@ -81,6 +81,10 @@ def test_densities_follow_rounds_and_clients():
     assert [link.density(round, 0) for round in (1, 2, 3, 4)] == [0.25, 0.0625, 0.02, 0.02]
     assert [link.density(9, client) for client in (0, 1, 2, 3)] == [0.02, 0.001, 0.02, 0.001]
     assert channel(density=0.01).density(1, 3) == 0.01
+    link = channel(density=0.01, warmup=[0.25, 0.0625], warmup_rounds=3)
+    assert [link.density(round, 0) for round in (1, 3, 4, 6, 7)] == [0.25] * 2 + [0.0625] * 2 + [
+        0.01
+    ]
 
 
 # --- error feedback -------------------------------------------------------------------------------
