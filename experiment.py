@@ -191,7 +191,6 @@ def plan(config: Config, ranks: Ranks) -> int:
     noise = torch.randn(layout.size, generator=torch.Generator().manual_seed(0))
     if federation.server.mask.awaits_scores:
         federation.server.prune(noise.abs())  # any scores: only the mask's length matters here
-        federation.server.mask.received([0])
     update, _ = federation.server.uplink.encode(noise, config.rounds)
     model, _ = federation.server.downlink.channel.encode(noise, config.rounds)
     down, up = (cohort * (len(payload) + 4 * num_buffers) for payload in (model, update))
