@@ -200,6 +200,8 @@ def _compression_contradictions(config: Config) -> Iterator[tuple[str, str]]:
     for name, link, selection in both:
         if link.values.startswith("powersgd") and selection.method != "none":
             yield f"{name}.values", f"{link.values} needs whole tensors: pruning method none"
+        if link.values.startswith("powersgd") and config.pruning.mask.method != "none":
+            yield f"{name}.values", f"{link.values} needs whole tensors: pruning.mask.method none"
     if downlink.mode == "model" and downlink.pruning.method != "none":
         yield "downlink.pruning.method", "a part of the model can be sent only in mode: change"
     if uplink.momentum and not uplink.error_feedback:

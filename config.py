@@ -101,7 +101,7 @@ class Mask:
 
     method: str = one_of("none", "snip", "dynamic")
     density: float = between(0.1, 0.0, 1.0, open_low=True)  # share of the weights that stay
-    batches: int = between(1, 1)  # snip: batches that each client scores the weights on
+    batches: int = between(1, 1)  # on which a client looks at the gradients that decide
     every: int = between(10, 1)  # dynamic: rounds between two changes of the mask
     share: float = between(0.3, 0.0, 1.0)  # dynamic: share of the mask that changes, at first
 

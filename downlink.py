@@ -7,6 +7,7 @@ given up has sent nothing.
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,8 +43,9 @@ class WholeModel:
     def commit(self) -> None:
         """The round took place."""
 
-    def forget(self) -> None:
-        """The coordinates that exist have changed: what was sent before is of no use."""
+    def use_mask(self, mask: np.ndarray) -> None:
+        """From now on only these coordinates exist, int64, ascending."""
+        self.channel.mask = mask
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -93,9 +95,14 @@ class Changes:
         self.versions |= received
         self.sent = None
 
-    def forget(self) -> None:
-        """The coordinates that exist have changed: everybody needs the whole model again."""
-        self.changes, self.versions = {}, {}
+    def use_mask(self, mask: np.ndarray) -> None:
+        """From now on only these coordinates exist, int64, ascending; both ends drop the others.
+
+        An up-to-date client goes on with the next change. The earlier ones are of no more use.
+        """
+        self.channel.mask = self.whole.mask = mask
+        shared, self.shared, self.changes = self.shared, torch.zeros_like(self.shared), {}
+        self.shared[torch.from_numpy(mask)] = shared[torch.from_numpy(mask)]
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: tensors and plain values."""

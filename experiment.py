@@ -157,15 +157,20 @@ def finish(federation: Federation) -> None:
         **folder.ledger_totals(),
         "wall_seconds": progress.wall_seconds,
         "simulated_seconds": progress.simulated_seconds,
+        "density": federation.server.density(),
         "model_sha256": federation.server.sha256(),
     }
     folder.finish(summary)
+    pruned = f"; {summary['density']:.2%} of the parameters are not 0"
+    if config.pruning.mask.method == "none":
+        pruned = ""
     saved = summary["dense_bytes_up"] / max(summary["bytes_up"], 1)
     print(
         f"{summary['test_accuracy']:.2%} test accuracy on {summary['dataset']}"
         f"{' (fallback)' if federation.dataset.fallback_reason else ''} after {progress.round} "
         f"rounds; {summary['bytes_up'] / 1e6:.1f} MB up, {saved:.0f} times less than dense; "
         f"{summary['bytes_down'] / 1e6:.1f} MB down; {summary['wall_seconds']:.0f} s"
+        f"{pruned}"
     )
     try:
         write_plots([read_run(folder.path)], folder.path / "plots")
@@ -184,6 +189,8 @@ def plan(config: Config, ranks: Ranks) -> int:
     steps = sum(num_steps(config.local, len(c)) for c in federation.clients) / num_clients
     estimate = config.rounds * cohort * steps * seconds.get(precision, seconds["fp32"])
     noise = torch.randn(layout.size, generator=torch.Generator().manual_seed(0))
+    if federation.server.mask.awaits_scores:
+        federation.server.prune(noise.abs())  # any scores: only the mask's length matters here
     update, _ = federation.server.uplink.encode(noise, config.rounds)
     model, _ = federation.server.downlink.channel.encode(noise, config.rounds)
     down, up = (cohort * (len(payload) + 4 * num_buffers) for payload in (model, update))

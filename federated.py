@@ -7,7 +7,9 @@ writes it all down.
 """
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from channel import ErrorFeedback
-from client import Interrupted, evaluate, local_lr, train
+from client import Interrupted, evaluate, local_lr, loss_gradient, train
 from client_store import ClientStore
 from cnn_model import FlatModel, build_network
 from compression import NotFinite, encode
@@ -23,6 +25,7 @@ from config import Config, ConfigError
 from data import Pictures, load_dataset, partition_labels
 from distributed import Ranks, Report
 from downlink import Message
+from masks import encode_scores
 from network import Device, Link, round_seconds
 from runlog import LedgerRow, RunFolder
 from server import Broadcast, Server
@@ -59,6 +62,7 @@ class Federation:
         self.hardware = Device(network.ms_per_example)
         self.precision = config.precision
         self.progress = Progress()
+        self.before: dict[int, list[LedgerRow]] = {}  # client: messages from before round 1
         self.feedback = self._error_feedback()
         self.stop_requested = False
 
@@ -66,15 +70,13 @@ class Federation:
         """Do the next round and return its row of rounds.jsonl. Raises Interrupted."""
         begin, number = time.perf_counter(), self.progress.round + 1
         cohort = self.sample_cohort(number)
+        if self.server.mask.awaits_scores:
+            self.choose_mask(cohort)
         broadcast = self.server.broadcast(number, cohort)
-        mine = self.train_cohort(number, cohort, broadcast)
-        reports = self.ranks.exchange(mine)
-        if reports is None:  # some rank was asked to stop: the round never happened
-            self.store.discard()
-            raise Interrupted
+        mine, reports = self.visit(cohort, partial(self.train_client, number, broadcast=broadcast))
         averaged = self.server.step(reports, number)
-        self.server.downlink.commit()
         self.settle(number, mine, averaged)
+        self.server.commit(number, cohort)
         scores = self.evaluate(number)
         return self.write_down(number, begin, broadcast, reports, averaged, scores)
 
@@ -84,18 +86,59 @@ class Federation:
         clients = self.config.clients
         return sorted(rng.choice(clients.total, clients.per_round, replace=False).tolist())
 
-    def train_cohort(
-        self, number: int, cohort: list[int], broadcast: Broadcast
-    ) -> list[Report] | None:
-        """Train this rank's clients from what they can decode; None if the run is to stop."""
+    def visit(
+        self, cohort: list[int], work: Callable[[int], Report]
+    ) -> tuple[list[Report], list[Report]]:
+        """Do `work` for the clients of the cohort, each on its rank. Raises Interrupted.
+
+        Returns this rank's reports as they left it, and all ranks' as they arrived.
+        """
         try:
-            return [
-                self.train_client(number, client, broadcast)
-                for client in cohort
-                if self.ranks.owns(client)
-            ]
+            mine = [work(client) for client in cohort if self.ranks.owns(client)]
         except Interrupted:
-            return None
+            mine = None
+        reports = self.ranks.exchange(mine)
+        if reports is None:  # some rank was asked to stop: the round never happened
+            self.store.discard()
+            raise Interrupted
+        return mine, reports
+
+    def choose_mask(self, cohort: list[int]) -> None:
+        """Before round 1 its cohort scores the weights: in the ledger this is round 0."""
+        broadcast = self.server.broadcast(0, cohort)
+        messages = {  # a dense system would send nothing yet
+            client: [replace(message, dense=0) for message in some]
+            for client, some in broadcast.messages.items()
+        }
+        broadcast = replace(broadcast, messages=messages)
+        _, reports = self.visit(cohort, partial(self.score_client, broadcast=broadcast))
+        self.server.choose_mask(reports)
+        self.before = {r.client: self.ledger_rows(0, r, broadcast) for r in reports}
+
+    def score_client(self, client: int, broadcast: Broadcast) -> Report:
+        """How much each weight matters to the client's loss."""
+        report = Report(client, len(self.clients[client]))
+        gradient = self.gradient_of(0, client, broadcast)
+        try:
+            scores = encode_scores(gradient, broadcast.parameters, self.model.layout)
+            report.payloads["scores"] = scores
+        except NotFinite:
+            report.failure = "the scores are not finite"
+        return report
+
+    def gradient_of(self, number: int, client: int, broadcast: Broadcast) -> Tensor:
+        """A client's gradient at the weights that it received."""
+        self.model.parameters.copy_(broadcast.parameters)
+        self.model.buffers.copy_(broadcast.buffers)
+        return loss_gradient(
+            self.model,
+            self.pictures,
+            torch.from_numpy(self.clients[client]).to(self.ranks.device),
+            self.config.local.batch_size,
+            self.config.pruning.mask.batches,
+            self.config.seed_for("mask", number, client),
+            lambda: self.stop_requested,
+        )
 
     def train_client(self, number: int, client: int, broadcast: Broadcast) -> Report:
         """Local training, then prune and encode what was learned and what is still owed."""
@@ -113,20 +156,33 @@ class Federation:
             self.precision,
             config.seed_for("training", number, client),
             lambda: self.stop_requested,
+            self.server.pruned,
         )
+        update = model.parameters.cpu() - broadcast.parameters
         try:
             if model.buffer_layout.size:
                 report.payloads["buffers"], _ = encode(model.buffers.cpu(), model.buffer_layout)
-            self.send(report, number, model.parameters.cpu() - broadcast.parameters)
+            if self.server.mask.grows_in(number):
+                self.ask_for_growth(report, number, broadcast)
+            self.send(report, number, update)
         except NotFinite:
             report.failure, report.payloads = "the update is not finite", {}
         return report
+
+    def ask_for_growth(self, report: Report, number: int, broadcast: Broadcast) -> None:
+        """Say which weights outside the mask the loss at the received model asks for most."""
+        gradient = self.gradient_of(number, report.client, broadcast)
+        payload, report.num_asked = self.server.mask.encode_growth(gradient, number)
+        report.payloads["growth"] = payload
 
     def send(self, report: Report, number: int, update: Tensor) -> None:
         """Encode an update and what is owed into a report; keep what does not travel."""
         client, kept = report.client, {}
         if self.feedback:
-            kept = self.feedback.add(update, self.store.get(client))
+            owed = self.store.get(client)
+            if self.server.pruned is not None:  # weights that are gone since are owed nothing
+                owed = {key: t.masked_fill(self.server.pruned, 0.0) for key, t in owed.items()}
+            kept = self.feedback.add(update, owed)
         payload, sent = self.server.uplink.encode(update, number, client)
         report.payloads["update"], report.nonzeros = payload, len(sent.values)
         if self.feedback:
@@ -209,10 +265,15 @@ class Federation:
 
     def ledger_rows(self, number: int, report: Report, broadcast: Broadcast) -> list[LedgerRow]:
         """A row for each message between the server and one client."""
-        sizes = {"update": self.model.layout.size, "buffers": self.model.buffer_layout.size}
-        carried = {"update": report.nonzeros, "buffers": sizes["buffers"]}
-        up = [Message(kind, p, carried[kind], sizes[kind]) for kind, p in report.payloads.items()]
-        rows = []
+        size, num_buffers = self.model.layout.size, self.model.buffer_layout.size
+        numbers = {  # by kind: what the payload carries, and what a dense system sends in its place
+            "update": (report.nonzeros, size),
+            "buffers": (num_buffers, num_buffers),
+            "scores": (size, 0),
+            "growth": (report.num_asked, 0),
+        }
+        up = [Message(kind, payload, *numbers[kind]) for kind, payload in report.payloads.items()]
+        rows = self.before.pop(report.client, [])
         for direction, messages in (("down", broadcast.messages[report.client]), ("up", up)):
             for m in messages:
                 seconds = self.link.seconds(len(m.payload), direction)
@@ -221,11 +282,11 @@ class Federation:
         return rows
 
     def client_seconds(self, report: Report, messages: list[LedgerRow]) -> float:
-        """A client's simulated round: receive, train, send."""
-        local = self.config.local
-        trained = local.epochs * report.num_examples
-        if local.steps:
-            trained = local.steps * min(local.batch_size, report.num_examples)
+        """A client's simulated round: receive, train, send; and look at gradients for the mask."""
+        local, batch = self.config.local, min(self.config.local.batch_size, report.num_examples)
+        trained = local.steps * batch if local.steps else local.epochs * report.num_examples
+        if any(row.kind in ("scores", "growth") for row in messages):
+            trained += self.config.pruning.mask.batches * batch
         return sum(row.seconds for row in messages) + self.hardware.seconds(trained)
 
     def save(self) -> None:
@@ -244,6 +305,7 @@ class Federation:
                 "precision": self.precision,
                 "clients": {} if done else self.states,
                 "progress": vars(self.progress),
+                "before": {client: list(map(tuple, rows)) for client, rows in self.before.items()},
             }
             self.folder.save(state | self.server.state())
         self.ranks.gather_json(None)  # nobody goes on before the checkpoint stands
@@ -252,6 +314,7 @@ class Federation:
     def load(self, state: dict[str, Any]) -> None:
         self.precision = state["precision"]
         self.progress = Progress(**state["progress"])
+        self.before = {c: [LedgerRow(*row) for row in rows] for c, rows in state["before"].items()}
         self.server.load(state)
         self.states = state["clients"]
         self.store = self._store()

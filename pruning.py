@@ -42,7 +42,7 @@ def density_at(density: float, warmup: Sequence[float], round: int) -> float:
 
     DGC (Lin et al. 2018, arXiv 1712.01887) warms up by 25%, 6.25%, 1.56%, 0.4% to 0.1%.
     """
-    return warmup[round - 1] if round <= len(warmup) else density
+    return warmup[round - 1] if 0 < round <= len(warmup) else density
 
 
 def topk(vector: Tensor, k: int) -> np.ndarray:

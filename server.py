@@ -18,6 +18,7 @@ from compression import Decoded, decode, encode
 from config import Config, ConfigError, Downlink, Selection
 from distributed import Report
 from downlink import Changes, Message, WholeModel
+from masks import SharedMask
 from quantisers import parse_values
 from wire import PayloadError
 
@@ -43,6 +44,12 @@ class Server:
         self.buffers = model.buffers.cpu().clone()
         self.is_counter = model.is_counter
         self.uplink, self.downlink = self._make_links(config)
+        seed = config.seed_for("mask")
+        self.mask = SharedMask(config.pruning.mask, self.layout, config.rounds, seed)
+        self.growth: Tensor | None = (
+            None  # float32 [n]: what the clients' growth payloads average to
+        )
+        self._use_mask()
         self.weighting = config.server.weighting
         self._make_optimizer(config)
 
@@ -85,14 +92,19 @@ class Server:
             buffers, size = sent.dense(), self.buffer_layout.size
             message = Message("buffers", payload, size, size)
             messages = {client: [*some, message] for client, some in messages.items()}
+        masks = self.mask.messages(cohort)
+        messages = {client: [*masks[client], *some] for client, some in messages.items()}
         return Broadcast(parameters, buffers, messages)
 
     def receive(self, report: Report, number: int) -> dict[str, Decoded]:
         """Decode a client's payloads, by kind. Raises PayloadError."""
-        decoded = {"update": self.uplink.decode(report.payloads["update"], number, report.client)}
-        if self.buffer_layout.size:
-            decoded["buffers"] = decode(report.payloads["buffers"], self.buffer_layout)
-        return decoded
+        layouts = {"buffers": self.buffer_layout, "scores": self.layout, "growth": self.layout}
+        return {
+            kind: self.uplink.decode(payload, number, report.client)
+            if kind == "update"
+            else decode(payload, layouts[kind])
+            for kind, payload in report.payloads.items()
+        }
 
     def step(self, reports: list[Report], number: int) -> list[int]:
         """Average the updates, in the order of the reports, and step; return who was averaged.
@@ -100,6 +112,58 @@ class Server:
         A client that failed is left out, and so is one whose payload does not decode (its report
         then says so). If nobody is left, the model stays as it is.
         """
+        arrived = self._arrived(reports, number)
+        if not arrived:
+            return []
+        update = torch.zeros_like(self.parameters.data)
+        buffers, counters = torch.zeros_like(self.buffers), torch.zeros_like(self.buffers)
+        if self.mask.grows_in(number):
+            self.growth = torch.zeros_like(update)
+        for _, weight, decoded in arrived:
+            decoded["update"].add_to(update, weight)
+            if "buffers" in decoded:
+                decoded["buffers"].add_to(buffers, weight)
+                counters = torch.maximum(counters, decoded["buffers"].dense())
+            if "growth" in decoded:
+                decoded["growth"].add_to(self.growth, weight)
+        self._apply(update, torch.where(self.is_counter, counters, buffers))
+        return [client for client, _, _ in arrived]
+
+    def commit(self, number: int, cohort: list[int]) -> None:
+        """The round took place: its cohort has what it was sent, and now the mask may change."""
+        self.downlink.commit()
+        self.mask.received(cohort)
+        if self.growth is not None:
+            self.mask.regrow(self.parameters.detach(), self.growth, number)
+            self.growth = None
+            self._use_mask()
+
+    def choose_mask(self, reports: list[Report]) -> None:
+        """Average the clients' SNIP scores, in the order of the reports, and prune the model."""
+        scores = torch.zeros_like(self.parameters.data)
+        for _, weight, decoded in self._arrived(reports, 0):
+            decoded["scores"].add_to(scores, weight)
+        if not scores.any():
+            raise ConfigError("pruning.mask: no client has finite scores; take another seed")
+        self.prune(scores)
+
+    def prune(self, scores: Tensor) -> None:
+        """Keep the weights with the best SNIP scores, float32 [num_parameters]."""
+        self.mask.choose(scores)
+        self._use_mask()
+
+    def _use_mask(self) -> None:
+        """From now on the weights outside the mask are 0 and do not travel."""
+        self.pruned = self.mask.pruned
+        if self.pruned is not None:
+            self.uplink.mask = self.mask.kept
+            self.downlink.use_mask(self.mask.kept)
+            self.parameters.data.masked_fill_(self.pruned, 0.0)
+
+    def _arrived(
+        self, reports: list[Report], number: int
+    ) -> list[tuple[int, float, dict[str, Decoded]]]:
+        """(client, weight, decoded payloads) of each report that can be used; weights add to 1."""
         arrived = []
         for report in reports:
             if not report.failure:
@@ -107,20 +171,13 @@ class Server:
                     arrived.append((report, self.receive(report, number)))
                 except PayloadError as error:
                     report.failure = f"payload refused: {error}"
-        if not arrived:
-            return []
         weights = [
             report.num_examples if self.weighting == "examples" else 1 for report, _ in arrived
         ]
-        update = torch.zeros_like(self.parameters.data)
-        buffers, counters = torch.zeros_like(self.buffers), torch.zeros_like(self.buffers)
-        for weight, (_, decoded) in zip(weights, arrived, strict=True):
-            decoded["update"].add_to(update, weight / sum(weights))
-            if "buffers" in decoded:
-                decoded["buffers"].add_to(buffers, weight / sum(weights))
-                counters = torch.maximum(counters, decoded["buffers"].dense())
-        self._apply(update, torch.where(self.is_counter, counters, buffers))
-        return [report.client for report, _ in arrived]
+        return [
+            (report.client, weight / sum(weights), decoded)
+            for weight, (report, decoded) in zip(weights, arrived, strict=True)
+        ]
 
     def _apply(self, update: Tensor, buffers: Tensor) -> None:
         self.buffers = buffers
@@ -129,6 +186,12 @@ class Server:
         if self.scheduler:
             self.scheduler.step()
         self.parameters.grad = None
+        if self.pruned is not None:  # momentum from before a change of the mask moves nothing
+            self.parameters.data.masked_fill_(self.pruned, 0.0)
+
+    def density(self) -> float:
+        """The share of the parameters that are not 0."""
+        return int(torch.count_nonzero(self.parameters.data)) / self.layout.size
 
     def sha256(self) -> str:
         """Of the parameters and then the buffers, as little-endian float32."""
@@ -142,10 +205,13 @@ class Server:
             "buffers": self.buffers,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else {},
+            "mask": self.mask.state(),
             "downlink": self.downlink.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
+        self.mask.load(state["mask"])
+        self._use_mask()
         self.parameters.data.copy_(state["parameters"])
         self.buffers.copy_(state["buffers"])
         self.downlink.load(state["downlink"])

@@ -19,6 +19,8 @@ HEADER = struct.Struct("<4sBBBBQQ")  # magic, version, selection, kind, flags, l
 CHECKSUM = struct.Struct("<Q")
 OVERHEAD = HEADER.size + CHECKSUM.size  # bytes of a payload that are not its body
 LARGEST_WINDOW = 1 << 17  # of a Zstandard frame whose content is smaller
+POSITIONS = 4  # the selection byte of a payload without values, whose next byte is one of:
+RICE, BITMAP = 0, 1
 
 
 class PayloadError(ValueError):
@@ -235,3 +237,29 @@ def _bit_shifts(k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     owners = np.repeat(np.arange(len(k)), k)
     ends = np.cumsum(k)
     return ends[owners] - 1 - np.arange(len(owners)), owners
+
+
+def pack_positions(positions: np.ndarray, layout: Layout) -> bytes:
+    """A payload of ascending int64 positions alone: Rice codes, or a bitmap where it is shorter."""
+    marks = np.zeros(layout.size, np.uint8)
+    marks[positions] = 1
+    bodies = encode_positions(positions, layout), np.packbits(marks).tobytes()
+    coder = RICE if len(bodies[RICE]) <= len(bodies[BITMAP]) else BITMAP
+    return pack(POSITIONS, coder, layout, bodies[coder])
+
+
+def unpack_positions(payload: bytes, layout: Layout) -> np.ndarray:
+    """The positions of pack_positions(), int64, ascending. Raises PayloadError."""
+    selection, coder, flags, body = unpack(payload, layout)
+    if selection != POSITIONS or coder not in (RICE, BITMAP) or flags:
+        raise PayloadError(f"byte 5: {selection}, {coder}, {flags} announces no positions alone")
+    reader = Reader(body)
+    if coder == RICE:
+        positions = decode_positions(reader, layout)
+    else:
+        marks = np.unpackbits(reader.take("u1", -(-layout.size // 8)))
+        if marks[layout.size :].any():
+            raise PayloadError("the padding after the bitmap is not zero")
+        positions = np.flatnonzero(marks)
+    reader.finish()
+    return positions

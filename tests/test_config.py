@@ -267,6 +267,11 @@ def test_words():
         ("downlink: {pruning: {method: topk}}", [], "x.yaml:1: downlink.pruning.method: a part of "
          "the model can be sent only in mode: change"),
         ("uplink: {values: powersgd(2)}", [], "x.yaml:1: uplink.values: powersgd(2) needs whole "),
+        (
+            "pruning: {method: none, mask: {method: snip}}",
+            ["uplink.values=powersgd(2)"],
+            "command line: uplink.values: powersgd(2) needs whole tensors: pruning.mask.method",
+        ),
         ("uplink: {momentum: 0.9}", [], "x.yaml:1: uplink.momentum: needs local.steps: 1 and "),
         ("uplink: {momentum: 0.9, error_feedback: false}", [], "x.yaml:1: uplink.momentum: corr"),
         ("server:\n  scheduler_options: {gamma: 1}", [], "x.yaml:2: server.scheduler_options: "
