@@ -62,6 +62,7 @@ def train(
     precision: str,
     seed: int,
     stop: Callable[[], bool] = lambda: False,
+    pruned: Tensor | None = None,  # bool [num_parameters]: weights that stay 0
 ) -> float:
     """Train `model` in place on the pictures at `indices`; return the mean loss of the batches.
 
@@ -78,6 +79,8 @@ def train(
         weight_decay=local.weight_decay,
         fused=True,
     )
+    if pruned is not None:
+        pruned = pruned.to(model.device)
     scaler = torch.amp.GradScaler(model.device.type, 2.0**10, enabled=precision == "fp16")
     steps = num_steps(local, len(indices))
     total_loss = torch.zeros((), device=model.device)
@@ -94,12 +97,44 @@ def train(
                 loss = cross_entropy(model.network(images), labels)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
+            if pruned is not None:  # before clipping: a weight without gradient never leaves 0
+                model.gradients.masked_fill_(pruned, 0.0)
             if local.clip:
                 torch.nn.utils.clip_grad_norm_([parameters], local.clip)
             scaler.step(optimizer)
             scaler.update()
             total_loss += loss.detach()
     return float(total_loss) / steps
+
+
+def loss_gradient(
+    model: FlatModel,
+    pictures: Pictures,
+    indices: Tensor,  # int64 [num_examples], on the device
+    batch_size: int,
+    num_batches: int,
+    seed: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> Tensor:
+    """The gradient of the loss at the model's weights, float32 [num_parameters], on the CPU.
+
+    The mean over num_batches batches, in fp32: what a mask is chosen by. It leaves the weights, the
+    statistics of BatchNorm and the random state of training as they were. Raises Interrupted.
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    buffers = model.buffers.clone()
+    devices = [model.device] if model.device.type == "cuda" else []
+    model.network.train()
+    model.gradients.zero_()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for batch in _batches(indices, batch_size, num_batches, generator):
+            if stop():
+                raise Interrupted
+            images, labels = pictures.train_batch(batch, generator)
+            (cross_entropy(model.network(images), labels) / num_batches).backward()
+    model.buffers.copy_(buffers)
+    return model.gradients.clone().cpu()
 
 
 def _batches(indices: Tensor, batch_size: int, steps: int, generator: torch.Generator):

@@ -43,10 +43,12 @@ class RunFinished(Exception):
 class LedgerRow(NamedTuple):
     """One message. seconds: its time on the client's simulated link."""
 
-    round: int
+    round: int  # 0: before the first
     client: int
     direction: str  # up or down
-    kind: str  # up: update, buffers; down: model, buffers
+    kind: (
+        str  # up: update, buffers, scores, growth; down: model, change, buffers, mask, mask_change
+    )
     bytes: int  # the payload's real length
     dense_bytes: int  # the same numbers as float32
     nonzeros: int  # the numbers that the payload carries
