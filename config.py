@@ -56,6 +56,7 @@ class Model:
 class Clients:
     total: int = between(10, 1)
     per_round: int = between(10, 1)  # the cohort
+    state_memory_gib: float = between(2.0, 0.0, open_low=True)  # residuals in a rank's RAM, at most
 
 
 @dataclass(frozen=True)

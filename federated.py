@@ -17,17 +17,10 @@ import torch
 from torch import Tensor
 
 from channel import ErrorFeedback
-from client import (
-    ClientStore,
-    Interrupted,
-    evaluate,
-    local_lr,
-    loss_gradient,
-    remove_old_states,
-    train,
-)
+from client import Interrupted, evaluate, local_lr, loss_gradient, train
+from client_store import ClientStore
 from cnn_model import FlatModel, build_network
-from compression import Decoded, NotFinite, encode
+from compression import NotFinite, encode
 from config import Config, ConfigError
 from data import Pictures, load_dataset, partition_labels
 from distributed import Ranks, Report
@@ -63,13 +56,13 @@ class Federation:
         self.clients = ranks.together(self._partition)  # client: int64 indices into the pictures
         self.model = ranks.together(self._build_model)
         self.server = ranks.together(lambda: Server(config, self.model))
-        self.store = ClientStore(folder.clients)
+        self.states: dict[int, int] = {}  # client: version of its saved state, of all ranks
+        self.store = self._store()
         self.link = Link(network.uplink_mbps, network.downlink_mbps, network.latency_ms)
         self.hardware = Device(network.ms_per_example)
         self.precision = config.precision
         self.progress = Progress()
         self.before: dict[int, list[LedgerRow]] = {}  # client: messages from before round 1
-        self.sent: dict[int, Decoded] = {}  # this round's updates, as the server will decode them
         self.feedback = self._error_feedback()
         self.stop_requested = False
 
@@ -80,9 +73,10 @@ class Federation:
         if self.server.mask.awaits_scores:
             self.choose_mask(cohort)
         broadcast = self.server.broadcast(number, cohort)
-        reports = self.visit(cohort, partial(self.train_client, number, broadcast=broadcast))
+        work = partial(self.train_client, number, broadcast=broadcast)
+        mine, reports = self.visit(cohort, work)
         averaged = self.server.step(reports, number)
-        self.settle(averaged)
+        self.settle(number, mine, averaged)
         self.server.commit(number, cohort)
         scores = self.evaluate(number)
         return self.write_down(number, begin, broadcast, reports, averaged, scores)
@@ -93,18 +87,22 @@ class Federation:
         clients = self.config.clients
         return sorted(rng.choice(clients.total, clients.per_round, replace=False).tolist())
 
-    def visit(self, cohort: list[int], work: Callable[[int], Report]) -> list[Report]:
-        """All ranks' reports of `work` done for their clients of the cohort. Raises Interrupted."""
+    def visit(
+        self, cohort: list[int], work: Callable[[int], Report]
+    ) -> tuple[list[Report], list[Report]]:
+        """Do `work` for this rank's clients of the cohort; return its reports and all ranks'.
+
+        Raises Interrupted if some rank was asked to stop: then the round never happened.
+        """
         try:
             mine = [work(client) for client in cohort if self.ranks.owns(client)]
         except Interrupted:
             mine = None
         reports = self.ranks.exchange(mine)
-        if reports is None:  # some rank was asked to stop: the round never happened
+        if reports is None:
             self.store.discard()
-            self.sent = {}
             raise Interrupted
-        return reports
+        return mine, reports
 
     def choose_mask(self, cohort: list[int]) -> None:
         """Before round 1 its cohort scores the weights: in the ledger this is round 0."""
@@ -114,7 +112,7 @@ class Federation:
             for client, some in broadcast.messages.items()
         }
         broadcast = replace(broadcast, messages=messages)
-        reports = self.visit(cohort, partial(self.score_client, broadcast=broadcast))
+        _, reports = self.visit(cohort, partial(self.score_client, broadcast=broadcast))
         self.server.choose_mask(reports)
         self.before = {r.client: self.ledger_rows(0, r, broadcast) for r in reports}
 
@@ -161,12 +159,13 @@ class Federation:
             lambda: self.stop_requested,
             self.server.pruned,
         )
+        update = model.parameters.cpu() - broadcast.parameters
         try:
-            self.send(report, number, model.parameters.cpu() - broadcast.parameters)
             if model.buffer_layout.size:
                 report.payloads["buffers"], _ = encode(model.buffers.cpu(), model.buffer_layout)
             if self.server.mask.grows_in(number):
                 self.ask_for_growth(report, number, broadcast)
+            self.send(report, number, update)
         except NotFinite:
             report.failure, report.payloads = "the update is not finite", {}
         return report
@@ -188,16 +187,21 @@ class Federation:
         payload, sent = self.server.uplink.encode(update, number, client)
         report.payloads["update"], report.nonzeros = payload, len(sent.values)
         if self.feedback:
-            self.store.stage(client, self.feedback.subtract(update, sent, kept))
-            self.sent[client] = sent
+            self.store.stage(client, self.feedback.subtract(update, sent, kept), number)
 
-    def settle(self, averaged: list[int]) -> None:
-        """Keep the new residuals; what the server refused is owed again, so nothing is lost."""
-        for client, sent in self.sent.items():
-            if client not in averaged:
-                sent.add_to(self.store.staged[client]["residual"])
+    def settle(self, number: int, mine: list[Report], averaged: list[int]) -> None:
+        """Keep the new residuals; what the server refused is owed again, so nothing is lost.
+
+        mine: the reports of this rank's clients as they left it.
+        """
+        for report in mine:
+            if report.client in self.store.staged and report.client not in averaged:
+                state = self.store.get_staged(report.client)
+                payload = report.payloads["update"]
+                sent = self.server.uplink.decode(payload, number, report.client)
+                sent.add_to(state["residual"])
+                self.store.stage(report.client, state, number)
         self.store.commit()
-        self.sent = {}
 
     def evaluate(self, number: int) -> dict[str, float | None]:
         """Test accuracy and loss, if they are due; the batches are shared out over the ranks."""
@@ -289,9 +293,9 @@ class Federation:
     def save(self) -> None:
         """Write a checkpoint of the last completed round; a finished run needs no residuals."""
         done = self.progress.round == self.config.rounds
-        versions = {} if done else self.store.save(self.progress.round)
-        manifests = self.ranks.gather_json(versions)
-        clients = {int(c): version for part in manifests for c, version in part.items()}
+        changed = {} if done else self.store.save()
+        for part in self.ranks.gather_json(changed):
+            self.states |= {int(client): version for client, version in part.items()}
         hashes = self.ranks.gather_json(self.server.sha256())
         if len(set(hashes)) > 1:
             raise RuntimeError(
@@ -300,21 +304,26 @@ class Federation:
         if self.ranks.is_main:
             state = {
                 "precision": self.precision,
-                "clients": clients,
+                "clients": {} if done else self.states,
                 "progress": vars(self.progress),
                 "before": {client: list(map(tuple, rows)) for client, rows in self.before.items()},
             }
             self.folder.save(state | self.server.state())
-            remove_old_states(self.folder.clients, clients)
         self.ranks.gather_json(None)  # nobody goes on before the checkpoint stands
+        self.store.drop_replaced()
 
     def load(self, state: dict[str, Any]) -> None:
         self.precision = state["precision"]
         self.progress = Progress(**state["progress"])
         self.before = {c: [LedgerRow(*row) for row in rows] for c, rows in state["before"].items()}
         self.server.load(state)
-        owned = {c: version for c, version in state["clients"].items() if self.ranks.owns(c)}
-        self.store = ClientStore(self.folder.clients, owned)
+        self.states = state["clients"]
+        self.store = self._store()
+
+    def _store(self) -> ClientStore:
+        budget = self.config.clients.state_memory_gib * 2**30
+        owned = {c: version for c, version in self.states.items() if self.ranks.owns(c)}
+        return ClientStore(self.folder.clients, budget, owned)
 
     def _error_feedback(self) -> ErrorFeedback | None:
         """None if nothing can be owed."""

@@ -1,4 +1,4 @@
-"""client.py: local training against a plain torch loop, and the state that clients keep."""
+"""client.py: local training against a plain torch loop."""
 
 import copy
 import math
@@ -15,14 +15,13 @@ from torch.optim import lr_scheduler
 
 import client
 from client import (
-    ClientStore,
     Interrupted,
     batch_bounds,
     choose_precision,
     evaluate,
     local_lr,
+    loss_gradient,
     num_steps,
-    remove_old_states,
     train,
 )
 from cnn_model import FlatModel, build_network
@@ -364,89 +363,51 @@ def test_the_probe_takes_its_time(monkeypatch):
     assert time.perf_counter() - begin >= 0.1
 
 
-# --- what clients keep ----------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------
 
 
-def state(value: float) -> dict[str, torch.Tensor]:
-    return {"residual": torch.full((5,), value)}
+def test_pruned_weights_stay_zero_and_have_no_part_in_clipping():
+    local = replace(PLAIN, momentum=0.9, weight_decay=0.01, clip=1e-3, epochs=2)
+    model = FlatModel(network(), CPU)
+    generator = torch.Generator().manual_seed(5)
+    pruned = torch.rand(len(model.parameters), generator=generator) < 0.3
+    model.parameters.masked_fill_(pruned, 0.0)
+    start = model.parameters.clone()
+    train(model, PICTURES, INDICES, replace(local, steps=1), 0.1, "fp32", 3, pruned=pruned)
+    assert not model.parameters[pruned].any()
+    moved = model.parameters - (1 - 0.1 * 0.01) * start
+    assert float(moved.norm()) == pytest.approx(0.1 * 1e-3, rel=1e-2)  # clipped on the mask alone
+    train(model, PICTURES, INDICES, local, 0.1, "fp32", 4, pruned=pruned)
+    assert not model.parameters[pruned].any() and model.parameters[~pruned].any()
 
 
-def value_of(store: ClientStore, number: int) -> float | None:
-    found = store.get(number)
-    return float(found["residual"][0]) if found else None
+def test_training_under_a_mask_of_nothing_is_training():
+    dense, nothing = fit(), torch.zeros(len(fit()[0].parameters), dtype=torch.bool)
+    masked = fit(pruned=nothing)
+    assert torch.equal(dense[0].parameters, masked[0].parameters) and dense[1] == masked[1]
 
 
-def files(folder) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+@pytest.mark.parametrize("name", ["lenet", "resnet18", "cnn"])
+def test_the_gradient_for_masks_is_that_of_autograd_and_leaves_nothing_behind(name):
+    model = FlatModel(network(name), CPU)
+    before = [model.parameters.clone(), model.buffers.clone(), torch.random.get_rng_state()]
+    gradient = loss_gradient(model, PICTURES, INDICES, 8, 4, seed=3)
+    after = [model.parameters, model.buffers, torch.random.get_rng_state()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    again = loss_gradient(model, PICTURES, INDICES, 8, 4, seed=3)
+    assert torch.equal(gradient, again)
+    if name == "cnn":  # dropout: nothing to compare with
+        return
+    module, generator = network(name).train(), torch.Generator().manual_seed(3)
+    order = [INDICES[torch.randperm(22, generator=generator)] for _ in range(2)]
+    batches = [*order[0].split(8), *order[1].split(8)][:4]
+    for batch in batches:
+        images, labels = PICTURES.train_batch(batch, torch.Generator())
+        cross_entropy(module(images), labels).backward()
+    expected = torch.cat([p.grad.flatten() for p in module.parameters()]) / 4
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_staged_states_take_effect_with_commit(tmp_path):
-    store = ClientStore(tmp_path)
-    assert store.get(7) == {}
-    store.stage(7, state(1.0))
-    assert value_of(store, 7) is None
-    store.commit()
-    assert value_of(store, 7) == 1.0
-    store.stage(7, state(2.0))
-    store.stage(8, state(3.0))
-    store.discard()
-    store.commit()
-    assert value_of(store, 7) == 1.0 and value_of(store, 8) is None
-
-
-def test_what_is_discarded_or_only_staged_is_not_saved(tmp_path):
-    store = ClientStore(tmp_path / "clients")
-    store.stage(1, state(1.0))
-    store.discard()
-    store.stage(2, state(2.0))
-    assert store.save(round=1) == {} and files(tmp_path / "clients") == []
-    store.commit()
-    assert store.save(round=2) == {2: 2}
-
-
-def test_save_writes_what_changed_under_a_new_name(tmp_path):
-    store = ClientStore(tmp_path)
-    for number in (1, 2):
-        store.stage(number, state(float(number)))
-    store.commit()
-    assert store.save(round=4) == {1: 4, 2: 4}
-    store.stage(2, state(20.0))
-    store.commit()
-    assert value_of(store, 2) == 20.0  # not what its file says
-    assert dict(store.save(round=6)) == {1: 4, 2: 6}
-    assert files(tmp_path) == ["1-4.pt", "2-4.pt", "2-6.pt"]
-    assert dict(store.save(round=8)) == {1: 4, 2: 6}
-    assert files(tmp_path) == ["1-4.pt", "2-4.pt", "2-6.pt"]
-
-    # a run that died before its checkpoint of round 6 goes on from that of round 4
-    before = ClientStore(tmp_path, {1: 4, 2: 4})
-    assert (value_of(before, 1), value_of(before, 2)) == (1.0, 2.0)
-    remove_old_states(tmp_path, store.versions)
-    assert files(tmp_path) == ["1-4.pt", "2-6.pt"]
-
-
-def test_states_survive_a_new_store(tmp_path):
-    store = ClientStore(tmp_path)
-    exact = {"residual": torch.randn(100), "control": torch.randn(3)}
-    store.stage(12, exact)
-    store.commit()
-    versions = store.save(round=3)
-
-    other = ClientStore(tmp_path, versions)
-    assert other.versions == {12: 3} and other.get(11) == {}
-    found = other.get(12)
-    assert found.keys() == exact.keys() and all(torch.equal(found[k], exact[k]) for k in exact)
-    assert other.save(round=9) == {12: 3} and files(tmp_path) == ["12-3.pt"]  # nothing changed
-    other.stage(12, state(5.0))
-    other.commit()
-    assert other.save(round=10) == {12: 10}
-    assert value_of(ClientStore(tmp_path, {12: 10}), 12) == 5.0
-    assert versions == {12: 3}  # the store has its own copy
-
-
-def test_files_of_others_are_left_alone(tmp_path):
-    for name in ("1-2.pt", "1-3.pt", "notes.txt"):
-        (tmp_path / name).write_text("")
-    remove_old_states(tmp_path, {1: 3})
-    assert files(tmp_path) == ["1-3.pt", "notes.txt"]
-    remove_old_states(tmp_path / "nowhere", {})
+def test_a_gradient_for_masks_can_be_interrupted():
+    with pytest.raises(Interrupted):
+        loss_gradient(FlatModel(network(), CPU), PICTURES, INDICES, 8, 4, 3, lambda: True)
