@@ -415,8 +415,10 @@ def read_eden(reader: Reader, bits: int, count: int) -> np.ndarray:
     indices = unpack_bits(reader, rotated, bits)
     out = np.empty(count, np.float32)
     _eden_back(indices, sizes, seed, centroids(bits), scales, *_room(), out)
+    if np.isinf(out[:rotated]).any():
+        np.clip(out[:rotated], -LARGEST, LARGEST, out=out[:rotated])
     out[rotated:] = reader.take("<f4", count - rotated)
-    return np.clip(out, -LARGEST, LARGEST, out=out) if np.isinf(out).any() else out
+    return out
 
 
 def packed_size(kind: int, bits: int, layout: Layout, count: int) -> int:
@@ -479,9 +481,10 @@ def read_powersgd(reader: Reader, layout: Layout) -> np.ndarray:
             continue
         p = reader.take("<f4", rows * low).reshape(rows, low).astype(np.float64)
         q = reader.take("<f4", columns * low).reshape(columns, low).astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            total = p[:, :1] * q[:, 0]
-            for r in range(1, low):
-                total += p[:, r : r + 1] * q[:, r]
-            out[start : start + size] = np.clip(total, -LARGEST, LARGEST).astype("<f4").reshape(-1)
+        if not (np.isfinite(p).all() and np.isfinite(q).all()):
+            raise PayloadError("a factor is not finite")
+        total = p[:, :1] * q[:, 0]
+        for r in range(1, low):
+            total += p[:, r : r + 1] * q[:, r]
+        out[start : start + size] = np.clip(total, -LARGEST, LARGEST).reshape(-1)
     return out

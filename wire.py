@@ -158,8 +158,10 @@ def decompress(frame: bytes | memoryview, size: int) -> bytes:
     frame = bytes(frame)
     try:
         stated = zstandard.get_frame_parameters(frame)
-        if frame[:4] != zstandard.FRAME_HEADER or stated.content_size != size or stated.dict_id:
-            raise PayloadError(f"the Zstandard frame does not state {size} bytes of content")
+        if frame[:4] != zstandard.FRAME_HEADER or stated.dict_id or size == 0:
+            raise PayloadError("no Zstandard frame, one with a dictionary, or one for nothing")
+        if stated.content_size != size:
+            raise PayloadError(f"a Zstandard frame of {stated.content_size} bytes, not of {size}")
         if stated.window_size > max(size, LARGEST_WINDOW):
             raise PayloadError(f"a Zstandard window of {stated.window_size} bytes")
         return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
