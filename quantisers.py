@@ -479,10 +479,10 @@ def read_powersgd(reader: Reader, layout: Layout) -> np.ndarray:
         if not low:
             out[start : start + size] = reader.take("<f4", size)
             continue
-        p = reader.take("<f4", rows * low).reshape(rows, low).astype(np.float64)
-        q = reader.take("<f4", columns * low).reshape(columns, low).astype(np.float64)
+        p, q = reader.take("<f4", rows * low), reader.take("<f4", columns * low)
         if not (np.isfinite(p).all() and np.isfinite(q).all()):
             raise PayloadError("a factor is not finite")
+        p, q = p.reshape(rows, low).astype(np.float64), q.reshape(columns, low).astype(np.float64)
         total = p[:, :1] * q[:, 0]
         for r in range(1, low):
             total += p[:, r : r + 1] * q[:, r]

@@ -460,7 +460,8 @@ def read_levels(data: bytes, shapes: list[tuple[int, ...]]) -> dict[int, int]:
         demand(len(levels) <= count, "more levels than announced")
         offset += prod(shape)
     demand(len(levels) == count, "fewer levels than announced")
-    demand(data[4 * decoder.words_read - 8 :] == decoder.ending(), "end of the code")
+    ending, start = decoder.ending(), 4 * decoder.words_read - 8
+    demand(data[start:] == ending and len(data) == start + len(ending), "end of the code")
     return levels
 
 
