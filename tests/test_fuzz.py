@@ -161,8 +161,7 @@ def fuzz(word: str, count: int, seed: int) -> Counter:
     return seen
 
 
-@pytest.mark.filterwarnings("error")
-@pytest.mark.filterwarnings("ignore:The given NumPy array")
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("word", WORDS)
 def test_wounded_payloads_are_refused_or_read_as_the_page_says(word):
     seen = fuzz(word, NUM_PAYLOADS // len(WORDS), WORDS.index(word))
