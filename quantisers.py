@@ -197,7 +197,7 @@ def _qsgd(numbers: np.ndarray, steps: int, seed: int) -> tuple[np.ndarray, np.nd
     largest = np.maximum.reduceat(np.abs(numbers), starts) if len(starts) else np.zeros(0)
     scales = _scales(largest.astype(np.float64), steps)
     levels = np.empty(len(numbers), np.int16)
-    _stochastic_levels(numbers, steps, np.uint64(seed), levels, scales)
+    _stochastic_levels(numbers, steps, np.uint64(seed & 2**64 - 1), levels, scales)
     return levels, scales
 
 
@@ -297,7 +297,7 @@ CENTROIDS = {
     1: (0.79788456,),
     2: (0.45278005, 1.5104176),
     3: (0.24509418, 0.75600522, 1.3439093, 2.1519457),
-    4: (0.12839503, 0.38804832, 0.65675895, 0.94234003, 1.2562312, 1.6180464, 2.0690172, 2.7326357),
+    4: (0.12839504, 0.3880483, 0.65675914, 0.94234043, 1.2562312, 1.6180464, 2.0690172, 2.7325895),
 }
 
 
