@@ -197,7 +197,7 @@ def _qsgd(numbers: np.ndarray, steps: int, seed: int) -> tuple[np.ndarray, np.nd
     largest = np.maximum.reduceat(np.abs(numbers), starts) if len(starts) else np.zeros(0)
     scales = _scales(largest.astype(np.float64), steps)
     levels = np.empty(len(numbers), np.int16)
-    _stochastic_levels(numbers, steps, np.uint64(seed), levels, scales)
+    _stochastic_levels(numbers, steps, np.uint64(seed & 2**64 - 1), levels, scales)
     return levels, scales
 
 
@@ -297,7 +297,7 @@ CENTROIDS = {
     1: (0.79788456,),
     2: (0.45278005, 1.5104176),
     3: (0.24509418, 0.75600522, 1.3439093, 2.1519457),
-    4: (0.12839503, 0.38804832, 0.65675895, 0.94234003, 1.2562312, 1.6180464, 2.0690172, 2.7326357),
+    4: (0.12839504, 0.3880483, 0.65675914, 0.94234043, 1.2562312, 1.6180464, 2.0690172, 2.7325895),
 }
 
 
@@ -479,10 +479,10 @@ def read_powersgd(reader: Reader, layout: Layout) -> np.ndarray:
         if not low:
             out[start : start + size] = reader.take("<f4", size)
             continue
-        p = reader.take("<f4", rows * low).reshape(rows, low).astype(np.float64)
-        q = reader.take("<f4", columns * low).reshape(columns, low).astype(np.float64)
+        p, q = reader.take("<f4", rows * low), reader.take("<f4", columns * low)
         if not (np.isfinite(p).all() and np.isfinite(q).all()):
             raise PayloadError("a factor is not finite")
+        p, q = p.reshape(rows, low).astype(np.float64), q.reshape(columns, low).astype(np.float64)
         total = p[:, :1] * q[:, 0]
         for r in range(1, low):
             total += p[:, r : r + 1] * q[:, r]
