@@ -1,14 +1,12 @@
-"""What a client does in a round: local SGD on its own pictures, and the state it keeps.
+"""What a client does in a round: local SGD on its own pictures.
 
 Every draw comes from the client's own seed, so the result does not depend on the rank that trains
 the client or on who was trained before.
 """
 
 import math
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -64,6 +62,7 @@ def train(
     precision: str,
     seed: int,
     stop: Callable[[], bool] = lambda: False,
+    pruned: Tensor | None = None,  # bool [num_parameters]: weights that stay 0
 ) -> float:
     """Train `model` in place on the pictures at `indices`; return the mean loss of the batches.
 
@@ -80,6 +79,8 @@ def train(
         weight_decay=local.weight_decay,
         fused=True,
     )
+    if pruned is not None:
+        pruned = pruned.to(model.device)
     scaler = torch.amp.GradScaler(model.device.type, 2.0**10, enabled=precision == "fp16")
     steps = num_steps(local, len(indices))
     total_loss = torch.zeros((), device=model.device)
@@ -96,12 +97,44 @@ def train(
                 loss = cross_entropy(model.network(images), labels)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
+            if pruned is not None:  # before clipping: a weight without gradient never leaves 0
+                model.gradients.masked_fill_(pruned, 0.0)
             if local.clip:
                 torch.nn.utils.clip_grad_norm_([parameters], local.clip)
             scaler.step(optimizer)
             scaler.update()
             total_loss += loss.detach()
     return float(total_loss) / steps
+
+
+def loss_gradient(
+    model: FlatModel,
+    pictures: Pictures,
+    indices: Tensor,  # int64 [num_examples], on the device
+    batch_size: int,
+    num_batches: int,
+    seed: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> Tensor:
+    """The gradient of the loss at the model's weights, float32 [num_parameters], on the CPU.
+
+    The mean over num_batches batches, in fp32: what a mask is chosen by. It leaves the weights, the
+    statistics of BatchNorm and the random state of training as they were. Raises Interrupted.
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    buffers = model.buffers.clone()
+    devices = [model.device] if model.device.type == "cuda" else []
+    model.network.train()
+    model.gradients.zero_()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for batch in _batches(indices, batch_size, num_batches, generator):
+            if stop():
+                raise Interrupted
+            images, labels = pictures.train_batch(batch, generator)
+            (cross_entropy(model.network(images), labels) / num_batches).backward()
+    model.buffers.copy_(buffers)
+    return model.gradients.clone().cpu()
 
 
 def _batches(indices: Tensor, batch_size: int, steps: int, generator: torch.Generator):
@@ -152,60 +185,3 @@ def probe_precision(model: FlatModel, pictures: Pictures, local: Local) -> dict[
 
 def choose_precision(seconds: dict[str, float]) -> str:
     return "bf16" if seconds["bf16"] < CLEARLY_FASTER * seconds["fp32"] else "fp32"
-
-
-class ClientStore:
-    """What clients keep between rounds (residuals): a dict of tensors each, written copy-on-write.
-
-    Changes are staged and take effect with commit(), so that a round that is abandoned leaves
-    nothing behind. save() writes only what changed since the last save, under a new name, so that
-    the files of the checkpoint on disk stay whole until the next checkpoint stands.
-    """
-
-    def __init__(self, folder: Path, versions: dict[int, int] | None = None):
-        self.folder = folder
-        self.versions = dict(versions or {})  # client: the round of its newest file
-        self.states: dict[int, dict[str, Tensor]] = {}
-        self.staged: dict[int, dict[str, Tensor]] = {}
-        self.dirty: set[int] = set()
-
-    def get(self, client: int) -> dict[str, Tensor]:
-        if client not in self.states and client in self.versions:
-            path = self._path(client, self.versions[client])
-            self.states[client] = torch.load(path, weights_only=True)
-        return self.states.get(client, {})
-
-    def stage(self, client: int, state: dict[str, Tensor]) -> None:
-        self.staged[client] = state
-
-    def commit(self) -> None:
-        self.states |= self.staged
-        self.dirty |= self.staged.keys()
-        self.staged = {}
-
-    def discard(self) -> None:
-        self.staged = {}
-
-    def save(self, round: int) -> dict[int, int]:
-        """Write what changed; return the newest version of every client of this store."""
-        self.folder.mkdir(exist_ok=True)
-        for client in sorted(self.dirty):
-            with open(self._path(client, round), "wb") as file:
-                torch.save(self.states[client], file)
-                file.flush()
-                os.fsync(file.fileno())
-            self.versions[client] = round
-        # What is on the disk need not stay in memory: that holds one checkpoint's clients at most.
-        self.dirty, self.states = set(), {}
-        return self.versions
-
-    def _path(self, client: int, round: int) -> Path:
-        return self.folder / f"{client}-{round}.pt"
-
-
-def remove_old_states(folder: Path, versions: dict[int, int]) -> None:
-    """Delete the files that no checkpoint names any more."""
-    keep = {f"{client}-{round}.pt" for client, round in versions.items()}
-    for path in folder.glob("*.pt"):
-        if path.name not in keep:
-            path.unlink()

@@ -2,10 +2,11 @@
 
 encode() returns the payload and what the receiver will decode from it, so that a caller knows
 exactly what was lost: vector == sent + residual (error feedback, Seide et al. 2014; Karimireddy
-et al. 2019, arXiv 1901.09847).
+et al. 2019, arXiv 1901.09847). What to select and how to write values compose freely.
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,23 +14,56 @@ import torch
 from torch import Tensor
 
 from entropy import decode_integers, encode_integers
+from quantisers import (
+    BF16,
+    BUCKET,
+    BUCKET_LEVELS,
+    EDEN,
+    FP16,
+    FP32,
+    LEVELS,
+    PLAIN,
+    POWERSGD,
+    TENSOR_LEVELS,
+    Buffer,
+    Values,
+    level_bits,
+    num_values,
+    packed_size,
+    parse_values,
+    quantise,
+    read_eden,
+    read_levels,
+    read_powersgd,
+    times,
+    write_eden,
+    write_levels,
+    write_powersgd,
+)
 from wire import (
     CHECKSUM,
     Layout,
     PayloadError,
     Reader,
+    compress,
     decode_positions,
+    decompress,
     encode_positions,
     pack,
     unpack,
 )
 
-Buffer = bytes | memoryview
-DENSE, SPARSE, CODED = 0, 1, 2  # the selection byte of the container
-INT8 = 3  # the number of int8 among VALUES; sparse int8 is CODED, the other kinds are SPARSE
-LARGEST_LEVEL = 127
-FP16_MAX = torch.finfo(torch.float16).max
-BF16_MAX = torch.finfo(torch.bfloat16).max
+Select = Callable[[Tensor, Layout], np.ndarray]
+DENSE, SPARSE, CODED, SPARSE_CODED = range(4)  # the selection byte of the container
+COMPRESSED, SMALL_DENSE = 1, 2  # its flags
+PACKED = {LEVELS: 16, TENSOR_LEVELS: 16, BUCKET_LEVELS: 16, EDEN: 4}  # kind: its most bits
+KINDS = {
+    DENSE: {FP32, FP16, BF16, *PACKED, POWERSGD},
+    SPARSE: {FP32, FP16, BF16, EDEN},
+    CODED: {LEVELS, BUCKET_LEVELS},
+    SPARSE_CODED: {FP32, FP16, BF16, EDEN},
+}
+WORTH_CODING = 1 / 8  # of levels that are not zero: beyond it, packed ones are shorter or nearly so
 
 # Decoded values are views of the payload, which is immutable, and are only ever read.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -61,76 +95,266 @@ class Decoded:
         return vector
 
 
-def encode(
-    vector: Tensor, layout: Layout, values: str = "fp32", indices: np.ndarray | None = None
-) -> tuple[bytes, Decoded]:
-    """Encode float32 [layout.size], or only its entries at the ascending `indices`.
+@dataclass(frozen=True)
+class Body:
+    """What goes into the container. arrives is None where it must be read back from the bytes."""
 
-    values is one of VALUES. Of selected entries, those that would arrive as zero are not sent.
-    Returns the payload and exactly what decode() makes of it. Raises NotFinite.
+    selection: int
+    kind: int
+    positions: Buffer
+    values: Buffer
+    flags: int = 0
+    indices: np.ndarray | None = None  # int64 [n], ascending; None for all
+    arrives: np.ndarray | None = None  # float32 [n]
+
+    def __len__(self) -> int:
+        return len(self.positions) + len(self.values)
+
+
+def encode(
+    vector: Tensor,
+    layout: Layout,
+    values: str = "fp32",
+    select: Select | None = None,
+    dense_below: int = 0,
+    seed: int = 0,
+) -> tuple[bytes, Decoded]:
+    """Encode float32 [layout.size]; return the payload and exactly what decode() makes of it.
+
+    values: a word that parse_values() reads. select: returns the ascending int64 positions to
+    send of the vector that it is given; of these, those that would arrive as zero are not sent.
+    dense_below: tensors of fewer entries travel whole, as fp32. seed: of the random choices of
+    qsgd, eden and powersgd. Raises NotFinite, and ValueError for a word or mix that is not valid.
     """
+    coder = parse_values(values)
     if not _all_finite(vector):
         raise NotFinite("the vector holds inf or NaN")
-    code, write, read = VALUES[values]
-    numbers, bounds, positions = vector.cpu().numpy(), layout.offsets, b""
-    if indices is not None and code == INT8:
-        return _encode_levels(numbers[indices], indices, layout)
-    if indices is not None:
-        numbers, bounds = numbers[indices], np.searchsorted(indices, layout.offsets)
-        arrives = read(Reader(memoryview(write(numbers, bounds))), bounds) != 0
-        numbers, indices = numbers[arrives], indices[arrives]
-        bounds = np.searchsorted(indices, layout.offsets)
-        positions = encode_positions(indices, layout)
-    body = write(numbers, bounds)
-    selection = DENSE if indices is None else SPARSE
-    payload = pack(selection, code, layout, positions, body)
-    # Read back from the payload: what the receiver will see, also if `vector` changes later.
-    written = memoryview(payload)[len(payload) - CHECKSUM.size - len(body) :]
-    return payload, Decoded(layout.size, indices, read(Reader(written), bounds))
+    large = layout.sizes >= dense_below
+    if large.all():
+        body = _encode(vector, layout, coder, select, seed)
+        payload = pack(
+            body.selection, body.kind, layout, body.positions, body.values, flags=body.flags
+        )
+        return payload, _read_back(payload, body, layout)
+    rest = layout.where(large)
+    body = _encode(_pick(vector, layout, large), rest, coder, select, seed)
+    small = _pick(vector, layout, ~large).cpu().numpy().astype("<f4")
+    head = dense_below.to_bytes(4, "little") + small.tobytes()
+    flags = body.flags | SMALL_DENSE
+    payload = pack(
+        body.selection, body.kind, layout, head, body.positions, body.values, flags=flags
+    )
+    return payload, _joined(layout, large, small, _read_back(payload, body, rest))
 
 
 def decode(payload: bytes, layout: Layout) -> Decoded:
     """Decode a stranger's bytes. Raises PayloadError, never anything else."""
-    selection, code, body = unpack(payload, layout)
-    readers = {code: read for code, _, read in VALUES.values()}
-    if selection not in (DENSE, SPARSE, CODED):
+    selection, kind, flags, body = unpack(payload, layout)
+    if selection not in KINDS:
         raise PayloadError(f"byte 5: no selection has the number {selection}")
-    if code not in readers:
-        raise PayloadError(f"byte 6: no kind of values has the number {code}")
-    if selection != DENSE and (selection == CODED) != (code == INT8):
-        raise PayloadError(f"byte 6: selection {selection} has no values of kind {code}")
-    if selection == CODED:
-        return _decode_levels(body, layout)
+    if kind not in KINDS[selection]:
+        raise PayloadError(f"byte 6: selection {selection} has no values of kind {kind}")
+    if flags & COMPRESSED and (kind not in PACKED or selection == CODED) or flags > 3:
+        raise PayloadError(f"byte 7: flags {flags} with selection {selection} and kind {kind}")
     reader = Reader(body)
-    indices = decode_positions(reader, layout) if selection == SPARSE else None
-    bounds = layout.offsets if indices is None else np.searchsorted(indices, layout.offsets)
-    arrived = readers[code](reader, bounds)
-    reader.finish()
-    return _finite(Decoded(layout.size, indices, arrived))
+    if not flags & SMALL_DENSE:
+        return _finite(_decode(reader, selection, kind, flags, layout))
+    large = layout.sizes >= int(reader.take("<u4", 1)[0])
+    small = reader.take("<f4", int(layout.sizes[~large].sum()))
+    rest = _decode(reader, selection, kind, flags, layout.where(large))
+    return _finite(_joined(layout, large, small, rest))
+
+
+# --- one body -------------------------------------------------------------------------------------
+
+
+def _encode(
+    vector: Tensor, layout: Layout, coder: Values, select: Select | None, seed: int
+) -> Body:
+    indices = None if select is None else select(vector, layout)
+    if indices is not None:
+        vector = vector[torch.from_numpy(indices).to(vector.device)]
+    numbers = vector.cpu().numpy()
+    if coder.name in PLAIN:
+        return _encode_plain(numbers, indices, layout, coder)
+    if coder.name == "eden":
+        rest = write_eden(numbers, coder.number, seed)
+        return _sparse(EDEN, indices, layout, *_compressed(coder.number, rest))
+    if coder.name == "powersgd":
+        if indices is not None:
+            raise ValueError("powersgd codes whole matrices: it takes no selection")
+        return Body(DENSE, POWERSGD, b"", write_powersgd(numbers, layout, coder.number, seed))
+    return _encode_levels(numbers, indices, layout, coder, seed)
+
+
+def _encode_plain(
+    numbers: np.ndarray, indices: np.ndarray | None, layout: Layout, coder: Values
+) -> Body:
+    kind, write, read = PLAIN[coder.name]
+    values = write(numbers)
+    if indices is not None:
+        arrives = read(Reader(memoryview(values)), len(numbers)) != 0
+        indices, values = indices[arrives], write(numbers[arrives])
+    return _sparse(kind, indices, layout, values)
+
+
+def _sparse(
+    kind: int, indices: np.ndarray | None, layout: Layout, values: Buffer, flags: int = 0
+) -> Body:
+    """Values with their positions, if they have any, in the shorter of two codes."""
+    if indices is None:
+        return Body(DENSE, kind, b"", values, flags)
+    rice = encode_positions(indices, layout)
+    ones = encode_integers(indices, np.ones(len(indices), np.int16), layout)
+    coded = len(ones).to_bytes(4, "little") + ones
+    if len(coded) < len(rice):
+        return Body(SPARSE_CODED, kind, coded, values, flags, indices)
+    return Body(SPARSE, kind, rice, values, flags, indices)
 
 
 def _encode_levels(
-    numbers: np.ndarray, indices: np.ndarray, layout: Layout
-) -> tuple[bytes, Decoded]:
-    """Sparse int8: one scale for the whole vector, then positions and levels in one code.
+    numbers: np.ndarray, indices: np.ndarray | None, layout: Layout, coder: Values, seed: int
+) -> Body:
+    """Integers times scales: packed, or those that are not zero in an entropy code.
 
-    With a scale for each tensor every level is near the largest, and costs about two bits more.
+    Selected ones of int have one scale. With a scale for each tensor every level is near the
+    largest, and costs about two bits more.
     """
-    scale = _scales(np.abs(numbers).max(initial=0))
-    levels = _levels(numbers, scale)
-    indices, levels = indices[levels != 0], levels[levels != 0]
-    body = encode_integers(indices, levels, layout)
-    payload = pack(CODED, INT8, layout, scale.tobytes(), body)
-    return payload, Decoded(layout.size, indices, levels * scale)
+    kind, levels, scales = quantise(coder, numbers, layout if indices is None else None, seed)
+    if indices is not None:
+        return _coded(kind, indices, levels, scales, layout)
+    bits = level_bits(coder, levels)
+    values, flags = _compressed(bits, write_levels(bits, levels, scales))
+    packed = Body(DENSE, kind, b"", values, flags)
+    if kind == TENSOR_LEVELS or np.count_nonzero(levels) > WORTH_CODING * len(levels):
+        return packed
+    coded = _coded(kind, np.arange(len(levels)), levels, scales, layout)
+    return coded if len(coded) < len(packed) else packed
 
 
-def _decode_levels(body: memoryview, layout: Layout) -> Decoded:
-    scale = Reader(body[:4]).take("<f4", 1)
-    indices, levels = decode_integers(body[4:], layout)
-    if np.abs(levels).max(initial=0) > LARGEST_LEVEL:
-        raise PayloadError(f"a level lies beyond {LARGEST_LEVEL}")
-    with np.errstate(over="ignore", invalid="ignore"):
-        return _finite(Decoded(layout.size, indices, levels * scale))
+def _coded(
+    kind: int, indices: np.ndarray, levels: np.ndarray, scales: np.ndarray, layout: Layout
+) -> Body:
+    kept = np.flatnonzero(levels if scales.any() else np.zeros(0))
+    head = scales.astype("<f4").tobytes()
+    scale = scales
+    if kind == BUCKET_LEVELS:
+        owners = kept // BUCKET
+        counts = np.bincount(owners, minlength=len(scales)).astype("<u2")
+        head = len(scales).to_bytes(4, "little") + head + counts.tobytes()
+        scale = scales[owners]
+    indices, levels = indices[kept], levels[kept]
+    code = encode_integers(indices, levels, layout)
+    return Body(CODED, kind, head, code, indices=indices, arrives=times(levels, scale))
+
+
+def _compressed(bits: int, values: bytes) -> tuple[bytes, int]:
+    """Packed values behind their number of bits, as a Zstandard frame if that is shorter: + flag"""
+    frame = compress(values)
+    if len(frame) < len(values):
+        return bytes([bits]) + frame, COMPRESSED
+    return bytes([bits]) + values, 0
+
+
+def _decode(reader: Reader, selection: int, kind: int, flags: int, layout: Layout) -> Decoded:
+    indices = None
+    if selection == CODED:
+        return _decode_coded(reader, kind, layout)
+    if selection == SPARSE:
+        indices = decode_positions(reader, layout)
+    elif selection == SPARSE_CODED:
+        ones = reader.take("u1", int(reader.take("<u4", 1)[0]))
+        indices, levels = decode_integers(ones.data, layout)
+        if (levels != 1).any():
+            raise PayloadError("positions are coded as levels of 1, and one is another")
+    count = layout.size if indices is None else len(indices)
+    values = _read_values(reader, kind, flags, layout, count)
+    return Decoded(layout.size, indices, values)
+
+
+def _decode_coded(reader: Reader, kind: int, layout: Layout) -> Decoded:
+    num_scales, owners = 1, 0
+    if kind == BUCKET_LEVELS:
+        num_scales = int(reader.take("<u4", 1)[0])
+        if num_scales > -(-layout.size // BUCKET):
+            raise PayloadError(f"{num_scales} scales are more than the layout allows")
+    scales = reader.take("<f4", num_scales)
+    if kind == BUCKET_LEVELS:
+        counts = reader.take("<u2", num_scales).astype(np.int64)
+    indices, levels = decode_integers(reader.rest(), layout)
+    if kind == BUCKET_LEVELS:
+        if counts.sum() != len(levels):
+            raise PayloadError(f"buckets of {counts.sum()} levels in all hold {len(levels)}")
+        owners = np.repeat(np.arange(num_scales), counts)
+    return Decoded(layout.size, indices, times(levels, scales[owners]))
+
+
+def _read_values(reader: Reader, kind: int, flags: int, layout: Layout, count: int) -> np.ndarray:
+    """The `count` values that the rest of a body holds, float32."""
+    bits = 0
+    if kind in PACKED:
+        bits = int(reader.take("u1", 1)[0])
+        if not 1 <= bits <= PACKED[kind]:
+            raise PayloadError(f"values of {bits} bits are not of kind {kind}")
+    if flags & COMPRESSED:
+        size = packed_size(kind, bits, layout, count)
+        reader = Reader(memoryview(decompress(reader.rest(), size)))
+    if kind == POWERSGD:
+        values = read_powersgd(reader, layout)
+    elif kind == EDEN:
+        values = read_eden(reader, bits, count)
+    elif kind in PACKED:
+        values = read_levels(reader, bits, num_values(kind, layout, count))
+    else:
+        values = {kind: read for kind, _, read in PLAIN.values()}[kind](reader, count)
+    reader.finish()
+    return values
+
+
+def _read_back(payload: bytes, body: Body, layout: Layout) -> Decoded:
+    """What was sent, read from the payload: it stays as it is if the vector changes later."""
+    values = body.arrives
+    if values is None:
+        end = len(payload) - CHECKSUM.size
+        reader = Reader(memoryview(payload)[end - len(body.values) : end])
+        count = layout.size if body.indices is None else len(body.indices)
+        values = _read_values(reader, body.kind, body.flags, layout, count)
+    return Decoded(layout.size, body.indices, values)
+
+
+# --- small tensors dense --------------------------------------------------------------------------
+
+
+def _pick(vector: Tensor, layout: Layout, chosen: np.ndarray) -> Tensor:
+    """The entries of the chosen tensors, one after the other; chosen: bool [num_tensors]."""
+    return torch.cat([vector[:0], *(vector[start:stop] for start, stop in _spans(layout, chosen))])
+
+
+def _spans(layout: Layout, chosen: np.ndarray) -> list[tuple[int, int]]:
+    spans = np.stack((layout.offsets[:-1], layout.offsets[1:]), 1)
+    return [(start, stop) for start, stop in spans[chosen].tolist()]
+
+
+def _joined(layout: Layout, large: np.ndarray, small: np.ndarray, rest: Decoded) -> Decoded:
+    """The vector of which `small` holds the small tensors and `rest` the large ones."""
+    small_places = [np.arange(start, stop) for start, stop in _spans(layout, ~large)]
+    small_places = np.concatenate([np.zeros(0, np.int64), *small_places])
+    if rest.indices is None:
+        values = np.empty(layout.size, np.float32)
+        values[small_places] = small
+        done = 0
+        for start, stop in _spans(layout, large):
+            values[start:stop] = rest.values[done : done + stop - start]
+            done += stop - start
+        return Decoded(layout.size, None, values)
+    sizes = layout.sizes[large]
+    ends = np.cumsum(sizes)
+    shifts = layout.offsets[:-1][large] - (ends - sizes)
+    places = rest.indices + shifts[np.searchsorted(ends, rest.indices, side="right")]
+    indices = np.concatenate((small_places, places))
+    order = np.argsort(indices, kind="stable")
+    values = np.concatenate((small, rest.values))
+    return Decoded(layout.size, indices[order], values[order])
 
 
 def _finite(decoded: Decoded) -> Decoded:
@@ -138,81 +362,6 @@ def _finite(decoded: Decoded) -> Decoded:
     if not _all_finite(torch.from_numpy(decoded.values)):
         raise PayloadError("it holds a value that is not finite")
     return decoded
-
-
-# A writer turns float32 [n] into bytes and a reader turns them into the float32 [n] that arrive;
-# bounds [num_tensors + 1] say that tensor t owns the entries bounds[t]:bounds[t + 1].
-
-
-def _write_fp32(numbers: np.ndarray, bounds: np.ndarray) -> Buffer:
-    return memoryview(numbers.astype("<f4", copy=False)).cast("B")
-
-
-def _read_fp32(reader: Reader, bounds: np.ndarray) -> np.ndarray:
-    return reader.take("<f4", int(bounds[-1]))
-
-
-def _write_fp16(numbers: np.ndarray, bounds: np.ndarray) -> Buffer:
-    return np.clip(numbers, -FP16_MAX, FP16_MAX).astype("<f2").tobytes()
-
-
-def _read_fp16(reader: Reader, bounds: np.ndarray) -> np.ndarray:
-    return reader.take("<f2", int(bounds[-1])).astype(np.float32)
-
-
-def _write_bf16(numbers: np.ndarray, bounds: np.ndarray) -> Buffer:
-    halves = torch.from_numpy(np.clip(numbers, -BF16_MAX, BF16_MAX)).to(torch.bfloat16)
-    return halves.view(torch.int16).numpy().astype("<i2").tobytes()
-
-
-def _read_bf16(reader: Reader, bounds: np.ndarray) -> np.ndarray:
-    high = reader.take("<u2", int(bounds[-1])).astype(np.uint32)  # the upper half of a float32
-    return (high << 16).view(np.float32)
-
-
-def _write_int8(numbers: np.ndarray, bounds: np.ndarray) -> Buffer:
-    filled = bounds[:-1] < bounds[1:]
-    largest = np.zeros(len(filled))
-    if filled.any():
-        largest[filled] = np.maximum.reduceat(np.abs(numbers), bounds[:-1][filled])
-    scales = _scales(largest)
-    levels = _levels(numbers, np.repeat(scales, np.diff(bounds)))
-    return scales[filled].tobytes() + levels.tobytes()
-
-
-def _scales(largest: np.ndarray) -> np.ndarray:
-    """largest / 127 in float32 [n], rounded down so that 127 * scale cannot overflow."""
-    largest = np.atleast_1d(largest).astype(np.float64)
-    scales = (largest / LARGEST_LEVEL).astype("<f4")
-    too_large = scales.astype(np.float64) * LARGEST_LEVEL > largest
-    scales[too_large] = np.nextafter(scales[too_large], np.float32(0))
-    return scales
-
-
-def _levels(numbers: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """numbers / scales to the nearest of -127..127, int8; 0 where the scale is 0."""
-    scales = np.broadcast_to(scales, numbers.shape)
-    levels = np.divide(numbers, scales, out=np.zeros_like(numbers), where=scales > 0)
-    return np.clip(np.rint(levels), -LARGEST_LEVEL, LARGEST_LEVEL).astype(np.int8)
-
-
-def _read_int8(reader: Reader, bounds: np.ndarray) -> np.ndarray:
-    counts = np.diff(bounds)
-    scales = reader.take("<f4", int((counts > 0).sum()))
-    levels = reader.take("i1", int(bounds[-1]))
-    with np.errstate(over="ignore", invalid="ignore"):  # the caller refuses what is not finite
-        return levels * np.repeat(scales, counts[counts > 0])
-
-
-# name: (number in the container, writer, reader). fp16 and bf16 round to nearest and clamp to
-# their largest finite number; int8 is round(v / scale) with scale = max abs(v) / 127 per tensor
-# (of selected entries: of all of them, see _encode_levels).
-VALUES = {
-    "fp32": (0, _write_fp32, _read_fp32),
-    "fp16": (1, _write_fp16, _read_fp16),
-    "bf16": (2, _write_bf16, _read_bf16),
-    "int8": (INT8, _write_int8, _read_int8),
-}
 
 
 def _all_finite(vector: Tensor) -> bool:

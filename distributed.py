@@ -27,6 +27,7 @@ class Report:
     num_examples: int
     loss: float = 0.0  # mean over the batches
     nonzeros: int = 0  # numbers that the update's payload carries
+    num_asked: int = 0  # weights outside the mask that the growth payload asks for
     failure: str = ""
     payloads: dict[str, bytes] = field(default_factory=dict)
 

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from bandwidth_analysis import AnalysisError, read_run, write_plots
 from client import Interrupted, choose_precision, num_steps, probe_precision
-from compression import encode
 from config import Config, ConfigError
 from data import DataError, save_partition
 from distributed import Ranks
@@ -158,15 +157,20 @@ def finish(federation: Federation) -> None:
         **folder.ledger_totals(),
         "wall_seconds": progress.wall_seconds,
         "simulated_seconds": progress.simulated_seconds,
+        "density": federation.server.density(),
         "model_sha256": federation.server.sha256(),
     }
     folder.finish(summary)
+    pruned = f"; {summary['density']:.2%} of the parameters are not 0"
+    if config.pruning.mask.method == "none":
+        pruned = ""
     saved = summary["dense_bytes_up"] / max(summary["bytes_up"], 1)
     print(
         f"{summary['test_accuracy']:.2%} test accuracy on {summary['dataset']}"
         f"{' (fallback)' if federation.dataset.fallback_reason else ''} after {progress.round} "
         f"rounds; {summary['bytes_up'] / 1e6:.1f} MB up, {saved:.0f} times less than dense; "
         f"{summary['bytes_down'] / 1e6:.1f} MB down; {summary['wall_seconds']:.0f} s"
+        f"{pruned}"
     )
     try:
         write_plots([read_run(folder.path)], folder.path / "plots")
@@ -185,14 +189,16 @@ def plan(config: Config, ranks: Ranks) -> int:
     steps = sum(num_steps(config.local, len(c)) for c in federation.clients) / num_clients
     estimate = config.rounds * cohort * steps * seconds.get(precision, seconds["fp32"])
     noise = torch.randn(layout.size, generator=torch.Generator().manual_seed(0))
-    update, _ = encode(noise, layout, config.uplink.values, federation.select(noise))
-    down = cohort * sum(len(payload) for payload in federation.server.broadcast().values())
-    up = cohort * (len(update) + 4 * num_buffers)
+    if federation.server.mask.awaits_scores:
+        federation.server.prune(noise.abs())  # any scores: only the mask's length matters here
+    update, _ = federation.server.uplink.encode(noise, config.rounds)
+    model, _ = federation.server.downlink.channel.encode(noise, config.rounds)
+    down, up = (cohort * (len(payload) + 4 * num_buffers) for payload in (model, update))
     _say(
         ranks,
         f"{config.to_yaml()}\n"
         f"{layout.size:,} parameters, {num_buffers:,} numbers in norm buffers\n"
-        f"{down / 1e6:,.1f} MB down and about {up / 1e6:,.2f} MB up a round\n"
+        f"about {down / 1e6:,.2f} MB down and {up / 1e6:,.2f} MB up a round\n"
         f"about {tqdm.format_interval(estimate / ranks.size)} for the training of "
         f"{config.rounds} rounds in {precision}",
     )

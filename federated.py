@@ -7,30 +7,28 @@ writes it all down.
 """
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import pruning
-from client import (
-    ClientStore,
-    Interrupted,
-    evaluate,
-    local_lr,
-    remove_old_states,
-    train,
-)
+from channel import ErrorFeedback
+from client import Interrupted, evaluate, local_lr, loss_gradient, train
+from client_store import ClientStore
 from cnn_model import FlatModel, build_network
-from compression import Decoded, NotFinite, decode, encode
+from compression import NotFinite, encode
 from config import Config, ConfigError
 from data import Pictures, load_dataset, partition_labels
 from distributed import Ranks, Report
+from downlink import Message
+from masks import encode_scores
 from network import Device, Link, round_seconds
 from runlog import LedgerRow, RunFolder
-from server import Server
+from server import Broadcast, Server
 
 
 @dataclass
@@ -58,28 +56,27 @@ class Federation:
         self.clients = ranks.together(self._partition)  # client: int64 indices into the pictures
         self.model = ranks.together(self._build_model)
         self.server = ranks.together(lambda: Server(config, self.model))
-        self.store = ClientStore(folder.clients)
+        self.states: dict[int, int] = {}  # client: version of its saved state, of all ranks
+        self.store = self._store()
         self.link = Link(network.uplink_mbps, network.downlink_mbps, network.latency_ms)
         self.hardware = Device(network.ms_per_example)
         self.precision = config.precision
         self.progress = Progress()
-        self.sent: dict[int, Decoded] = {}  # this round's updates, as the server will decode them
-        lossless = config.pruning.method == "none" and config.uplink.values == "fp32"
-        self.owes = config.uplink.error_feedback and not lossless  # clients keep residuals
+        self.before: dict[int, list[LedgerRow]] = {}  # client: messages from before round 1
+        self.feedback = self._error_feedback()
         self.stop_requested = False
 
     def run_round(self) -> dict[str, Any]:
         """Do the next round and return its row of rounds.jsonl. Raises Interrupted."""
         begin, number = time.perf_counter(), self.progress.round + 1
         cohort = self.sample_cohort(number)
-        broadcast = self.server.broadcast()
-        reports = self.ranks.exchange(self.train_cohort(number, cohort, broadcast))
-        if reports is None:  # some rank was asked to stop: the round never happened
-            self.store.discard()
-            self.sent = {}
-            raise Interrupted
-        averaged = self.server.step(reports)
-        self.settle(averaged)
+        if self.server.mask.awaits_scores:
+            self.choose_mask(cohort)
+        broadcast = self.server.broadcast(number, cohort)
+        mine, reports = self.visit(cohort, partial(self.train_client, number, broadcast=broadcast))
+        averaged = self.server.step(reports, number)
+        self.settle(number, mine, averaged)
+        self.server.commit(number, cohort)
         scores = self.evaluate(number)
         return self.write_down(number, begin, broadcast, reports, averaged, scores)
 
@@ -89,30 +86,67 @@ class Federation:
         clients = self.config.clients
         return sorted(rng.choice(clients.total, clients.per_round, replace=False).tolist())
 
-    def train_cohort(
-        self, number: int, cohort: list[int], broadcast: dict[str, bytes]
-    ) -> list[Report] | None:
-        """Train this rank's clients from what they can decode; None if the run is to stop."""
-        received = decode(broadcast["model"], self.model.layout).dense()
-        buffers = self.server.buffers
-        if "buffers" in broadcast:
-            buffers = decode(broadcast["buffers"], self.model.buffer_layout).dense()
-        try:
-            return [
-                self.train_client(number, client, received, buffers)
-                for client in cohort
-                if self.ranks.owns(client)
-            ]
-        except Interrupted:
-            return None
+    def visit(
+        self, cohort: list[int], work: Callable[[int], Report]
+    ) -> tuple[list[Report], list[Report]]:
+        """Do `work` for the clients of the cohort, each on its rank. Raises Interrupted.
 
-    def train_client(self, number: int, client: int, received: Tensor, buffers: Tensor) -> Report:
+        Returns this rank's reports as they left it, and all ranks' as they arrived.
+        """
+        try:
+            mine = [work(client) for client in cohort if self.ranks.owns(client)]
+        except Interrupted:
+            mine = None
+        reports = self.ranks.exchange(mine)
+        if reports is None:  # some rank was asked to stop: the round never happened
+            self.store.discard()
+            raise Interrupted
+        return mine, reports
+
+    def choose_mask(self, cohort: list[int]) -> None:
+        """Before round 1 its cohort scores the weights: in the ledger this is round 0."""
+        broadcast = self.server.broadcast(0, cohort)
+        messages = {  # a dense system would send nothing yet
+            client: [replace(message, dense=0) for message in some]
+            for client, some in broadcast.messages.items()
+        }
+        broadcast = replace(broadcast, messages=messages)
+        _, reports = self.visit(cohort, partial(self.score_client, broadcast=broadcast))
+        self.server.choose_mask(reports)
+        self.before = {r.client: self.ledger_rows(0, r, broadcast) for r in reports}
+
+    def score_client(self, client: int, broadcast: Broadcast) -> Report:
+        """How much each weight matters to the client's loss."""
+        report = Report(client, len(self.clients[client]))
+        gradient = self.gradient_of(0, client, broadcast)
+        try:
+            scores = encode_scores(gradient, broadcast.parameters, self.model.layout)
+            report.payloads["scores"] = scores
+        except NotFinite:
+            report.failure = "the scores are not finite"
+        return report
+
+    def gradient_of(self, number: int, client: int, broadcast: Broadcast) -> Tensor:
+        """A client's gradient at the weights that it received."""
+        self.model.parameters.copy_(broadcast.parameters)
+        self.model.buffers.copy_(broadcast.buffers)
+        return loss_gradient(
+            self.model,
+            self.pictures,
+            torch.from_numpy(self.clients[client]).to(self.ranks.device),
+            self.config.local.batch_size,
+            self.config.pruning.mask.batches,
+            self.config.seed_for("mask", number, client),
+            lambda: self.stop_requested,
+        )
+
+    def train_client(self, number: int, client: int, broadcast: Broadcast) -> Report:
         """Local training, then prune and encode what was learned and what is still owed."""
         config, model = self.config, self.model
         indices = torch.from_numpy(self.clients[client]).to(self.ranks.device)
         report = Report(client, len(indices))
-        model.parameters.copy_(received)
-        model.buffers.copy_(buffers)
+        model.parameters.copy_(broadcast.parameters)
+        model.buffers.copy_(broadcast.buffers)
         report.loss = train(
             model,
             self.pictures,
@@ -122,42 +156,51 @@ class Federation:
             self.precision,
             config.seed_for("training", number, client),
             lambda: self.stop_requested,
+            self.server.pruned,
         )
-        update = model.parameters.cpu() - received
-        if residual := self.store.get(client):
-            update += residual["residual"]
+        update = model.parameters.cpu() - broadcast.parameters
         try:
-            payload, sent = encode(update, model.layout, config.uplink.values, self.select(update))
-            report.payloads["update"], report.nonzeros = payload, len(sent.values)
             if model.buffer_layout.size:
                 report.payloads["buffers"], _ = encode(model.buffers.cpu(), model.buffer_layout)
+            if self.server.mask.grows_in(number):
+                self.ask_for_growth(report, number, broadcast)
+            self.send(report, number, update)
         except NotFinite:
             report.failure, report.payloads = "the update is not finite", {}
-            return report
-        if self.owes:
-            sent.add_to(update, -1.0)  # what is left is the new residual
-            self.store.stage(client, {"residual": update})
-            self.sent[client] = sent
         return report
 
-    def select(self, update: Tensor) -> np.ndarray | None:
-        """The coordinates that travel, ascending; None for all."""
-        settings, layout = self.config.pruning, self.model.layout
-        if settings.method == "none":
-            return None
-        if settings.method == "threshold":
-            return pruning.threshold(update, settings.threshold)
-        if settings.scope == "layer":
-            return pruning.topk_per_layer(update, settings.density, layout.offsets)
-        return pruning.topk(update, pruning.num_kept(settings.density, layout.size))
+    def ask_for_growth(self, report: Report, number: int, broadcast: Broadcast) -> None:
+        """Say which weights outside the mask the loss at the received model asks for most."""
+        gradient = self.gradient_of(number, report.client, broadcast)
+        payload, report.num_asked = self.server.mask.encode_growth(gradient, number)
+        report.payloads["growth"] = payload
 
-    def settle(self, averaged: list[int]) -> None:
-        """Keep the new residuals; what the server refused is owed again, so nothing is lost."""
-        for client, sent in self.sent.items():
-            if client not in averaged:
-                sent.add_to(self.store.staged[client]["residual"])
+    def send(self, report: Report, number: int, update: Tensor) -> None:
+        """Encode an update and what is owed into a report; keep what does not travel."""
+        client, kept = report.client, {}
+        if self.feedback:
+            owed = self.store.get(client)
+            if self.server.pruned is not None:  # weights that are gone since are owed nothing
+                owed = {key: t.masked_fill(self.server.pruned, 0.0) for key, t in owed.items()}
+            kept = self.feedback.add(update, owed)
+        payload, sent = self.server.uplink.encode(update, number, client)
+        report.payloads["update"], report.nonzeros = payload, len(sent.values)
+        if self.feedback:
+            self.store.stage(client, self.feedback.subtract(update, sent, kept), number)
+
+    def settle(self, number: int, mine: list[Report], averaged: list[int]) -> None:
+        """Keep the new residuals; what the server refused is owed again, so nothing is lost.
+
+        mine: the reports of this rank's clients as they left it.
+        """
+        for report in mine:
+            if report.client in self.store.staged and report.client not in averaged:
+                state = self.store.get_staged(report.client)
+                payload = report.payloads["update"]
+                sent = self.server.uplink.decode(payload, number, report.client)
+                sent.add_to(state["residual"])
+                self.store.stage(report.client, state, number)
         self.store.commit()
-        self.sent = {}
 
     def evaluate(self, number: int) -> dict[str, float | None]:
         """Test accuracy and loss, if they are due; the batches are shared out over the ranks."""
@@ -184,7 +227,7 @@ class Federation:
         self,
         number: int,
         begin: float,
-        broadcast: dict[str, bytes],
+        broadcast: Broadcast,
         reports: list[Report],
         averaged: list[int],
         scores: dict[str, float | None],
@@ -220,38 +263,38 @@ class Federation:
             self.folder.append(row, messages)
         return row
 
-    def ledger_rows(
-        self, number: int, report: Report, broadcast: dict[str, bytes]
-    ) -> list[LedgerRow]:
+    def ledger_rows(self, number: int, report: Report, broadcast: Broadcast) -> list[LedgerRow]:
         """A row for each message between the server and one client."""
-        sizes = {
-            "model": self.model.layout.size,
-            "update": self.model.layout.size,
-            "buffers": self.model.buffer_layout.size,
+        size, num_buffers = self.model.layout.size, self.model.buffer_layout.size
+        numbers = {  # by kind: what the payload carries, and what a dense system sends in its place
+            "update": (report.nonzeros, size),
+            "buffers": (num_buffers, num_buffers),
+            "scores": (size, 0),
+            "growth": (report.num_asked, 0),
         }
-        rows = []
-        for direction, payloads in (("down", broadcast), ("up", report.payloads)):
-            for kind, payload in payloads.items():
-                carried = report.nonzeros if kind == "update" else sizes[kind]
-                seconds = self.link.seconds(len(payload), direction)
-                row = (number, report.client, direction, kind, len(payload), 4 * sizes[kind])
-                rows.append(LedgerRow(*row, carried, seconds))
+        up = [Message(kind, payload, *numbers[kind]) for kind, payload in report.payloads.items()]
+        rows = self.before.pop(report.client, [])
+        for direction, messages in (("down", broadcast.messages[report.client]), ("up", up)):
+            for m in messages:
+                seconds = self.link.seconds(len(m.payload), direction)
+                row = (number, report.client, direction, m.kind, len(m.payload), 4 * m.dense)
+                rows.append(LedgerRow(*row, m.numbers, seconds))
         return rows
 
     def client_seconds(self, report: Report, messages: list[LedgerRow]) -> float:
-        """A client's simulated round: receive, train, send."""
-        local = self.config.local
-        trained = local.epochs * report.num_examples
-        if local.steps:
-            trained = local.steps * min(local.batch_size, report.num_examples)
+        """A client's simulated round: receive, train, send; and look at gradients for the mask."""
+        local, batch = self.config.local, min(self.config.local.batch_size, report.num_examples)
+        trained = local.steps * batch if local.steps else local.epochs * report.num_examples
+        if any(row.kind in ("scores", "growth") for row in messages):
+            trained += self.config.pruning.mask.batches * batch
         return sum(row.seconds for row in messages) + self.hardware.seconds(trained)
 
     def save(self) -> None:
         """Write a checkpoint of the last completed round; a finished run needs no residuals."""
         done = self.progress.round == self.config.rounds
-        versions = {} if done else self.store.save(self.progress.round)
-        manifests = self.ranks.gather_json(versions)
-        clients = {int(c): version for part in manifests for c, version in part.items()}
+        changed = {} if done else self.store.save()
+        for part in self.ranks.gather_json(changed):
+            self.states |= {int(client): version for client, version in part.items()}
         hashes = self.ranks.gather_json(self.server.sha256())
         if len(set(hashes)) > 1:
             raise RuntimeError(
@@ -260,19 +303,34 @@ class Federation:
         if self.ranks.is_main:
             state = {
                 "precision": self.precision,
-                "clients": clients,
+                "clients": {} if done else self.states,
                 "progress": vars(self.progress),
+                "before": {client: list(map(tuple, rows)) for client, rows in self.before.items()},
             }
             self.folder.save(state | self.server.state())
-            remove_old_states(self.folder.clients, clients)
         self.ranks.gather_json(None)  # nobody goes on before the checkpoint stands
+        self.store.drop_replaced()
 
     def load(self, state: dict[str, Any]) -> None:
         self.precision = state["precision"]
         self.progress = Progress(**state["progress"])
+        self.before = {c: [LedgerRow(*row) for row in rows] for c, rows in state["before"].items()}
         self.server.load(state)
-        owned = {c: version for c, version in state["clients"].items() if self.ranks.owns(c)}
-        self.store = ClientStore(self.folder.clients, owned)
+        self.states = state["clients"]
+        self.store = self._store()
+
+    def _store(self) -> ClientStore:
+        budget = self.config.clients.state_memory_gib * 2**30
+        owned = {c: version for c, version in self.states.items() if self.ranks.owns(c)}
+        return ClientStore(self.folder.clients, budget, owned)
+
+    def _error_feedback(self) -> ErrorFeedback | None:
+        """None if nothing can be owed."""
+        config, up = self.config, self.config.uplink
+        lossless = config.pruning.method == "none" and up.values == "fp32"
+        if not up.error_feedback or lossless and not up.momentum:
+            return None
+        return ErrorFeedback(up.decay, up.momentum)
 
     def _pictures(self) -> Pictures:
         data, side = self.config.data, self.dataset.train_images.shape[1]

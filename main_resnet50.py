@@ -3,7 +3,7 @@
 import os
 import sys
 
-from config import read_command_line
+from command_line import read_command_line
 
 # On a busy machine OpenMP's threads wait for each other up to eight times longer when they spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,19 +1,22 @@
-"""Magnitude pruning of updates: which coordinates of a vector are worth sending.
+"""Pruning: which coordinates of an update are worth sending, and which weights a model keeps.
 
-Each function takes a flat float32 vector and returns the kept positions, ascending.
+Vectors are flat and float32; selections and masks are the kept positions, int64, ascending. The
+tensors of a model lie one after the other in its vector, so their shapes say where each begins.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
+Shapes = Sequence[tuple[int, ...]]
 SAMPLE_STRIDE = 61  # a prime, so that the sample does not march in step with any tensor's shape
 BLOCK = 64  # entries that are looked at together; most blocks hold nothing large
 MAGNITUDE_BITS = 0x7FFFFFFF  # a float32 without its sign: as integers these order as magnitudes do
+SPLITMIX64 = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)
 
 
 def _compiled(function):
@@ -25,10 +28,21 @@ def _compiled(function):
         return njit(**options)(function)
 
 
+# --- selection: what of an update travels ---------------------------------------------------------
+
+
 def num_kept(density: float, size: int) -> int:
     """How many of `size` coordinates a density keeps: rounded up, so that at least one goes."""
     exact = round(density * size, 6)  # 0.07 * 100 is 7.000000000000001
     return min(size, max(1, math.ceil(exact)))
+
+
+def density_at(density: float, warmup: Sequence[float], round: int) -> float:
+    """The density of a round, counted from 1: warmup[0], warmup[1], ..., then `density`.
+
+    DGC (Lin et al. 2018, arXiv 1712.01887) warms up by 25%, 6.25%, 1.56%, 0.4% to 0.1%.
+    """
+    return warmup[round - 1] if 0 < round <= len(warmup) else density
 
 
 def topk(vector: Tensor, k: int) -> np.ndarray:
@@ -39,6 +53,8 @@ def topk(vector: Tensor, k: int) -> np.ndarray:
     """
     if k >= vector.numel():
         return np.arange(vector.numel())
+    if k == 0:
+        return np.arange(0)
     if vector.is_cuda:
         return _topk_cuda(vector, k)
     numbers = np.ascontiguousarray(vector.numpy())
@@ -47,11 +63,7 @@ def topk(vector: Tensor, k: int) -> np.ndarray:
     if len(survivors) < k:  # the sample was unlucky
         survivors = np.arange(len(numbers))
     candidates = numbers.view(np.int32)[survivors] & MAGNITUDE_BITS
-    kth = np.partition(candidates, len(candidates) - k)[len(candidates) - k]
-    keep = candidates > kth
-    ties = np.flatnonzero(candidates == kth)[: k - int(keep.sum())]
-    keep[ties] = True
-    return survivors[keep]
+    return survivors[_topk_rows(candidates[None], k)[0]]
 
 
 def topk_per_layer(vector: Tensor, density: float, offsets: Sequence[int]) -> np.ndarray:
@@ -63,9 +75,38 @@ def topk_per_layer(vector: Tensor, density: float, offsets: Sequence[int]) -> np
     return np.concatenate(kept)
 
 
-def threshold(vector: Tensor, limit: float) -> np.ndarray:
-    """The positions with abs(value) > limit, int64, ascending."""
-    return np.flatnonzero(vector.abs().cpu().numpy() > limit)
+def topk_per_chunk(vector: Tensor, density: float, chunk: int) -> np.ndarray:
+    """topk of each run of `chunk` entries on its own; the last run may be shorter."""
+    magnitudes = np.ascontiguousarray(vector.cpu().numpy()).view(np.int32) & MAGNITUDE_BITS
+    full = len(magnitudes) - len(magnitudes) % chunk
+    rows, rest = magnitudes[:full].reshape(-1, chunk), magnitudes[None, full:]
+    kept = np.flatnonzero(_topk_rows(rows, num_kept(density, chunk)))
+    kept_of_rest = np.flatnonzero(_topk_rows(rest, num_kept(density, rest.size)))
+    return np.concatenate((kept, full + kept_of_rest))
+
+
+def threshold(vector: Tensor, limit: float, relative: bool = False) -> np.ndarray:
+    """The positions with abs(value) > limit, or > limit * the largest magnitude if relative."""
+    magnitudes = vector.abs().cpu().numpy()
+    return np.flatnonzero(magnitudes > (limit * magnitudes.max(initial=0) if relative else limit))
+
+
+def random(size: int, k: int, seed: int) -> np.ndarray:
+    """k of `size` positions, int64 [k], ascending, drawn from `seed` (0 <= seed < 2^64) alone.
+
+    Those whose hash is among the k smallest; the hash of position i is output i of SplitMix64
+    (Steele et al. 2014) started at `seed`. Hashes never tie. Both ends draw the same positions.
+    """
+    if k == 0 or k >= size:
+        return np.arange(min(k, size))
+    positions, hashes = np.empty(size, np.int64), np.empty(size, np.uint64)
+    largest = 2**64 - 1
+    likely = min(largest, 2**64 * (k + 6 * math.isqrt(k) + 10) // size)  # k are below: 6 sigma
+    count = _gather_hashes(np.uint64(seed), np.uint64(likely), positions, hashes)
+    if count < k:
+        count = _gather_hashes(np.uint64(seed), np.uint64(largest), positions, hashes)
+    hashes = hashes[:count]
+    return positions[:count][hashes <= np.partition(hashes, k - 1)[k - 1]]
 
 
 def _floor(numbers: np.ndarray, k: int) -> np.float32:
@@ -99,9 +140,169 @@ def _gather(numbers, floor, out):
     return count
 
 
+def _topk_rows(magnitudes: np.ndarray, k: int) -> np.ndarray:
+    """Which entries of int32 [rows, n] are among their row's k largest, bool [rows, n].
+
+    Ties go to the lowest index; 0 < k <= n, or no entries.
+    """
+    if not magnitudes.size:
+        return np.zeros(magnitudes.shape, bool)
+    nth = magnitudes.shape[1] - k
+    kth = np.partition(magnitudes, nth, axis=1)[:, nth, None]
+    keep = magnitudes >= kth
+    for row in np.flatnonzero(np.count_nonzero(keep, axis=1) > k):
+        above = magnitudes[row] > kth[row]
+        ties = np.flatnonzero(keep[row] & ~above)
+        keep[row, ties[k - np.count_nonzero(above) :]] = False
+    return keep
+
+
 def _topk_cuda(vector: Tensor, k: int) -> np.ndarray:
     magnitudes = vector.abs()
     kth = torch.topk(magnitudes, k, sorted=True).values[-1]
     above = torch.nonzero(magnitudes > kth).flatten()
     ties = torch.nonzero(magnitudes == kth).flatten()[: k - len(above)]
     return torch.cat((above, ties)).sort().values.cpu().numpy()
+
+
+@_compiled
+def _gather_hashes(seed, bound, positions, hashes):
+    """Write the positions whose hash is at most `bound`, and those hashes; return how many.
+
+    seed, bound: uint64; positions: int64 [n]; hashes: uint64 [n].
+    """
+    count, state = 0, seed
+    for i in range(len(positions)):
+        state += SPLITMIX64[0]
+        mixed = (state ^ (state >> np.uint64(30))) * SPLITMIX64[1]
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * SPLITMIX64[2]
+        mixed ^= mixed >> np.uint64(31)
+        positions[count], hashes[count] = i, mixed
+        count += mixed <= bound
+    return count
+
+
+# --- masks: which weights a model has -------------------------------------------------------------
+# Tensors of two and more dimensions are prunable; biases and norm parameters always stay. No
+# tensor is left without a weight: such a layer would make the network constant.
+
+
+def snip_scores(gradients: Tensor, weights: Tensor) -> Tensor:
+    """SNIP's connection sensitivity abs(g * w), scaled to a mean of 1, float32 [n].
+
+    Lee et al. 2019, arXiv 1810.02340, eq. 6. Only ratios matter; float16 carries these well.
+    """
+    scores = (gradients * weights).abs()
+    return scores / scores.mean().clamp_min(torch.finfo(scores.dtype).tiny)
+
+
+def keep_mask(scores: Tensor, density: float, shapes: Shapes) -> np.ndarray:
+    """A mask of the best-scored prunable weights of all tensors together, `density` of them.
+
+    Each prunable tensor keeps its best one in any case. scores: float32 [n], not negative.
+    """
+    ranked, prunable = scores.clone(), _is_prunable(shapes)
+    spans = [(start, stop) for shape, start, stop in _spans(shapes) if len(shape) >= 2]
+    best = [start + int(scores[start:stop].argmax()) for start, stop in spans]
+    ranked[best] = math.inf
+    candidates = np.flatnonzero(prunable)
+    k = max(num_kept(density, len(candidates)), len(best))
+    kept = candidates[topk(ranked[torch.from_numpy(candidates)], k)]
+    return np.sort(np.concatenate((kept, np.flatnonzero(~prunable))))
+
+
+def erk_counts(shapes: Shapes, density: float) -> list[int]:
+    """How many weights each tensor keeps, by RigL's Erdos-Renyi-Kernel rule.
+
+    Evci et al. 2020, arXiv 1911.11134: a tensor's share is proportional to sum(shape) /
+    prod(shape), at most 1, and all prunable tensors together keep `density` (up to rounding).
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    full = {t for t, shape in enumerate(shapes) if len(shape) < 2}
+    budget = density * sum(size for t, size in enumerate(sizes) if t not in full)
+    while True:
+        sparse = [t for t in range(len(shapes)) if t not in full]
+        scale = budget / max(1, sum(sum(shapes[t]) for t in sparse))
+        too_full = [t for t in sparse if scale * sum(shapes[t]) > sizes[t]]
+        if not too_full:
+            break
+        full.update(too_full)
+        budget -= sum(sizes[t] for t in too_full)
+    return [
+        size if t in full else max(1, round(scale * sum(shapes[t]))) for t, size in enumerate(sizes)
+    ]
+
+
+def random_mask(shapes: Shapes, density: float, seed: int) -> np.ndarray:
+    """A mask with erk_counts() weights in each tensor; a tensor's seed is `seed` + its offset.
+
+    A function of its arguments alone: both ends draw it. 0 <= seed < 2^63.
+    """
+    kept = [
+        start + random(stop - start, count, seed + start)
+        for (_, start, stop), count in zip(_spans(shapes), erk_counts(shapes, density), strict=True)
+    ]
+    return np.concatenate(kept)
+
+
+def regrown_share(share: float, round: int, rounds: int) -> float:
+    """The share of a tensor's weights that is dropped and regrown: cosine decay, RigL's eq. 1."""
+    return share / 2 * (1 + math.cos(math.pi * round / rounds))
+
+
+def growth_candidates(
+    gradients: Tensor, mask: np.ndarray, share: float, shapes: Shapes
+) -> np.ndarray:
+    """Per tensor the largest gradients outside the mask, as many as `share` of those inside."""
+    outside = _outside(gradients, mask)
+    candidates = [
+        start + _largest_nonzero(outside[start:stop], int(share * len(inside)))
+        for start, stop, inside in _inside(mask, shapes)
+    ]
+    return np.concatenate(candidates)
+
+
+def drop_and_grow(
+    mask: np.ndarray, weights: Tensor, growth: Tensor, share: float, shapes: Shapes
+) -> np.ndarray:
+    """The next mask: drops `share` of each prunable tensor by abs(weight), regrows by `growth`.
+
+    RigL (Evci et al. 2020) with the clients' summed gradients as in FedDST (Bibikar et al. 2022,
+    arXiv 2112.09824). growth: float32 [n], 0 where nobody asks for a weight; what is dropped
+    cannot return at once. A tensor drops no more than it can regrow, so its count stays.
+    """
+    outside, following = _outside(growth, mask), []
+    for start, stop, inside in _inside(mask, shapes):
+        grown = _largest_nonzero(outside[start:stop], int(share * len(inside)))
+        stays = topk(weights[torch.from_numpy(inside)], len(inside) - len(grown))
+        following += [inside[stays], start + grown]
+    return np.sort(np.concatenate(following))
+
+
+def _spans(shapes: Shapes) -> Iterator[tuple[tuple[int, ...], int, int]]:
+    """Each tensor's shape, where it begins and where it ends."""
+    start = 0
+    for shape in shapes:
+        yield shape, start, start + math.prod(shape)
+        start += math.prod(shape)
+
+
+def _is_prunable(shapes: Shapes) -> np.ndarray:  # bool [n]
+    sizes = [math.prod(shape) for shape in shapes]
+    return np.repeat([len(shape) >= 2 for shape in shapes], sizes)
+
+
+def _inside(mask: np.ndarray, shapes: Shapes) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Each tensor's (start, stop) and its part of the mask."""
+    for _, start, stop in _spans(shapes):
+        first, last = np.searchsorted(mask, (start, stop))
+        yield start, stop, mask[first:last]
+
+
+def _outside(numbers: Tensor, mask: np.ndarray) -> Tensor:
+    """numbers with zeros on the mask."""
+    return numbers.index_fill(0, torch.from_numpy(mask), 0.0)
+
+
+def _largest_nonzero(numbers: Tensor, k: int) -> np.ndarray:
+    return topk(numbers, min(k, int(torch.count_nonzero(numbers))))

@@ -1,7 +1,8 @@
 """The run folder: everything a run writes, so that a kill loses nothing and a resume is exact.
 
 rounds.jsonl and ledger.csv only grow; a checkpoint remembers how long they were, and a resume cuts
-them back to that length, so no row is missing or written twice.
+them back to that length, so no row is missing or written twice. The clients' states that a
+checkpoint does not name go as well.
 """
 
 import csv
@@ -21,11 +22,13 @@ from typing import IO, Any, NamedTuple
 import torch
 import yaml
 
+from client_store import remove_old_states, sync, write_tensors
 from config import Config
 
 LEDGER_HEADER = "round,client,direction,kind,bytes,dense_bytes,nonzeros,seconds\n"
 OURS = ("config.yaml", "environment.json", "rounds.jsonl", "ledger.csv", "partition.npz")
 OURS += ("checkpoint.pt", "clients", "plots", "tensorboard")
+NEUTRAL = ("checkpoint", "output_dir", "trackers", "clients.state_memory_gib")
 PACKAGES = ("torch", "torchvision", "accelerate", "deepspeed", "numpy", "flwr-datasets")
 
 
@@ -40,10 +43,12 @@ class RunFinished(Exception):
 class LedgerRow(NamedTuple):
     """One message. seconds: its time on the client's simulated link."""
 
-    round: int
+    round: int  # 0: before the first
     client: int
     direction: str  # up or down
-    kind: str  # up: update, buffers; down: model, buffers
+    kind: (
+        str  # up: update, buffers, scores, growth; down: model, change, buffers, mask, mask_change
+    )
     bytes: int  # the payload's real length
     dense_bytes: int  # the same numbers as float32
     nonzeros: int  # the numbers that the payload carries
@@ -78,6 +83,7 @@ class RunFolder:
         for name, length in lengths.items():
             with open(self.path / name, "ab") as file:
                 file.truncate(length)
+        remove_old_states(self.clients, state["clients"] if state else {})
         if not state:
             (self.path / "ledger.csv").write_text(LEDGER_HEADER)
         return state
@@ -127,11 +133,10 @@ class RunFolder:
                 os.fsync(file.fileno())
                 lengths[name] = file.tell()
         temporary = self.path / "checkpoint.tmp"
-        with open(temporary, "wb") as file:
-            torch.save(state | {"log_bytes": lengths}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_tensors(temporary, state | {"log_bytes": lengths})
+        sync(temporary)
         os.replace(temporary, self.path / "checkpoint.pt")
+        sync(self.path)  # what only the checkpoint before needs may be deleted now
 
     def ledger_totals(self) -> dict[str, int]:
         """bytes_up, bytes_down, dense_bytes_up, dense_bytes_down, summed over the ledger's rows."""
@@ -180,7 +185,7 @@ class RunFolder:
 def _first_difference(ours: dict, theirs: dict, prefix: str = "") -> str:
     """The first dotted key whose values differ, of those that change what a run computes."""
     for key in ours:
-        if f"{prefix}{key}" in ("checkpoint", "output_dir", "trackers"):
+        if f"{prefix}{key}" in NEUTRAL:
             continue
         a, b = ours[key], theirs.get(key)
         if isinstance(a, dict) and isinstance(b, dict):

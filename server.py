@@ -4,17 +4,32 @@ Every rank holds this state and does these steps for itself, from the same bytes
 """
 
 import hashlib
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from afo import make_optimizer, make_scheduler
+from channel import Channel
 from cnn_model import FlatModel
 from compression import Decoded, decode, encode
-from config import Config, ConfigError
+from config import Config, ConfigError, Downlink, Selection
 from distributed import Report
+from downlink import Changes, Message, WholeModel
+from masks import SharedMask
+from quantisers import parse_values
 from wire import PayloadError
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What the clients decode, float32 [n] each, and the messages that it came in."""
+
+    parameters: Tensor
+    buffers: Tensor
+    messages: dict[int, list[Message]]  # by client
 
 
 class Server:
@@ -28,7 +43,13 @@ class Server:
         self.parameters = torch.nn.Parameter(model.parameters.detach().cpu().clone())
         self.buffers = model.buffers.cpu().clone()
         self.is_counter = model.is_counter
-        self.downlink_values = config.downlink.values
+        self.uplink, self.downlink = self._make_links(config)
+        seed = config.seed_for("mask")
+        self.mask = SharedMask(config.pruning.mask, self.layout, config.rounds, seed)
+        self.growth: Tensor | None = (
+            None  # float32 [n]: what the clients' growth payloads average to
+        )
+        self._use_mask()
         self.weighting = config.server.weighting
         self._make_optimizer(config)
 
@@ -47,45 +68,116 @@ class Server:
         except ValueError as error:
             raise ConfigError(f"server: {error}") from None
 
-    def broadcast(self) -> dict[str, bytes]:
-        """The payloads that carry the model to each client."""
-        model, _ = encode(self.parameters.detach(), self.layout, self.downlink_values)
-        if not self.buffer_layout.size:
-            return {"model": model}
-        return {"model": model, "buffers": encode(self.buffers, self.buffer_layout)[0]}
+    def _make_links(self, config: Config) -> tuple[Channel, WholeModel | Changes]:
+        up, down = config.uplink, config.downlink
+        for key, link in (("uplink", up), ("downlink", down)):
+            try:
+                parse_values(link.values)
+            except ValueError as error:
+                raise ConfigError(f"{key}.values: {error}") from None
+        make = partial(Channel, self.layout, seed_for=config.seed_for)
+        uplink = make(config.pruning, up, unbiased=not up.error_feedback)
+        channel = make(down.pruning, down, unbiased=False)
+        if down.mode == "model":
+            return uplink, WholeModel(channel)
+        whole = make(Selection(method="none"), Downlink(values="fp32"), unbiased=False)
+        return uplink, Changes(channel, whole, self.parameters.detach())
 
-    def receive(self, report: Report) -> dict[str, Decoded]:
+    def broadcast(self, number: int, cohort: list[int]) -> Broadcast:
+        """The messages that bring the model to each client, and what they decode to."""
+        parameters, messages = self.downlink.send(self.parameters.detach(), number, cohort)
+        buffers = self.buffers
+        if self.buffer_layout.size:
+            payload, sent = encode(buffers, self.buffer_layout)
+            buffers, size = sent.dense(), self.buffer_layout.size
+            message = Message("buffers", payload, size, size)
+            messages = {client: [*some, message] for client, some in messages.items()}
+        masks = self.mask.messages(cohort)
+        messages = {client: [*masks[client], *some] for client, some in messages.items()}
+        return Broadcast(parameters, buffers, messages)
+
+    def receive(self, report: Report, number: int) -> dict[str, Decoded]:
         """Decode a client's payloads, by kind. Raises PayloadError."""
-        layouts = {"update": self.layout, "buffers": self.buffer_layout}
-        return {kind: decode(payload, layouts[kind]) for kind, payload in report.payloads.items()}
+        layouts = {"buffers": self.buffer_layout, "scores": self.layout, "growth": self.layout}
+        return {
+            kind: self.uplink.decode(payload, number, report.client)
+            if kind == "update"
+            else decode(payload, layouts[kind])
+            for kind, payload in report.payloads.items()
+        }
 
-    def step(self, reports: list[Report]) -> list[int]:
+    def step(self, reports: list[Report], number: int) -> list[int]:
         """Average the updates, in the order of the reports, and step; return who was averaged.
 
         A client that failed is left out, and so is one whose payload does not decode (its report
         then says so). If nobody is left, the model stays as it is.
         """
+        arrived = self._arrived(reports, number)
+        if not arrived:
+            return []
+        update = torch.zeros_like(self.parameters.data)
+        buffers, counters = torch.zeros_like(self.buffers), torch.zeros_like(self.buffers)
+        if self.mask.grows_in(number):
+            self.growth = torch.zeros_like(update)
+        for _, weight, decoded in arrived:
+            decoded["update"].add_to(update, weight)
+            if "buffers" in decoded:
+                decoded["buffers"].add_to(buffers, weight)
+                counters = torch.maximum(counters, decoded["buffers"].dense())
+            if "growth" in decoded:
+                decoded["growth"].add_to(self.growth, weight)
+        self._apply(update, torch.where(self.is_counter, counters, buffers))
+        return [client for client, _, _ in arrived]
+
+    def commit(self, number: int, cohort: list[int]) -> None:
+        """The round took place: its cohort has what it was sent, and now the mask may change."""
+        self.downlink.commit()
+        self.mask.received(cohort)
+        if self.growth is not None:
+            self.mask.regrow(self.parameters.detach(), self.growth, number)
+            self.growth = None
+            self._use_mask()
+
+    def choose_mask(self, reports: list[Report]) -> None:
+        """Average the clients' SNIP scores, in the order of the reports, and prune the model."""
+        scores = torch.zeros_like(self.parameters.data)
+        for _, weight, decoded in self._arrived(reports, 0):
+            decoded["scores"].add_to(scores, weight)
+        if not scores.any():
+            raise ConfigError("pruning.mask: no client has finite scores; take another seed")
+        self.prune(scores)
+
+    def prune(self, scores: Tensor) -> None:
+        """Keep the weights with the best SNIP scores, float32 [num_parameters]."""
+        self.mask.choose(scores)
+        self._use_mask()
+
+    def _use_mask(self) -> None:
+        """From now on the weights outside the mask are 0 and do not travel."""
+        self.pruned = self.mask.pruned
+        if self.pruned is not None:
+            self.uplink.mask = self.mask.kept
+            self.downlink.use_mask(self.mask.kept)
+            self.parameters.data.masked_fill_(self.pruned, 0.0)
+
+    def _arrived(
+        self, reports: list[Report], number: int
+    ) -> list[tuple[int, float, dict[str, Decoded]]]:
+        """(client, weight, decoded payloads) of each report that can be used; weights add to 1."""
         arrived = []
         for report in reports:
             if not report.failure:
                 try:
-                    arrived.append((report, self.receive(report)))
+                    arrived.append((report, self.receive(report, number)))
                 except PayloadError as error:
                     report.failure = f"payload refused: {error}"
-        if not arrived:
-            return []
         weights = [
             report.num_examples if self.weighting == "examples" else 1 for report, _ in arrived
         ]
-        update = torch.zeros_like(self.parameters.data)
-        buffers, counters = torch.zeros_like(self.buffers), torch.zeros_like(self.buffers)
-        for weight, (_, decoded) in zip(weights, arrived, strict=True):
-            decoded["update"].add_to(update, weight / sum(weights))
-            if "buffers" in decoded:
-                decoded["buffers"].add_to(buffers, weight / sum(weights))
-                counters = torch.maximum(counters, decoded["buffers"].dense())
-        self._apply(update, torch.where(self.is_counter, counters, buffers))
-        return [report.client for report, _ in arrived]
+        return [
+            (report.client, weight / sum(weights), decoded)
+            for weight, (report, decoded) in zip(weights, arrived, strict=True)
+        ]
 
     def _apply(self, update: Tensor, buffers: Tensor) -> None:
         self.buffers = buffers
@@ -94,6 +186,12 @@ class Server:
         if self.scheduler:
             self.scheduler.step()
         self.parameters.grad = None
+        if self.pruned is not None:  # momentum from before a change of the mask moves nothing
+            self.parameters.data.masked_fill_(self.pruned, 0.0)
+
+    def density(self) -> float:
+        """The share of the parameters that are not 0."""
+        return int(torch.count_nonzero(self.parameters.data)) / self.layout.size
 
     def sha256(self) -> str:
         """Of the parameters and then the buffers, as little-endian float32."""
@@ -107,11 +205,16 @@ class Server:
             "buffers": self.buffers,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else {},
+            "mask": self.mask.state(),
+            "downlink": self.downlink.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
+        self.mask.load(state["mask"])
+        self._use_mask()
         self.parameters.data.copy_(state["parameters"])
         self.buffers.copy_(state["buffers"])
+        self.downlink.load(state["downlink"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler:
             self.scheduler.load_state_dict(state["scheduler"])

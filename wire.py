@@ -11,11 +11,16 @@ from functools import cached_property
 
 import numpy as np
 import xxhash
+import zstandard
 
 MAGIC = b"FLUP"
-VERSION = 1
-HEADER = struct.Struct("<4sBBBBQQ")  # magic, version, selection, values, zero, layout, body bytes
+VERSION = 2
+HEADER = struct.Struct("<4sBBBBQQ")  # magic, version, selection, kind, flags, layout, body bytes
 CHECKSUM = struct.Struct("<Q")
+OVERHEAD = HEADER.size + CHECKSUM.size  # bytes of a payload that are not its body
+LARGEST_WINDOW = 1 << 17  # of a Zstandard frame whose content is smaller
+POSITIONS = 4  # the selection byte of a payload without values, whose next byte is one of:
+RICE, BITMAP = 0, 1
 
 
 class PayloadError(ValueError):
@@ -24,10 +29,14 @@ class PayloadError(ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """Names and shapes of the tensors that lie one after the other in a flat vector."""
+    """Names and shapes of the tensors that lie one after the other in a flat vector.
+
+    agreed: what else both ends must have agreed on; empty but for the layouts that on() makes.
+    """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    agreed: bytes = b""
 
     @cached_property
     def sizes(self) -> np.ndarray:  # int64 [num_tensors]
@@ -45,37 +54,69 @@ class Layout:
     def fingerprint(self) -> int:
         """64 bits by which both ends know that they mean the same vector."""
         tensors = zip(self.names, self.shapes, strict=True)
-        text = ";".join(f"{name}:{','.join(map(str, shape))}" for name, shape in tensors)
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+        text = ";".join(f"{_escaped(name)}:{','.join(map(str, shape))}" for name, shape in tensors)
+        return int.from_bytes(_digest(self.agreed + text.encode()), "little")
+
+    def on(self, positions: np.ndarray) -> "Layout":
+        """The layout of the entries at `positions`, which both ends know: a shared mask.
+
+        positions: integers [n], ascending. What is left of each tensor has the shape (count,).
+        Ends that disagree about the mask have different fingerprints.
+        """
+        positions = np.ascontiguousarray(positions, "<u8")
+        counts = np.diff(np.searchsorted(positions, self.offsets.astype(np.uint64))).tolist()
+        agreed = _digest(self.fingerprint.to_bytes(8, "little") + positions.tobytes())
+        return Layout(self.names, tuple((count,) for count in counts), agreed)
+
+    def where(self, chosen: np.ndarray) -> "Layout":
+        """The layout of the chosen tensors alone; chosen: bool [num_tensors]."""
+        tensors = [
+            tensor
+            for tensor, stays in zip(zip(self.names, self.shapes, strict=True), chosen, strict=True)
+            if stays
+        ]
+        names, shapes = zip(*tensors, strict=True) if tensors else ((), ())
+        return Layout(names, shapes, self.agreed)
 
 
-def pack(selection: int, values: int, layout: Layout, *body: bytes | memoryview) -> bytes:
+def _escaped(name: str) -> str:
+    """The name with a backslash before what separates names and shapes, so that none collide."""
+    return name.replace("\\", "\\\\").replace(";", "\\;").replace(":", "\\:")
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=8).digest()
+
+
+def pack(
+    selection: int, kind: int, layout: Layout, *body: bytes | memoryview, flags: int = 0
+) -> bytes:
     """Put a body into the container."""
     length = sum(len(part) for part in body)
-    header = HEADER.pack(MAGIC, VERSION, selection, values, 0, layout.fingerprint, length)
+    header = HEADER.pack(MAGIC, VERSION, selection, kind, flags, layout.fingerprint, length)
     checksum = xxhash.xxh3_64(header)
     for part in body:
         checksum.update(part)
     return b"".join((header, *body, CHECKSUM.pack(checksum.intdigest())))
 
 
-def unpack(payload: bytes, layout: Layout) -> tuple[int, int, memoryview]:
-    """Return (selection, values, body). Raises PayloadError."""
-    if len(payload) < HEADER.size + CHECKSUM.size:
+def unpack(payload: bytes, layout: Layout) -> tuple[int, int, int, memoryview]:
+    """Return (selection, kind, flags, body). Raises PayloadError."""
+    if len(payload) < OVERHEAD:
         raise PayloadError(f"{len(payload)} bytes are too short for a payload")
-    magic, version, selection, values, zero, fingerprint, length = HEADER.unpack_from(payload)
+    magic, version, selection, kind, flags, fingerprint, length = HEADER.unpack_from(payload)
     if magic != MAGIC:
         raise PayloadError(f"byte 0: magic is {magic!r}, not {MAGIC!r}")
-    if version != VERSION or zero != 0:
-        raise PayloadError(f"byte 4: version {version}.{zero} is not {VERSION}.0")
-    if length != len(payload) - HEADER.size - CHECKSUM.size:
+    if version != VERSION:
+        raise PayloadError(f"byte 4: version {version} is not {VERSION}")
+    if length != len(payload) - OVERHEAD:
         raise PayloadError(f"byte 16: a body of {length} bytes in a payload of {len(payload)}")
     view = memoryview(payload)
     if CHECKSUM.unpack(view[-CHECKSUM.size :])[0] != xxhash.xxh3_64_intdigest(view[:-8]):
         raise PayloadError("the checksum does not match: the payload was changed on its way")
     if fingerprint != layout.fingerprint:
         raise PayloadError("byte 8: made for another layout (other tensors, names or shapes)")
-    return selection, values, view[HEADER.size : -CHECKSUM.size]
+    return selection, kind, flags, view[HEADER.size : -CHECKSUM.size]
 
 
 class Reader:
@@ -93,9 +134,39 @@ class Reader:
         self.position += length
         return items
 
+    def rest(self) -> memoryview:
+        """All that is left."""
+        left = self.body[self.position :]
+        self.position = len(self.body)
+        return left
+
     def finish(self) -> None:
         if self.position != len(self.body):
             raise PayloadError(f"{len(self.body) - self.position} bytes are left over in the body")
+
+
+def compress(data: bytes) -> bytes:
+    """One Zstandard frame (RFC 8878) that states the size of its content."""
+    return zstandard.ZstdCompressor(level=1).compress(data)
+
+
+def decompress(frame: bytes | memoryview, size: int) -> bytes:
+    """The content of a frame, which must have `size` bytes. Raises PayloadError.
+
+    What the frame says of itself is checked first, so that it can claim no more memory than that.
+    """
+    frame = bytes(frame)
+    try:
+        stated = zstandard.get_frame_parameters(frame)
+        if frame[:4] != zstandard.FRAME_HEADER or stated.dict_id or size == 0:
+            raise PayloadError("no Zstandard frame, one with a dictionary, or one for nothing")
+        if stated.content_size != size:
+            raise PayloadError(f"a Zstandard frame of {stated.content_size} bytes, not of {size}")
+        if stated.window_size > max(size, LARGEST_WINDOW):
+            raise PayloadError(f"a Zstandard window of {stated.window_size} bytes")
+        return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise PayloadError(f"not one Zstandard frame: {error}") from None
 
 
 def encode_positions(indices: np.ndarray, layout: Layout) -> bytes:
@@ -166,3 +237,29 @@ def _bit_shifts(k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     owners = np.repeat(np.arange(len(k)), k)
     ends = np.cumsum(k)
     return ends[owners] - 1 - np.arange(len(owners)), owners
+
+
+def pack_positions(positions: np.ndarray, layout: Layout) -> bytes:
+    """A payload of ascending int64 positions alone: Rice codes, or a bitmap where it is shorter."""
+    marks = np.zeros(layout.size, np.uint8)
+    marks[positions] = 1
+    bodies = encode_positions(positions, layout), np.packbits(marks).tobytes()
+    coder = RICE if len(bodies[RICE]) <= len(bodies[BITMAP]) else BITMAP
+    return pack(POSITIONS, coder, layout, bodies[coder])
+
+
+def unpack_positions(payload: bytes, layout: Layout) -> np.ndarray:
+    """The positions of pack_positions(), int64, ascending. Raises PayloadError."""
+    selection, coder, flags, body = unpack(payload, layout)
+    if selection != POSITIONS or coder not in (RICE, BITMAP) or flags:
+        raise PayloadError(f"byte 5: {selection}, {coder}, {flags} announces no positions alone")
+    reader = Reader(body)
+    if coder == RICE:
+        positions = decode_positions(reader, layout)
+    else:
+        marks = np.unpackbits(reader.take("u1", -(-layout.size // 8)))
+        if marks[layout.size :].any():
+            raise PayloadError("the padding after the bitmap is not zero")
+        positions = np.flatnonzero(marks)
+    reader.finish()
+    return positions

@@ -205,8 +205,9 @@ def _read_ledger(path: Path, may_be_missing: bool) -> np.ndarray:
         raise AnalysisError(f"{path}: damaged, a direction is neither up nor down; {REPAIR}")
     if min(ledger[field].min(initial=0) for field in ("bytes", "dense_bytes")) < 0:
         raise AnalysisError(f"{path}: damaged, a number of bytes is negative; {REPAIR}")
-    if ledger["round"].min(initial=1) < 1:
-        raise AnalysisError(f"{path}: damaged, a round is below 1; {REPAIR}")
+    if ledger["round"].min(initial=1) < 0:
+        raise AnalysisError(f"{path}: damaged, a round is below 0; {REPAIR}")
+    ledger["round"] = np.maximum(ledger["round"], 1)  # what comes before round 1 counts with it
     return ledger
 
 

@@ -28,7 +28,8 @@ from torch.nn.functional import cross_entropy
 
 from client import autocast, batch_bounds, local_lr
 from cnn_model import build_network
-from config import Config, load_config
+from command_line import load_config
+from config import Config
 from distributed import Ranks
 from experiment import settle_precision
 from federated import Federation

@@ -34,7 +34,7 @@ TINY = [
 @pytest.fixture
 def run(tmp_path):
     """run(*overrides) does a tiny run in this process: (exit status, run folder)."""
-    from config import load_config
+    from command_line import load_config
     from experiment import main
 
     def run(*overrides: str, name: str = "tiny"):

@@ -7,7 +7,9 @@ import struct
 from hashlib import blake2b
 from math import isfinite, prod
 
+import numpy as np
 import xxhash
+import zstandard
 
 
 class Refused(Exception):
@@ -19,37 +21,83 @@ def demand(condition: bool, what: str) -> None:
         raise Refused(what)
 
 
-def decode(payload: bytes, tensors: list[tuple[str, tuple[int, ...]]]):
+def decode(payload: bytes, tensors: list[tuple[str, tuple[int, ...]]], agreed: bytes = b""):
     """Return (positions or None for all, values): ints and floats that are float32 numbers."""
     demand(len(payload) >= 32, "too short")
     demand(payload[0:4] == b"FLUP", "magic")
-    demand(payload[4] == 1, "version")
-    demand(payload[5] in (0, 1, 2), "selection")
-    demand(payload[6] in {0: (0, 1, 2, 3), 1: (0, 1, 2), 2: (3,)}[payload[5]], "values")
-    demand(payload[7] == 0, "reserved byte")
-    demand(payload[8:16] == fingerprint(tensors), "layout")
+    demand(payload[4] == 2, "version")
+    selection, kind, flags = payload[5:8]
+    demand(selection in (0, 1, 2, 3), "selection")
+    sparse_kinds = (0, 1, 2, 6)
+    demand(kind in (range(8), sparse_kinds, (3, 5), sparse_kinds)[selection], "kind")
+    compressible = (3, 4, 5, 6) if selection == 0 else () if selection == 2 else (6,)
+    demand(flags in (0, 2) or flags in (1, 3) and kind in compressible, "flags")
+    demand(payload[8:16] == fingerprint(tensors, agreed), "layout")
     demand(int.from_bytes(payload[16:24], "little") == len(payload) - 32, "length")
     demand(payload[-8:] == xxhash.xxh3_64_digest(payload[:-8])[::-1], "checksum")
 
     body = Body(payload[24:-8])
-    sizes = [prod(shape) for _, shape in tensors]
-    if payload[5] == 2:
-        (scale,) = struct.unpack("<f", body.take(4))
-        levels = read_levels(body.data, [shape for _, shape in tensors])
-        positions = sorted(levels)
-        demand(all(abs(level) <= 127 for level in levels.values()), "a level beyond 127")
-        values = [round_to_float32(levels[position] * scale) for position in positions]
+    shapes = [shape for _, shape in tensors]
+    if flags < 2:
+        positions, values = read_body(body, selection, kind, flags == 1, shapes)
     else:
-        positions, counts = read_positions(body, sizes) if payload[5] else (None, sizes)
-        values = read_values(body, payload[6], counts)
-        demand(body.data == b"", "bytes left over")
+        limit = body.take_u32()
+        small = [prod(shape) < limit for shape in shapes]
+        first = body.take_floats(sum(prod(shape) for shape in shapes if prod(shape) < limit))
+        coded = [shape for shape in shapes if prod(shape) >= limit]
+        rest = read_body(body, selection, kind, flags == 3, coded)
+        positions, values = merge(shapes, small, first, *rest)
     demand(all(isfinite(value) for value in values), "not finite")
     return positions, values
 
 
-def fingerprint(tensors) -> bytes:
-    text = ";".join(name + ":" + ",".join(str(n) for n in shape) for name, shape in tensors)
-    return blake2b(text.encode("utf-8"), digest_size=8).digest()
+def read_body(body, selection: int, kind: int, compressed: bool, shapes):
+    sizes = [prod(shape) for shape in shapes]
+    if selection == 2:
+        return read_coded(body, kind, shapes)
+    if selection == 1:
+        positions, _ = read_positions(body, sizes)
+    elif selection == 3:
+        ones = read_levels(body.take(body.take_u32()), shapes)
+        demand(all(level == 1 for level in ones.values()), "a position that is not 1")
+        positions = sorted(ones)
+    else:
+        positions = None
+    count = sum(sizes) if positions is None else len(positions)
+    values = read_values(body, kind, compressed, count, shapes)
+    demand(body.data == b"", "bytes left over")
+    return positions, values
+
+
+def merge(shapes, small: list[bool], first: list[float], positions, values):
+    """Put the values of small tensors and those of the rest in the order of the vector."""
+    first, values = iter(first), iter(values)
+    arriving, start, coded_start = {}, 0, 0
+    for shape, is_small in zip(shapes, small, strict=True):
+        size = prod(shape)
+        if is_small:
+            arriving |= {start + i: next(first) for i in range(size)}
+        elif positions is None:
+            arriving |= {start + i: next(values) for i in range(size)}
+        else:
+            inside = [p for p in positions if coded_start <= p < coded_start + size]
+            arriving |= {start + p - coded_start: next(values) for p in inside}
+        start += size
+        coded_start += 0 if is_small else size
+    return None if positions is None else list(arriving), list(arriving.values())
+
+
+def fingerprint(tensors, agreed: bytes = b"") -> bytes:
+    parts = []
+    for name, shape in tensors:
+        escaped = "".join("\\" + letter if letter in "\\:;" else letter for letter in name)
+        parts.append(escaped + ":" + ",".join(str(n) for n in shape))
+    return blake2b(agreed + ";".join(parts).encode("utf-8"), digest_size=8).digest()
+
+
+def agreed_on_a_mask(whole_fingerprint: bytes, positions: list[int]) -> bytes:
+    data = whole_fingerprint + b"".join(struct.pack("<Q", position) for position in positions)
+    return blake2b(data, digest_size=8).digest()
 
 
 class Body:
@@ -63,6 +111,14 @@ class Body:
 
     def take_u32(self) -> int:
         return int.from_bytes(self.take(4), "little")
+
+    def take_floats(self, count: int) -> list[float]:
+        return list(struct.unpack(f"<{count}f", self.take(4 * count)))
+
+    def take_fields(self, count: int, bits: int) -> list[int]:
+        stream = self.take_bits((count * bits + 7) // 8)
+        demand("1" not in stream[count * bits :], "padding")
+        return [int(stream[i * bits : (i + 1) * bits], 2) for i in range(count)]
 
     def take_bits(self, num_bytes: int) -> str:
         return "".join(f"{byte:08b}" for byte in self.take(num_bytes))
@@ -103,32 +159,174 @@ def remainder_bits(size: int, count: int) -> int:
     return width
 
 
-def read_values(body: Body, kind: int, counts: list[int]) -> list[float]:
-    total = sum(counts)
+def read_values(body: Body, kind: int, compressed: bool, count: int, shapes) -> list[float]:
     if kind == 0:
-        return list(struct.unpack(f"<{total}f", body.take(4 * total)))
+        return body.take_floats(count)
     if kind == 1:
-        return list(struct.unpack(f"<{total}e", body.take(2 * total)))
+        return list(struct.unpack(f"<{count}e", body.take(2 * count)))
     if kind == 2:
-        halves = struct.unpack(f"<{total}H", body.take(2 * total))
+        halves = struct.unpack(f"<{count}H", body.take(2 * count))
         return [struct.unpack("<f", struct.pack("<I", half << 16))[0] for half in halves]
-    filled = [count for count in counts if count > 0]
-    scales = struct.unpack(f"<{len(filled)}f", body.take(4 * len(filled)))
-    values = []
-    for scale, count in zip(scales, filled, strict=True):
-        levels = struct.unpack(f"{count}b", body.take(count))
-        values += [round_to_float32(level * scale) for level in levels]
-    return values
+    if kind == 7:
+        return read_factors(body, shapes)
+    bits = body.take(1)[0]
+    demand(1 <= bits <= (4 if kind == 6 else 16), "bits")
+    groups = {  # how many values have the same scale
+        3: [count],
+        4: [prod(shape) for shape in shapes if prod(shape) > 0],
+        5: [min(512, count - start) for start in range(0, count, 512)],
+        6: blocks_of(count),
+    }[kind]
+    fields = sum(groups)
+    size = 4 * len(groups) + (fields * bits + 7) // 8
+    if kind == 6:
+        size += 8 + 4 * (count - fields)
+    if compressed:
+        body.data = read_frame(body.data, size)
+    if kind == 6:
+        return read_eden(body, bits, groups, count)
+    scales = body.take_floats(len(groups))
+    fields = iter(body.take_fields(count, bits))
+    return [
+        product(level_of(next(fields), bits), scale)
+        for scale, group in zip(scales, groups, strict=True)
+        for _ in range(group)
+    ]
+
+
+def read_frame(frame: bytes, size: int) -> bytes:
+    demand(frame[:4] == b"\x28\xb5\x2f\xfd" and size > 0, "no frame")
+    try:
+        header = zstandard.get_frame_parameters(frame)
+        demand(header.content_size == size and header.dict_id == 0, "frame header")
+        demand(header.window_size <= max(size, 131072), "window")
+        reader = zstandard.ZstdDecompressor().decompressobj()
+        content = reader.decompress(frame)
+    except zstandard.ZstdError as error:
+        raise Refused(str(error)) from None
+    demand(reader.eof and reader.unused_data == b"" and len(content) == size, "frame")
+    return content
+
+
+def level_of(field: int, bits: int) -> int:
+    if bits == 1:
+        return 1 - 2 * field
+    return field - 2**bits if field >= 2 ** (bits - 1) else field
+
+
+def product(level: int, scale: float) -> float:
+    return round_to_float32(level * scale)
 
 
 def round_to_float32(number: float) -> float:
-    try:  # 8 bits times 24 bits are exact in a double, so this is the only rounding
+    try:  # a level and a scale are exact in a double, so this is the only rounding
         return struct.unpack("<f", struct.pack("<f", number))[0]
     except OverflowError:
         return float("inf")
 
 
+# --- EDEN and PowerSGD ----------------------------------------------------------------------------
+
+POSITIVE_CENTROIDS = {
+    1: "0.79788456",
+    2: "0.45278005 1.5104176",
+    3: "0.24509418 0.75600522 1.3439093 2.1519457",
+    4: "0.12839503 0.38804832 0.65675895 0.94234003 1.2562312 1.6180464 2.0690172 2.7326357",
+}
+LARGEST = 2.0**128 - 2.0**104
+
+
+def blocks_of(count: int) -> list[int]:
+    sizes = [8192] * (count // 8192)
+    return sizes + [2**b for b in range(12, 3, -1) if count % 8192 & 2**b]
+
+
+def random_number(seed: int, k: int) -> int:
+    z = (seed + (k + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+def read_eden(body: Body, bits: int, sizes: list[int], count: int) -> list[float]:
+    seed = int.from_bytes(body.take(8), "little")
+    scales = body.take_floats(len(sizes))
+    demand(all(isfinite(scale) for scale in scales), "a scale that is not finite")
+    positive = [np.float32(number) for number in POSITIVE_CENTROIDS[bits].split()]
+    table = [-number for number in positive[::-1]] + positive
+    fields = body.take_fields(sum(sizes), bits)
+    values = []
+    for size, scale in zip(sizes, scales, strict=True):
+        start = len(values)
+        x = [table[index] for index in fields[start : start + size]]
+        for stage in (1, 0):
+            x = flipped(turned(x), start, stage, seed)
+        with np.errstate(over="ignore"):
+            x = [float(number * np.float32(scale)) for number in x]
+        values += [max(-LARGEST, min(LARGEST, number)) for number in x]
+    return values + body.take_floats(count - sum(sizes))
+
+
+def turned(x: list) -> list:
+    half = len(x) // 2
+    while half:
+        for i in range(len(x)):
+            if i // half % 2 == 0:
+                a, b = x[i], x[i + half]
+                x[i], x[i + half] = a + b, a - b
+        half //= 2
+    return x
+
+
+def flipped(x: list, start: int, stage: int, seed: int) -> list:
+    out = []
+    for i, number in enumerate(x, start):
+        bit = random_number(seed, 2 * (i // 64) + stage) >> (i % 64) & 1
+        out.append(-number if bit else number)
+    return out
+
+
+def read_factors(body: Body, shapes) -> list[float]:
+    rank = int.from_bytes(body.take(2), "little")
+    demand(rank > 0, "a rank of 0")
+    values = []
+    for shape in shapes:
+        rows, columns = (shape[0], prod(shape[1:])) if len(shape) > 1 else (0, 0)
+        r = min(rank, rows, columns)
+        if r == 0 or r * (rows + columns) >= rows * columns:
+            values += body.take_floats(prod(shape))
+            continue
+        p, q = body.take_floats(rows * r), body.take_floats(columns * r)
+        demand(all(isfinite(number) for number in p + q), "a factor that is not finite")
+        for i in range(rows):
+            for j in range(columns):
+                total = p[i * r] * q[j * r]
+                for k in range(1, r):
+                    total += p[i * r + k] * q[j * r + k]
+                values.append(round_to_float32(max(-LARGEST, min(LARGEST, total))))
+    return values
+
+
 # --- the coded body -------------------------------------------------------------------------------
+
+
+def read_coded(body: Body, kind: int, shapes):
+    owners = None
+    if kind == 3:
+        scales = body.take_floats(1)
+    else:
+        num_buckets = body.take_u32()
+        entries = sum(prod(shape) for shape in shapes)
+        demand(num_buckets <= (entries + 511) // 512, "more buckets than there can be")
+        scales = body.take_floats(num_buckets)
+        counts = struct.unpack(f"<{num_buckets}H", body.take(2 * num_buckets))
+        owners = [bucket for bucket, count in enumerate(counts) for _ in range(count)]
+    levels = read_levels(body.data, shapes)
+    positions = sorted(levels)
+    owners = [0] * len(positions) if owners is None else owners
+    demand(len(owners) == len(positions), "the counts of the buckets")
+    pairs = zip(positions, owners, strict=True)
+    return positions, [product(levels[position], scales[owner]) for position, owner in pairs]
 
 
 def log(n: int) -> int:

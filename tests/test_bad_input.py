@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import PYTHON, REPOSITORY, TINY, launch
 
-from config import read_command_line
+from command_line import read_command_line
 from experiment import main
 
 
@@ -48,6 +48,7 @@ CASES = {
         ["model.name=resnet18", "model.width=0.1", "local.batch_size=1"],
         "use group(2)",
     ),
+    "an error bound that no level can hold": (["uplink.values=bounded(1e-7)"], "uplink.values: "),
     "groups that do not divide": (["model.name=resnet18", "model.norm=group(7)"], "group(7)"),
 }
 

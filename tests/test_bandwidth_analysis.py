@@ -150,7 +150,7 @@ def edit(path: Path, old: str, new: str) -> None:
         ("ledger.csv", "up,update,10000", "up,update,10001", "bytes_up of round 1 is 20000 in"),
         ("ledger.csv", "up,update,10000", "up,update,1e4x", "ledger.csv: damaged"),
         ("ledger.csv", "up,update,10000", "up,update,-1", "negative"),
-        ("ledger.csv", "1,0,up", "0,0,up", "below 1"),
+        ("ledger.csv", "1,0,up", "-1,0,up", "below 0"),
         ("ledger.csv", ",up,", ",side,", "neither up nor down"),
         ("ledger.csv", "dense_bytes", "dense", "ledger.csv: damaged"),
         ("rounds.jsonl", '{"round": 2', '{"round": 4', "rounds.jsonl:2: should be round 2"),

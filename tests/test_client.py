@@ -1,4 +1,4 @@
-"""client.py: local training against a plain torch loop, and the state that clients keep."""
+"""client.py: local training against a plain torch loop."""
 
 import copy
 import math
@@ -15,14 +15,12 @@ from torch.optim import lr_scheduler
 
 import client
 from client import (
-    ClientStore,
     Interrupted,
     batch_bounds,
     choose_precision,
     evaluate,
     local_lr,
     num_steps,
-    remove_old_states,
     train,
 )
 from cnn_model import FlatModel, build_network
@@ -362,91 +360,3 @@ def test_the_probe_takes_its_time(monkeypatch):
     begin = time.perf_counter()
     client.probe_precision(FlatModel(network(), CPU), PICTURES, PLAIN)
     assert time.perf_counter() - begin >= 0.1
-
-
-# --- what clients keep ----------------------------------------------------------------------------
-
-
-def state(value: float) -> dict[str, torch.Tensor]:
-    return {"residual": torch.full((5,), value)}
-
-
-def value_of(store: ClientStore, number: int) -> float | None:
-    found = store.get(number)
-    return float(found["residual"][0]) if found else None
-
-
-def files(folder) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_staged_states_take_effect_with_commit(tmp_path):
-    store = ClientStore(tmp_path)
-    assert store.get(7) == {}
-    store.stage(7, state(1.0))
-    assert value_of(store, 7) is None
-    store.commit()
-    assert value_of(store, 7) == 1.0
-    store.stage(7, state(2.0))
-    store.stage(8, state(3.0))
-    store.discard()
-    store.commit()
-    assert value_of(store, 7) == 1.0 and value_of(store, 8) is None
-
-
-def test_what_is_discarded_or_only_staged_is_not_saved(tmp_path):
-    store = ClientStore(tmp_path / "clients")
-    store.stage(1, state(1.0))
-    store.discard()
-    store.stage(2, state(2.0))
-    assert store.save(round=1) == {} and files(tmp_path / "clients") == []
-    store.commit()
-    assert store.save(round=2) == {2: 2}
-
-
-def test_save_writes_what_changed_under_a_new_name(tmp_path):
-    store = ClientStore(tmp_path)
-    for number in (1, 2):
-        store.stage(number, state(float(number)))
-    store.commit()
-    assert store.save(round=4) == {1: 4, 2: 4}
-    store.stage(2, state(20.0))
-    store.commit()
-    assert value_of(store, 2) == 20.0  # not what its file says
-    assert dict(store.save(round=6)) == {1: 4, 2: 6}
-    assert files(tmp_path) == ["1-4.pt", "2-4.pt", "2-6.pt"]
-    assert dict(store.save(round=8)) == {1: 4, 2: 6}
-    assert files(tmp_path) == ["1-4.pt", "2-4.pt", "2-6.pt"]
-
-    # a run that died before its checkpoint of round 6 goes on from that of round 4
-    before = ClientStore(tmp_path, {1: 4, 2: 4})
-    assert (value_of(before, 1), value_of(before, 2)) == (1.0, 2.0)
-    remove_old_states(tmp_path, store.versions)
-    assert files(tmp_path) == ["1-4.pt", "2-6.pt"]
-
-
-def test_states_survive_a_new_store(tmp_path):
-    store = ClientStore(tmp_path)
-    exact = {"residual": torch.randn(100), "control": torch.randn(3)}
-    store.stage(12, exact)
-    store.commit()
-    versions = store.save(round=3)
-
-    other = ClientStore(tmp_path, versions)
-    assert other.versions == {12: 3} and other.get(11) == {}
-    found = other.get(12)
-    assert found.keys() == exact.keys() and all(torch.equal(found[k], exact[k]) for k in exact)
-    assert other.save(round=9) == {12: 3} and files(tmp_path) == ["12-3.pt"]  # nothing changed
-    other.stage(12, state(5.0))
-    other.commit()
-    assert other.save(round=10) == {12: 10}
-    assert value_of(ClientStore(tmp_path, {12: 10}), 12) == 5.0
-    assert versions == {12: 3}  # the store has its own copy
-
-
-def test_files_of_others_are_left_alone(tmp_path):
-    for name in ("1-2.pt", "1-3.pt", "notes.txt"):
-        (tmp_path / name).write_text("")
-    remove_old_states(tmp_path, {1: 3})
-    assert files(tmp_path) == ["1-3.pt", "notes.txt"]
-    remove_old_states(tmp_path / "nowhere", {})

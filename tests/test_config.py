@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from config import Config, ConfigError, load_config, read_command_line
+from command_line import load_config, read_command_line
+from config import Config, ConfigError
+from quantisers import parse_values
 
 ROOT = Path(__file__).parents[1]
 
@@ -209,6 +211,9 @@ NUMBERS = [
     *[f"{key}=.nan" for key in ("local.lr", "server.lr", "pruning.density", "local.clip")],
     *[f"{key}=.inf" for key in ("local.lr", "server.tau", "model.width", "local.clip")],
     "local.lr=-.inf",
+    *[f"{key}=0" for key in ("pruning.chunk", "pruning.mask.density", "downlink.pruning.density")],
+    *[f"{key}=-1" for key in ("uplink.dense_below", "downlink.dense_below", "uplink.momentum")],
+    *[f"{key}=1.1" for key in ("uplink.decay", "uplink.momentum", "pruning.mask.share")],
 ]
 
 
@@ -237,7 +242,7 @@ def test_words():
         assert mistake("", f"{key}=X").startswith(f"command line: {key}: 'X' is not one of ")
     for key in ("local.optimizer", "local.lr_schedule.name", "pruning.method", "pruning.scope"):
         assert mistake("", f"{key}=X").startswith(f"command line: {key}: 'X' is not one of ")
-    for key in ("uplink.values", "downlink.values", "server.weighting", "checkpoint.resume"):
+    for key in ("downlink.mode", "server.weighting", "checkpoint.resume"):
         assert mistake("", f"{key}=X").startswith(f"command line: {key}: 'X' is not one of ")
 
 
@@ -257,6 +262,18 @@ def test_words():
         ("", ["name="], "command line: name: '' must be usable as a folder"),
         ("local:\n  lr_schedule:\n    name: step", [], "x.yaml:2: local.lr_schedule.milestones: "
          "step needs"),
+        ("pruning: {warmup: [0.5, 0]}", [], "x.yaml:1: pruning.warmup: every density must be"),
+        ("pruning: {client_densities: [2]}", [], "x.yaml:1: pruning.client_densities: every "),
+        ("downlink: {pruning: {method: topk}}", [], "x.yaml:1: downlink.pruning.method: a part of "
+         "the model can be sent only in mode: change"),
+        ("uplink: {values: powersgd(2)}", [], "x.yaml:1: uplink.values: powersgd(2) needs whole "),
+        (
+            "pruning: {method: none, mask: {method: snip}}",
+            ["uplink.values=powersgd(2)"],
+            "command line: uplink.values: powersgd(2) needs whole tensors: pruning.mask.method",
+        ),
+        ("uplink: {momentum: 0.9}", [], "x.yaml:1: uplink.momentum: needs local.steps: 1 and "),
+        ("uplink: {momentum: 0.9, error_feedback: false}", [], "x.yaml:1: uplink.momentum: corr"),
         ("server:\n  scheduler_options: {gamma: 1}", [], "x.yaml:2: server.scheduler_options: "
          "given without server.scheduler"),
     ],
@@ -265,7 +282,28 @@ def test_contradictions(text, overrides, message):
     assert mistake(text, *overrides).startswith(message)
 
 
+VALUES = ["fp32", "fp16", "bf16", "int2", "int8", "int16", "qsgd2", "qsgd8", "ternary", "sign"]
+VALUES += ["eden1", "eden4", "bounded(0.01)", "bounded(1e-3)", "powersgd(1)", "powersgd(64)"]
+NO_VALUES = ["int1", "int17", "qsgd9", "eden5", "fp64", "powersgd(0)", "powersgd", "bounded()", ""]
+
+
+@pytest.mark.parametrize("word", VALUES)
+def test_values_that_codecs_know_are_words_of_the_config(word):
+    parse_values(word)
+    load("", f"uplink.values='{word}'", f"downlink.values='{word}'", "pruning.method=none")
+
+
+@pytest.mark.parametrize("word", NO_VALUES)
+def test_values_that_codecs_do_not_know_are_refused(word):
+    with pytest.raises(ValueError):
+        parse_values(word)
+    message = f"command line: uplink.values: {word!r} is none of the forms fp32, fp16, "
+    assert mistake("", f"uplink.values='{word}'").startswith(message)
+
+
 def test_what_looks_like_a_contradiction_and_is_none():
+    load("", "uplink.momentum=0.9", "local.steps=1", "local.momentum=0")
+    load("", "downlink.mode=change", "downlink.pruning.method=topk", "pruning.warmup=[0.25,1]")
     load("", "clients.total=10", "clients.per_round=10")
     load("", "local.nesterov=true", "model.norm=group(32)", "name=A-1_b.c")
     load("", "local.lr_schedule.name=step", "local.lr_schedule.milestones=[3]")

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from config import load_config, read_command_line
+from command_line import load_config, read_command_line
 from experiment import main
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))

@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
     [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("bandwidth_analysis/*.py")]
 )
-METHODS = ("pruning", "compression", "entropy", "wire", "afo", "network")
-MAY_IMPORT = {"compression": {"entropy", "wire"}, "entropy": {"wire"}}
+METHODS = ("pruning", "compression", "quantisers", "entropy", "wire", "afo", "network")
+MAY_IMPORT = {"compression": {"quantisers", "entropy", "wire"}}
+MAY_IMPORT |= {"quantisers": {"wire"}, "entropy": {"wire"}}
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"data", "bandwidth_analysis"}
 
 
@@ -44,14 +45,16 @@ def test_methods_know_neither_config_nor_each_other(name):
     assert imports_of(ROOT / f"{name}.py") & OURS <= MAY_IMPORT.get(name, set())
 
 
-@pytest.mark.parametrize("name", ["wire", "entropy", "network", "config"])
+@pytest.mark.parametrize("name", ["wire", "entropy", "network", "config", "command_line"])
 def test_files_that_need_no_torch_import_none(name):
     assert not imports_of(ROOT / f"{name}.py") & {"torch", "torchvision", "accelerate", "deepspeed"}
 
 
 def test_config_is_read_without_torch():
     """What config imports imports no torch either: an error is instant."""
-    code = "import sys, config; sys.exit(sorted({'torch', 'numpy'} & sys.modules.keys()) != [])"
+    code = (
+        "import sys, command_line; sys.exit(sorted({'torch', 'numpy'} & sys.modules.keys()) != [])"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -11,6 +11,8 @@ from conftest import PYTHON, REPOSITORY, SCRIPTS, launch, summary, tiny_command
 
 RUN = ["model.name=resnet18", "model.width=0.0625", "data.partition.name=dirichlet"]
 RUN += ["data.partition.args={alpha: 0.5, min_partition_size: 2}"]
+RUN += ["downlink.mode=change", "downlink.values=qsgd4", "downlink.pruning.method=topk"]
+RUN += ["downlink.pruning.density=0.1"]
 LAUNCHERS = {
     "torchrun": [str(SCRIPTS / "torchrun"), "--nproc_per_node", "2"],
     "accelerate": [str(SCRIPTS / "accelerate"), "launch", "--cpu", "--num_processes", "2"],

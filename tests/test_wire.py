@@ -9,16 +9,27 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compression import decode, encode
-from wire import Layout, PayloadError, Reader, decode_positions, encode_positions, pack, unpack
+from wire import (
+    Layout,
+    PayloadError,
+    Reader,
+    compress,
+    decode_positions,
+    decompress,
+    encode_positions,
+    pack,
+    unpack,
+)
 
 pytestmark = pytest.mark.filterwarnings("error")
 PAGE = Path(__file__).parents[1] / "docs" / "wire-format.md"
 LAYOUT = Layout(("conv.weight", "scale", "bias"), ((4, 2, 3), (), (3,)))
-PAYLOAD = pack(1, 3, LAYOUT, b"abc", b"de")
+PAYLOAD = pack(1, 3, LAYOUT, b"abc", b"de", flags=2)
 
 
 def seal(payload: bytes) -> bytes:
@@ -34,28 +45,41 @@ def changed(payload: bytes, position: int, byte: int) -> bytes:
 # --- the page -----------------------------------------------------------------------------------
 
 
+SELECTED = np.array([0, 2, 3, 17, 26])
+
+
+def example(number: int) -> bytes:
+    """The payload of a worked example of the page."""
+    blocks = re.findall(r"```hex\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    return bytes.fromhex(re.sub(r"#.*", "", blocks[number]))
+
+
 @pytest.mark.parametrize(
-    ("number", "kind", "arriving"),
+    ("number", "arriving"),
     [
-        (0, "fp16", {0: 0.00100040435791015625, 2: 0.25, 3: -1, 17: 0.5, 26: 3}),
-        (1, "int8", {2: 0.25984251, 3: -0.99212599, 17: 0.49606299, 26: 3}),
+        (0, {0: 0.00100040435791015625, 2: 0.25, 3: -1, 17: 0.5, 26: 3}),
+        (1, {2: 0.25984251, 3: -0.99212599, 17: 0.49606299, 26: 3}),
     ],
 )
-def test_the_worked_examples_of_the_page_are_what_the_code_writes_and_reads(number, kind, arriving):
-    blocks = re.findall(r"```hex\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    example = bytes.fromhex(re.sub(r"#.*", "", blocks[number]))
-    vector = torch.zeros(28)
-    selected = np.array([0, 2, 3, 17, 26])
-    vector[selected] = torch.tensor([0.001, 0.25, -1.0, 0.5, 3.0])
-    payload, _ = encode(vector, LAYOUT, kind, selected)
-    assert payload.hex(" ") == example.hex(" ")
-
+def test_both_decoders_read_the_worked_examples_of_the_page(number, arriving):
     tensors = list(zip(LAYOUT.names, LAYOUT.shapes, strict=True))
-    positions, values = naive_decoder.decode(example, tensors)
+    positions, values = naive_decoder.decode(example(number), tensors)
     assert positions == list(arriving)
     assert values == pytest.approx(list(arriving.values()), rel=1e-7)
-    decoded = decode(example, LAYOUT)
+    decoded = decode(example(number), LAYOUT)
     assert decoded.indices.tolist() == positions and decoded.values.tolist() == values
+
+
+def test_the_worked_examples_of_the_page_are_what_the_code_writes():
+    vector = torch.zeros(28)
+    vector[SELECTED] = torch.tensor([0.001, 0.25, -1.0, 0.5, 3.0])
+    halves = vector[SELECTED].numpy().astype("<f2").tobytes()
+    sparse = pack(1, 1, LAYOUT, encode_positions(SELECTED, LAYOUT), halves)
+    assert sparse.hex(" ") == example(0).hex(" ")
+    payload, _ = encode(vector, LAYOUT, "int8", lambda vector, layout: SELECTED)
+    assert payload.hex(" ") == example(1).hex(" ")
+    shorter, _ = encode(vector, LAYOUT, "fp16", lambda vector, layout: SELECTED)
+    assert shorter[5] == 3 and len(shorter) == len(sparse) - 8  # as the page says
 
 
 def test_the_checksum_of_nothing_is_the_one_that_the_page_and_xxhash_publish():
@@ -94,22 +118,66 @@ def test_another_layout_has_another_fingerprint_and_is_refused(other):
         unpack(PAYLOAD, other)
 
 
+def test_names_with_separators_do_not_collide():
+    names = ["a", "a:2;b", "a:2;b:", "a\\", "a\\;b", ";", ":", "\\:", "a:", "", "é"]
+    layouts = [Layout((name,), ((2,),)) for name in names]
+    layouts += [Layout(("a", "b"), ((2,), (2,))), Layout(("a;", "b"), ((2,), (2,)))]
+    layouts += [Layout(("a", ";b"), ((2,), (2,))), Layout((), ())]
+    assert len({layout.fingerprint for layout in layouts}) == len(layouts)
+    for layout in layouts:
+        tensors = list(zip(layout.names, layout.shapes, strict=True))
+        digest = naive_decoder.fingerprint(tensors)
+        assert layout.fingerprint == int.from_bytes(digest, "little")
+
+
+def test_the_layout_of_a_mask():
+    mask = np.array([1, 5, 23, 24, 27])
+    masked = LAYOUT.on(mask)
+    assert masked.names == LAYOUT.names and masked.shapes == ((3,), (1,), (1,))
+    whole = naive_decoder.fingerprint(list(zip(LAYOUT.names, LAYOUT.shapes, strict=True)))
+    agreed = naive_decoder.agreed_on_a_mask(whole, mask.tolist())
+    tensors = list(zip(masked.names, masked.shapes, strict=True))
+    digest = naive_decoder.fingerprint(tensors, agreed)
+    assert masked.fingerprint == int.from_bytes(digest, "little")
+    assert LAYOUT.on(mask) == masked and LAYOUT.on(mask.astype(np.int32)) == masked
+    assert LAYOUT.on(np.zeros(0, np.int64)).shapes == ((0,), (0,), (0,))
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+@pytest.mark.parametrize("other", [[1, 5, 23, 24, 26], [1, 5, 22, 24, 27], [1, 5, 23, 24]])
+def test_ends_that_disagree_about_a_mask_find_out(other):
+    masked = LAYOUT.on(np.array([1, 5, 23, 24, 27]))
+    vector = torch.arange(1.0, 6.0)
+    payload, _ = encode(vector, masked)
+    assert torch.equal(decode(payload, masked).dense(), vector)
+    parent = Layout(LAYOUT.names, ((4, 3, 2), (), (3,))).on(np.array([1, 5, 23, 24, 27]))
+    for wrong in (LAYOUT.on(np.array(other)), parent, Layout(masked.names, masked.shapes)):
+        with pytest.raises(PayloadError, match="another layout"):
+            decode(payload, wrong)
+
+
+def test_the_layout_of_some_tensors():
+    chosen = LAYOUT.where(np.array([True, False, True]))
+    assert (chosen.names, chosen.shapes) == (("conv.weight", "bias"), ((4, 2, 3), (3,)))
+    assert LAYOUT.where(np.zeros(3, bool)).size == 0
+
+
 # --- container ----------------------------------------------------------------------------------
 
 
 def test_container_bytes():
-    assert PAYLOAD[:8] == b"FLUP\x01\x01\x03\x00"
+    assert PAYLOAD[:8] == b"FLUP\x02\x01\x03\x02"
     assert PAYLOAD[8:16] == LAYOUT.fingerprint.to_bytes(8, "little")
     assert PAYLOAD[16:24] == b"\x05" + bytes(7)
     assert PAYLOAD[24:29] == b"abcde"
     assert PAYLOAD[29:] == xxhash.xxh3_64_intdigest(PAYLOAD[:29]).to_bytes(8, "little")
-    selection, values, body = unpack(PAYLOAD, LAYOUT)
-    assert (selection, values, bytes(body)) == (1, 3, b"abcde")
+    selection, kind, flags, body = unpack(PAYLOAD, LAYOUT)
+    assert (selection, kind, flags, bytes(body)) == (1, 3, 2, b"abcde")
 
 
 def test_an_empty_body_is_the_shortest_payload():
     payload = pack(0, 0, LAYOUT)
-    assert len(payload) == 32 and bytes(unpack(payload, LAYOUT)[2]) == b""
+    assert len(payload) == 32 and bytes(unpack(payload, LAYOUT)[3]) == b""
 
 
 @pytest.mark.parametrize("length", range(len(PAYLOAD)))
@@ -132,9 +200,8 @@ def test_every_flipped_bit_is_refused():
         (b"", "0 bytes are too short"),
         (PAYLOAD[:31], "31 bytes are too short"),
         (seal(changed(PAYLOAD, 0, 0x47)), "byte 0: magic is b'GLUP'"),
-        (seal(changed(PAYLOAD, 4, 2)), "byte 4: version 2"),
-        (seal(changed(PAYLOAD, 4, 0)), "byte 4: version 0"),
-        (seal(changed(PAYLOAD, 7, 1)), "version 1.1"),
+        (seal(changed(PAYLOAD, 4, 1)), "byte 4: version 1 is not 2"),
+        (seal(changed(PAYLOAD, 4, 3)), "byte 4: version 3 is not 2"),
         (PAYLOAD + b"x", "byte 16: a body of 5 bytes in a payload of 38"),
         (PAYLOAD[:-1], "byte 16: a body of 5 bytes in a payload of 36"),
         (changed(PAYLOAD, 26, 0), "checksum"),
@@ -159,6 +226,54 @@ def test_reader_stops_at_the_end_and_wants_to_reach_it():
     assert reader.take("i1", 1).tolist() == [-1]
     reader.finish()
     assert len(reader.take("<f4", 0)) == 0
+
+
+# --- Zstandard frames ----------------------------------------------------------------------------
+
+
+def test_a_frame_comes_back():
+    content = b"abc" * 100_000
+    frame = compress(content)
+    assert len(frame) < 200 and decompress(memoryview(frame), len(content)) == content
+
+
+FRAME = compress(b"abc" * 1000)
+
+
+@pytest.mark.parametrize(
+    ("frame", "size"),
+    [
+        (b"", 3000),
+        (FRAME, 2999),
+        (FRAME, 3001),
+        (FRAME, 0),
+        (FRAME[:-1], 3000),
+        (FRAME + b"x", 3000),
+        (FRAME + FRAME, 3000),
+        (compress(b""), 0),
+        (b"\x50\x2a\x4d\x18\3\0\0\0abc", 3000),  # a frame to be skipped
+        (zstandard.ZstdCompressor(write_content_size=False).compress(b"abc" * 1000), 3000),
+        (zstandard.ZstdCompressor().compressobj().compress(b"x") + FRAME, 3000),
+        (changed(FRAME, 7, FRAME[7] | 6), 3000),  # a block of the reserved type,
+    ],
+)
+def test_a_wrong_frame_is_refused(frame, size):
+    with pytest.raises(PayloadError):
+        decompress(frame, size)
+    with pytest.raises(naive_decoder.Refused):
+        naive_decoder.read_frame(frame, size)
+
+
+def test_a_frame_cannot_claim_memory():
+    """Headers that state sizes or windows of up to 2^64 bytes are refused before they are used."""
+    huge_content = bytes.fromhex("28b52ffd e0 ffffffffffffff7f 010000")  # a single segment
+    huge_window = bytes.fromhex("28b52ffd 40 a8 b80a 010000")  # 3,000 bytes, a window of 2 GiB
+    for frame in (huge_content, huge_window):
+        tracemalloc.start()
+        with pytest.raises(PayloadError, match="Zstandard (frame|window) of"):
+            decompress(frame, 3000)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+        tracemalloc.stop()
 
 
 # --- positions ----------------------------------------------------------------------------------

@@ -1,0 +1,151 @@
+"""What clients keep between rounds, a dict of tensors each, in a set amount of memory.
+
+States are staged while a round is under way and take effect with commit(), so that a round that is
+abandoned leaves nothing behind. Up to `budget` bytes of them wait in memory; beyond it the least
+recently used go to the disk. What is on the disk is read through a memory map, so the operating
+system's page cache is its cache: fast while memory is free, given back when it is not.
+
+A state's version is the round that made it, its file is <client>-<version>.pt, and no file is ever
+changed (copy-on-write): the files that a checkpoint names stay whole until the next one stands, and
+a checkpoint costs only what changed since the last.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+class ClientStore:
+    """The states of the clients that one rank trains.
+
+    folder: of all ranks' files; budget: bytes of states to hold in memory at most; versions: those
+    of the checkpoint to go on from. Spilling raises OSError where the disk is full.
+    """
+
+    def __init__(self, folder: Path, budget: float, versions: dict[int, int] | None = None):
+        self.folder, self.budget = folder, budget
+        self.versions = dict(versions or {})  # client: the version that get() returns
+        self.staged: dict[int, int] = {}  # client: the version that commit() makes valid
+        self.changed: set[int] = set()  # clients with a commit() since the last save()
+        self.replaced: list[Path] = []  # files that only the checkpoint on the disk needs
+        self.memory: dict[tuple[int, int], State] = {}  # not on the disk; last used, last in line
+        self.bytes_in_memory = 0
+
+    def get(self, client: int) -> State:
+        """The client's state, to be read and not written; empty if it has none."""
+        return self._read(client, self.versions[client]) if client in self.versions else {}
+
+    def get_staged(self, client: int) -> State:
+        return self._read(client, self.staged[client])
+
+    def stage(self, client: int, state: State, round: int) -> None:
+        """Set what the client keeps if `round` happens; a state that was staged before gives way.
+
+        The store keeps the tensors themselves: do not write to them afterwards.
+        """
+        if client in self.staged:
+            self._drop(client, self.staged.pop(client))
+        self.staged[client] = round
+        self.memory[client, round] = state
+        self.bytes_in_memory += _num_bytes(state)
+        while self.bytes_in_memory > self.budget:
+            self._spill(*next(iter(self.memory)))
+
+    def commit(self) -> None:
+        """The round happened: what is staged is valid now."""
+        for client, version in self.staged.items():
+            if client in self.changed:
+                self._drop(client, self.versions[client])
+            elif client in self.versions:
+                self.replaced.append(self._path(client, self.versions[client]))
+            self.versions[client] = version
+        self.changed |= self.staged.keys()
+        self.staged = {}
+
+    def discard(self) -> None:
+        """The round never happened."""
+        for client, version in self.staged.items():
+            self._drop(client, version)
+        self.staged = {}
+
+    def save(self) -> dict[int, int]:
+        """Put what changed since the last save on the disk for good; return its versions.
+
+        A checkpoint that names them may follow, and once it stands, drop_replaced().
+        """
+        changed = {client: self.versions[client] for client in sorted(self.changed)}
+        self.folder.mkdir(exist_ok=True)
+        for key in self.memory.keys() & changed.items():
+            self._spill(*key)
+        for client, version in changed.items():
+            sync(self._path(client, version))
+        sync(self.folder)
+        self.changed = set()
+        return changed
+
+    def drop_replaced(self) -> None:
+        """Delete what only the checkpoint before needed."""
+        for path in self.replaced:
+            path.unlink()
+        self.replaced = []
+
+    def _read(self, client: int, version: int) -> State:
+        state = self.memory.pop((client, version), None)
+        if state is None:
+            return torch.load(self._path(client, version), weights_only=True, mmap=True)
+        self.memory[client, version] = state  # now the last in line
+        return state
+
+    def _spill(self, client: int, version: int) -> None:
+        self.folder.mkdir(exist_ok=True)
+        write_tensors(self._path(client, version), self.memory[client, version])
+        self.bytes_in_memory -= _num_bytes(self.memory.pop((client, version)))
+
+    def _drop(self, client: int, version: int) -> None:
+        state = self.memory.pop((client, version), None)
+        if state is None:
+            self._path(client, version).unlink()
+        else:
+            self.bytes_in_memory -= _num_bytes(state)
+
+    def _path(self, client: int, version: int) -> Path:
+        return self.folder / f"{client}-{version}.pt"
+
+
+def remove_old_states(folder: Path, versions: dict[int, int]) -> None:
+    """Delete what a run left behind that no checkpoint names: versions is {client: version}."""
+    keep = {f"{client}-{version}.pt" for client, version in versions.items()}
+    for path in folder.glob("*.pt"):
+        if path.name not in keep:
+            path.unlink()
+
+
+def write_tensors(path: Path, content: Any) -> None:
+    """torch.save, but a full disk is an OSError that names the file."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:  # torch's writer hides the OSError of its file
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _num_bytes(state: State) -> int:
+    """A view keeps its whole storage alive, so that is what counts."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in state.values())
