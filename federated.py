@@ -73,7 +73,8 @@ class Federation:
         if self.server.mask.awaits_scores:
             self.choose_mask(cohort)
         broadcast = self.server.broadcast(number, cohort)
-        mine, reports = self.visit(cohort, partial(self.train_client, number, broadcast=broadcast))
+        work = partial(self.train_client, number, broadcast=broadcast)
+        mine, reports = self.visit(cohort, work)
         averaged = self.server.step(reports, number)
         self.settle(number, mine, averaged)
         self.server.commit(number, cohort)
@@ -89,16 +90,16 @@ class Federation:
     def visit(
         self, cohort: list[int], work: Callable[[int], Report]
     ) -> tuple[list[Report], list[Report]]:
-        """Do `work` for the clients of the cohort, each on its rank. Raises Interrupted.
+        """Do `work` for this rank's clients of the cohort; return its reports and all ranks'.
 
-        Returns this rank's reports as they left it, and all ranks' as they arrived.
+        Raises Interrupted if some rank was asked to stop: then the round never happened.
         """
         try:
             mine = [work(client) for client in cohort if self.ranks.owns(client)]
         except Interrupted:
             mine = None
         reports = self.ranks.exchange(mine)
-        if reports is None:  # some rank was asked to stop: the round never happened
+        if reports is None:
             self.store.discard()
             raise Interrupted
         return mine, reports
