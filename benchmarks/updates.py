@@ -26,7 +26,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as main.py does
 import numpy as np
 import torch
 
-from config import load_config
+from channel import Channel
+from command_line import load_config
 from distributed import Ranks
 from federated import Federation
 from runlog import RunFolder
@@ -66,12 +67,16 @@ class Update:
     change: np.ndarray
 
 
-class Watched(Federation):
-    """A Federation that keeps the vectors that its clients are about to encode."""
+def watch(channel: Channel) -> list[torch.Tensor]:
+    """From now on the list gets every vector that the channel is about to encode."""
+    seen, encode = [], channel.encode
 
-    def select(self, update: torch.Tensor, *others):
-        self.seen.append(update.clone())
-        return super().select(update, *others)
+    def encode_and_keep(vector: torch.Tensor, *turn: int):
+        seen.append(vector.clone())
+        return encode(vector, *turn)
+
+    channel.encode = encode_and_keep
+    return seen
 
 
 def load_updates(name: str, root: str) -> list[Update]:
@@ -102,7 +107,7 @@ def make_updates(name: str, root: str, folder: Path) -> tuple:
         settings = load_config(Path(config), settings + fixed)
         run = RunFolder(settings.run_folder)
         run.start(settings)
-        federation = Watched(settings, Ranks(settings), run)
+        federation = Federation(settings, Ranks(settings), run)
         by_round = {number: moment for moment, number in moments.items()}
         for number, vectors in rounds(federation, max(by_round)):
             if number in by_round:
@@ -111,15 +116,16 @@ def make_updates(name: str, root: str, folder: Path) -> tuple:
     return federation.model.layout.names, federation.model.layout.shapes
 
 
-def rounds(federation: Watched, last: int) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
+def rounds(federation: Federation, last: int) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
     """Run `last` rounds; yield each one's number and (update, weights, change)."""
+    seen = watch(federation.server.uplink)
     change = torch.zeros_like(federation.server.parameters.detach())
     for number in range(1, last + 1):
-        federation.seen = []
+        seen.clear()
         received = federation.server.parameters.detach().clone()
         row = federation.run_round()
         print(f"round {number}/{last}, training loss {row['train_loss']:.3f}", flush=True)
-        yield number, (federation.seen[0], received, change)
+        yield number, (seen[0], received, change)
         change = federation.server.parameters.detach() - received
 
 
