@@ -1,19 +1,25 @@
 """client_store.py: states within a budget of memory, whole after a kill at any place."""
 
 import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import PYTHON, REPOSITORY, TINY, launch, summary, tiny_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import client_store
 from client_store import ClientStore, remove_old_states, write_tensors
+from command_line import load_config
+from distributed import Ranks
+from federated import Federation
+from runlog import RunFolder
 
 ENTRIES = 8  # of a state: 32 bytes
 PLENTY = 1e9
@@ -281,3 +287,49 @@ def test_memory_stays_within_the_budget(tmp_path):
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert store.bytes_in_memory <= 20e6 and grown < 60e6
     assert torch.equal(store.get(31)["residual"], residual * 2)
+
+
+# --- whole runs (slow) ----------------------------------------------------------------------------
+
+SPILLING = ["clients.total=12", "clients.per_round=6", "rounds=30", "checkpoint.every=2"]
+SPILLING += ["clients.state_memory_gib=2e-4", "local.batch_size=8", "evaluation.every=1000"]
+
+
+def unkilled(folder: Path) -> tuple[dict[tuple[int, int], bytes], str]:
+    """Every residual that a run ever has, by client and version, and its model at the end."""
+    config = load_config(
+        REPOSITORY / "configs/default.yaml", [*TINY, *SPILLING, f"output_dir={folder}"]
+    )
+    run = RunFolder(config.run_folder)
+    run.start(config)
+    one, seen = Federation(config, Ranks(config), run), {}
+    for _ in range(config.rounds):
+        one.run_round()
+        for client, version in one.store.versions.items():
+            seen[client, version] = one.store.get(client)["residual"].numpy().tobytes()
+    return seen, one.server.sha256()
+
+
+@pytest.mark.slow
+def test_residuals_that_spill_survive_real_kills(tmp_path):
+    """SIGKILL after a few more rounds each time, also between two checkpoints."""
+    seen, expected = unkilled(tmp_path / "unkilled")
+    folder = tmp_path / "tiny-s1"
+    command = [PYTHON, *tiny_command(tmp_path, *SPILLING)]
+    for num_rounds in (1, 5, 8, 15):
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+        rounds = folder / "rounds.jsonl"
+        while process.poll() is None:
+            if rounds.exists() and rounds.read_text().count("\n") >= num_rounds:
+                process.kill()
+            time.sleep(0.01)
+        assert process.returncode == -signal.SIGKILL
+        if num_rounds > 2:
+            versions = torch.load(folder / "checkpoint.pt", weights_only=True)["clients"]
+            store = ClientStore(folder / "clients", 1, versions)
+            assert len(versions) >= 6
+            for key in versions.items():
+                assert store.get(key[0])["residual"].numpy().tobytes() == seen[key]
+    done = launch(*command)
+    assert done.returncode == 0, done.stderr
+    assert summary(folder)["model_sha256"] == expected
