@@ -308,7 +308,7 @@ def test_what_was_owed_outside_a_new_mask_is_forgotten(tmp_path):
 def test_ends_with_different_masks_refuse_each_other(tmp_path):
     one = federation(tmp_path, *DYNAMIC)
     payload, _ = one.server.uplink.encode(torch.ones(one.model.layout.size), 1, 0)
-    one.server.uplink.mask = one.server.mask.kept[1:]
+    one.server.uplink.use_mask(one.server.mask.kept[1:])
     with pytest.raises(PayloadError, match="another layout"):
         one.server.uplink.decode(payload, 1, 0)
 
