@@ -16,14 +16,18 @@ METHODS = (
     "pruning",
     "compression",
     "quantisers",
+    "eden",
+    "powersgd",
+    "kernels",
     "entropy",
     "rangecoder",
     "wire",
     "afo",
     "network",
 )
-MAY_IMPORT = {"compression": {"quantisers", "entropy", "wire"}}
-MAY_IMPORT |= {"quantisers": {"wire"}, "entropy": {"rangecoder", "wire"}, "rangecoder": {"wire"}}
+MAY_IMPORT = {"compression": {"quantisers", "eden", "powersgd", "entropy", "wire"}}
+MAY_IMPORT |= dict.fromkeys(("quantisers", "eden", "powersgd"), {"kernels", "wire"})
+MAY_IMPORT |= {"entropy": {"rangecoder", "wire"}, "rangecoder": {"wire"}, "kernels": {"wire"}}
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"data", "bandwidth_analysis"}
 
 

@@ -1,4 +1,4 @@
-"""quantisers.py: what each coder does to numbers, from its paper or by hand."""
+"""The value coders: what each does to numbers, from its paper or by hand."""
 
 import math
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_compression import cases, picking
 
 from compression import encode, parse_values
-from quantisers import CENTROIDS, blocks
+from eden import CENTROIDS, blocks
 from wire import Layout
 
 
