@@ -1,13 +1,29 @@
 """Compiled loops that several coders share: random words and streams of bits."""
 
+import hashlib
+from pathlib import Path
+
+import numba
 import numpy as np
 from numba import njit
 
 from wire import PayloadError, Reader
 
+# numba keeps machine code by the date of the file a function stands in, and does not see when one
+# that it calls in another file has changed: each state of these files gets a folder of its own.
+HERE = Path(__file__).parent
+FILES = ("kernels", "quantisers", "eden", "powersgd", "rangecoder", "entropy")
+STATE = hashlib.blake2b(b"".join((HERE / f"{name}.py").read_bytes() for name in FILES))
+numba.config.CACHE_DIR = numba.config.CACHE_DIR or str(
+    HERE / "__pycache__" / f"numba-{STATE.hexdigest()[:16]}"
+)
+
 
 def compiled(function, **options):
-    """numba's machine code: compiled in a second at first use, then loaded where it can be kept."""
+    """numba's machine code: compiled in a second at first use, then loaded where it can be kept.
+
+    Without reference counting, which would cost ten times the coding: kernels allocate nothing.
+    """
     options |= {"_nrt": False, "error_model": "numpy"}
     try:
         return njit(cache=True, **options)(function)

@@ -124,7 +124,7 @@ def agree(payload: bytes, layout: Layout, decoded: Decoded | None) -> None:
 
 
 def slowest(payloads: list[tuple[bytes, Layout]]) -> float:
-    """CPU seconds of the slowest valid decode (each the best of three): a busy machine adds none."""
+    """CPU seconds of the slowest valid decode, each the best of three."""
     return max(seconds(payload, layout) for payload, layout in payloads)
 
 
