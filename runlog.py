@@ -77,13 +77,14 @@ class RunFolder:
             raise RunFolderError(f"{self.path}: another process is running this") from None
         if config.checkpoint.resume == "never":
             self._clear()
-        self._write("config.yaml", config.to_yaml())
         state = self.checkpoint()
+        # First make room: the states of a round that was given up may have filled the disk.
+        remove_old_states(self.clients, state["clients"] if state else {})
+        self._write("config.yaml", config.to_yaml())
         lengths = state["log_bytes"] if state else {"rounds.jsonl": 0, "ledger.csv": 0}
         for name, length in lengths.items():
             with open(self.path / name, "ab") as file:
                 file.truncate(length)
-        remove_old_states(self.clients, state["clients"] if state else {})
         if not state:
             (self.path / "ledger.csv").write_text(LEDGER_HEADER)
         return state
