@@ -32,21 +32,26 @@ LOGARITHMS = np.array(
 )
 
 
-def compiled(function, **options):
+OPTIONS = {"_nrt": False, "error_model": "numpy"}
+
+
+def compiled(function):
     """numba's machine code; the first use compiles for some seconds, and later runs load it.
 
     Without reference counting, which would cost ten times the coding: kernels allocate nothing.
     """
-    options |= {"_nrt": False, "error_model": "numpy"}
     try:
-        return njit(cache=True, **options)(function)
+        return njit(cache=True, **OPTIONS)(function)
     except RuntimeError:  # neither __pycache__ nor the user's cache folder can be written
-        return njit(**options)(function)
+        return njit(**OPTIONS)(function)
 
 
 def inlined(function):
-    """A part of a routine: LLVM inlines it, so that `reading` and the state cost nothing."""
-    return compiled(function, forceinline=True)
+    """A part of a routine: LLVM inlines it, so that `reading` and the state cost nothing.
+
+    It is not kept on the disk by itself: there it could outlive a change of what it calls.
+    """
+    return njit(forceinline=True, **OPTIONS)(function)
 
 
 def new_model(probability: np.ndarray, count: np.ndarray) -> np.ndarray:
