@@ -2,7 +2,7 @@
 
     python benchmarks/codec.py [--root ../shared/data] [--rivals PYTHON] [--synthetic] [--json]
 
-Cases: the real updates of updates.py (the first run trains them, for some 20 minutes) and three
+Cases: the real updates of updates.py (the first run trains them, for some 15 minutes) and three
 made ones, each with its 1% and its 0.1% largest entries as 8-bit levels. All coders get the same
 integers, and every round trip is checked. Rows:
 
