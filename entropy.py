@@ -11,18 +11,16 @@ docs/wire-format.md specifies every bit.
 """
 
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
-import rangecoder
+from kernels import compiled
 from rangecoder import (
     FAST,
     SLOW,
     check_end,
     clamp,
     code_number,
-    compiled,
     decide,
     follow,
     inlined,
@@ -301,12 +299,8 @@ def _mask(reading, indices, j, cell, size, kernel_width, kernel, state, words, m
     return num_set, state
 
 
-def _build_walk(reading, parts):
-    """The walk, compiled to write or to read: `reading` is a constant in it.
-
-    parts: the source of what is inlined from another file. numba keeps machine code by the file
-    and the closure of a function, so a change there must change the closure.
-    """
+def _build_walk(reading):
+    """The walk, compiled to write or to read: `reading` is a constant in it."""
 
     def walk(
         tensors,
@@ -328,7 +322,7 @@ def _build_walk(reading, parts):
         bounds gets where each tensor's entries begin; the arrays after it are scratch (_room).
         Returns (ending, state).
         """
-        count, j, _ = len(indices), 0, parts
+        count, j = len(indices), 0
         for t in range(len(tensors)):
             offset, num_rows, num_columns = tensors[t, 0], tensors[t, 1], tensors[t, 2]
             size, kernel_width = tensors[t, 3], tensors[t, 4]
@@ -476,5 +470,4 @@ def _build_walk(reading, parts):
     return compiled(walk)
 
 
-_PARTS = Path(rangecoder.__file__).read_text()
-_write, _read = _build_walk(False, _PARTS), _build_walk(True, _PARTS)
+_write, _read = _build_walk(reading=False), _build_walk(reading=True)

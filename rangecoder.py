@@ -11,8 +11,8 @@ uint32 [num_words]. `model` is int64 [num_contexts]: 256 * probability of a one 
 """
 
 import numpy as np
-from numba import njit
 
+from kernels import compiled
 from wire import PayloadError
 
 EVEN = np.uint64(32768)  # one half, in 1/65536
@@ -32,26 +32,9 @@ LOGARITHMS = np.array(
 )
 
 
-OPTIONS = {"_nrt": False, "error_model": "numpy"}
-
-
-def compiled(function):
-    """numba's machine code; the first use compiles for some seconds, and later runs load it.
-
-    Without reference counting, which would cost ten times the coding: kernels allocate nothing.
-    """
-    try:
-        return njit(cache=True, **OPTIONS)(function)
-    except RuntimeError:  # neither __pycache__ nor the user's cache folder can be written
-        return njit(**OPTIONS)(function)
-
-
 def inlined(function):
-    """A part of a routine: LLVM inlines it, so that `reading` and the state cost nothing.
-
-    It is not kept on the disk by itself: there it could outlive a change of what it calls.
-    """
-    return njit(forceinline=True, **OPTIONS)(function)
+    """A part of a routine: LLVM inlines it, so that `reading` and the state cost nothing."""
+    return compiled(function, forceinline=True)
 
 
 def new_model(probability: np.ndarray, count: np.ndarray) -> np.ndarray:

@@ -27,7 +27,8 @@ METHODS = (
 )
 MAY_IMPORT = {"compression": {"quantisers", "eden", "powersgd", "entropy", "wire"}}
 MAY_IMPORT |= dict.fromkeys(("quantisers", "eden", "powersgd"), {"kernels", "wire"})
-MAY_IMPORT |= {"entropy": {"rangecoder", "wire"}, "rangecoder": {"wire"}, "kernels": {"wire"}}
+MAY_IMPORT |= {"entropy": {"kernels", "rangecoder", "wire"}, "rangecoder": {"kernels", "wire"}}
+MAY_IMPORT |= {"kernels": {"wire"}}
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"data", "bandwidth_analysis"}
 
 
