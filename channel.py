@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import pruning
-from compression import Decoded, decode, encode
+from compression import Decoded, NotFinite, all_finite, decode, encode
 from config import Downlink, Selection, Uplink
 from wire import Layout
 
@@ -41,6 +41,8 @@ class Channel:
     def encode(self, vector: Tensor, round: int, client: int = 0) -> tuple[bytes, Decoded]:
         """The payload of float32 [layout.size] and what decode() makes of it. Raises NotFinite."""
         support, layout, scale = self._support(round, client)
+        if support is not None and not all_finite(vector):  # nor may what is owed hold NaN
+            raise NotFinite("the vector holds inf or NaN")
         part = vector if support is None else vector[torch.from_numpy(support)].mul_(scale)
         link, seed = self.link, self.seed_for("values", round, client)
         select = self._select(round, client)

@@ -125,7 +125,7 @@ def encode(
     qsgd, eden and powersgd. Raises NotFinite, and ValueError for a word or mix that is not valid.
     """
     coder = parse_values(values)
-    if not _all_finite(vector):
+    if not all_finite(vector):
         raise NotFinite("the vector holds inf or NaN")
     large = layout.sizes >= dense_below
     if large.all():
@@ -357,11 +357,11 @@ def _joined(layout: Layout, large: np.ndarray, small: np.ndarray, rest: Decoded)
 
 def _finite(decoded: Decoded) -> Decoded:
     """What was decoded. Raises PayloadError if a value is infinite or NaN."""
-    if not _all_finite(torch.from_numpy(decoded.values)):
+    if not all_finite(torch.from_numpy(decoded.values)):
         raise PayloadError("it holds a value that is not finite")
     return decoded
 
 
-def _all_finite(vector: Tensor) -> bool:
+def all_finite(vector: Tensor) -> bool:
     """A finite sum has only finite terms; only a sum that overflowed needs the second look."""
     return bool(torch.isfinite(vector.sum())) or bool(torch.isfinite(vector).all())

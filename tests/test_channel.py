@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from channel import Channel, ErrorFeedback
+from compression import NotFinite
 from config import Config, Pruning, Uplink
 from wire import OVERHEAD, Layout, PayloadError
 
@@ -168,3 +169,15 @@ def test_biased_compression_stands_still_and_error_feedback_converges():
 
     assert train(None).tolist() == [0.0, 0.0]
     assert train(ErrorFeedback(1.0, 0.0)).tolist() == pytest.approx([0.0, 1.0], abs=0.6)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_what_is_not_finite_is_refused_wherever_it_is(selection, number):
+    """Also outside what travels: it would be owed, and stay in the residual for ever."""
+    for mask in MASKS.values():
+        link, update = channel(**SELECTIONS[selection]), vector()
+        link.use_mask(mask)
+        update[1] = number
+        with pytest.raises(NotFinite):
+            link.encode(update, 1)
