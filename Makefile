@@ -1,4 +1,4 @@
-.PHONY: help test slow gpu-check lint bench
+.PHONY: help test slow fuzz gpu-check lint bench
 
 help: ## list what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -9,6 +9,9 @@ test: ## the whole suite
 slow: ## the tests that take too long for the suite
 	python -m pytest -m slow
 
+fuzz: ## four million wounded payloads of every codec, several minutes
+	PYTHONPATH=. python tests/test_fuzz.py 4000000
+
 gpu-check: ## the tests and the engine benchmark on a CUDA device, where there is one
 	@if python -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then \
 	  python -m pytest -m gpu && python benchmarks/engine.py --json; \
@@ -17,5 +20,7 @@ gpu-check: ## the tests and the engine benchmark on a CUDA device, where there i
 lint: ## ruff
 	ruff check . && ruff format --check .
 
-bench: ## the engine against a bare PyTorch loop (needs CIFAR-10 in ../shared/data)
+bench: ## engine, codecs and memory (needs CIFAR-10 in ../shared/data, 50 GB of disk, an hour)
 	python benchmarks/engine.py --json
+	python benchmarks/codec.py --json
+	python benchmarks/memory.py --json
