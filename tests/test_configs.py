@@ -41,8 +41,8 @@ def test_the_baseline_differs_from_its_twin_in_pruning_and_compression_only():
     assert differing == {"name", "pruning", "uplink"}
 
 
-def requirement_lines() -> list[str]:
-    text = (REPOSITORY / "requirements.txt").read_text()
+def requirement_lines(file: str = "requirements.txt") -> list[str]:
+    text = (REPOSITORY / file).read_text()
     lines = (line.partition("#")[0].strip() for line in text.splitlines())
     return [line for line in lines if line]
 
@@ -64,17 +64,14 @@ def test_every_import_is_in_the_list_of_packages():
         "PIL": "torchvision",
         "huggingface_hub": "flwr-datasets",
     }
-    listed = {re.split(r"[\[<>=;!~ ]", line)[0] for line in requirement_lines()}
-    ours = {path.stem for path in REPOSITORY.glob("*.py")} | {"data", "bandwidth_analysis"}
-    for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("[dbt]*/*.py")]:
-        ours.add(path.stem)
+    lines = requirement_lines() + requirement_lines("benchmarks/requirements-rivals.txt")
+    listed = {re.split(r"[\[<>=;!~ ]", line)[0] for line in lines}
+    paths = [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("[dbt]*/*.py")]
+    ours = {path.stem for path in paths} | {"data", "bandwidth_analysis"}
+    for path in paths:
         for name in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M):
-            if name not in sys.stdlib_module_names and name not in ours and name != "conftest":
-                assert distribution.get(name, name) in listed or _is_test(name), (path, name)
-
-
-def _is_test(name: str) -> bool:
-    return (REPOSITORY / "tests" / f"{name}.py").exists()
+            if name not in sys.stdlib_module_names and name not in ours:
+                assert distribution.get(name, name) in listed, (path, name)
 
 
 def readme_commands() -> list[str]:
