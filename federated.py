@@ -246,6 +246,7 @@ class Federation:
         progress.bytes_up += up
         progress.bytes_down += down
         losses = [r.loss for r in reports if r.client in averaged]
+        loss = sum(losses) / max(1, len(losses))
         wall = time.perf_counter() - begin
         progress.wall_seconds += wall
         row = {
@@ -254,7 +255,7 @@ class Federation:
             "num_failed": len(reports) - len(averaged),
             "failures": {str(r.client): r.failure for r in reports if r.failure},
             "lr": local_lr(self.config.local, number, self.config.rounds),
-            "train_loss": sum(losses) / len(losses) if losses else None,
+            "train_loss": loss if losses and np.isfinite(loss) else None,
             **scores,
             "bytes_up": up,
             "bytes_down": down,

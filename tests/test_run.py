@@ -262,6 +262,13 @@ def test_a_round_with_nobody_left_keeps_the_model(tmp_path, monkeypatch):
     assert one.server.sha256() == before
 
 
+def test_a_loss_that_is_not_finite_is_logged_as_none(tmp_path, monkeypatch):
+    """fp16's loss scaler skips such a step, so the update may be finite."""
+    monkeypatch.setattr(federated, "train", lambda *rest: float("inf"))
+    row = federation(tmp_path).run_round()
+    assert row["num_failed"] == 0 and row["train_loss"] is None
+
+
 def test_clients_train_from_what_they_decoded(tmp_path, monkeypatch):
     starts = []
     original = federated.train
