@@ -34,7 +34,7 @@ class SharedMask:
 
     def __init__(self, settings: Mask, layout: Layout, rounds: int, seed: int):
         self.settings, self.layout, self.rounds = settings, layout, rounds
-        self.version, self.versions = 0, {}  # client: the version that it has, if not 0
+        self.version, self.versions = 0, {}  # client: the version that it has; 0 where missing
         self.toggled = np.arange(0)  # the positions at which the version before differs
         self.kept: np.ndarray | None = None  # int64, ascending; None: all weights
         if settings.method == "dynamic":
