@@ -88,6 +88,8 @@ def train(federation: Federation) -> None:
     with bar:
         while progress.round < config.rounds:
             row = federation.run_round()
+            if ranks.is_main and row["failures"]:
+                tqdm.write(_left_out(row), file=sys.stderr)
             if progress.round % config.checkpoint.every == 0 or progress.round == config.rounds:
                 federation.save()
             ranks.accelerator.log(_numbers(row), step=progress.round)
@@ -224,6 +226,11 @@ def _so_far(federation: Federation) -> str:
     accuracy = f"{progress.evaluations[-1]:.2%}" if progress.evaluations else "-"
     up, down = progress.bytes_up / 1e6, progress.bytes_down / 1e6
     return f"accuracy {accuracy}  {up:.1f} MB up  {down:.1f} MB down"
+
+
+def _left_out(row: dict[str, Any]) -> str:
+    client, reason = next(iter(row["failures"].items()))
+    return f"round {row['round']}: {row['num_failed']} clients left out; client {client}: {reason}"
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:

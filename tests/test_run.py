@@ -269,6 +269,13 @@ def test_a_loss_that_is_not_finite_is_logged_as_none(tmp_path, monkeypatch):
     assert row["num_failed"] == 0 and row["train_loss"] is None
 
 
+def test_a_run_says_who_was_left_out(run, capsys):
+    status, _ = run("local.lr=1e30", "rounds=1")
+    assert status == 0
+    said = capsys.readouterr().err
+    assert "round 1: 3 clients left out; client " in said and "the update is not finite" in said
+
+
 def test_clients_train_from_what_they_decoded(tmp_path, monkeypatch):
     starts = []
     original = federated.train
