@@ -32,12 +32,16 @@ class Channel:
         """unbiased: a random choice is scaled by 1 / density, so that its mean is the vector."""
         self.layout, self.selection, self.link = layout, selection, link
         self.unbiased, self.seed_for = unbiased, seed_for
-        self.mask: np.ndarray | None = None  # int64, ascending: the coordinates that exist
+        self.use_mask(None)
+
+    def use_mask(self, mask: np.ndarray | None) -> None:
+        """From now on only these coordinates exist, int64, ascending; None: all of them."""
+        self.mask, self.on_mask = mask, self.layout if mask is None else self.layout.on(mask)
 
     def encode(self, vector: Tensor, round: int, client: int = 0) -> tuple[bytes, Decoded]:
         """The payload of float32 [layout.size] and what decode() makes of it. Raises NotFinite."""
         support, layout, scale = self._support(round, client)
-        part = vector if support is None else vector[torch.from_numpy(support)] * scale
+        part = vector if support is None else vector[torch.from_numpy(support)].mul_(scale)
         link, seed = self.link, self.seed_for("values", round, client)
         select = self._select(round, client)
         payload, sent = encode(part, layout, link.values, select, link.dense_below, seed)
@@ -62,13 +66,13 @@ class Channel:
 
     def _support(self, round: int, client: int) -> tuple[np.ndarray | None, Layout, float]:
         """(coordinates that both ends know, the layout on them, what their values are scaled by)"""
-        support, size, scale = self.mask, self.num_coordinates, 1.0
-        if self.selection.method == "random":
-            k = pruning.num_kept(self.density(round, client), size)
-            chosen = pruning.random(size, k, self.seed_for("selection", round, client))
-            support = chosen if support is None else support[chosen]
-            scale = size / k if self.unbiased else 1.0
-        return support, self.layout if support is None else self.layout.on(support), scale
+        if self.selection.method != "random":
+            return self.mask, self.on_mask, 1.0
+        size = self.num_coordinates
+        k = pruning.num_kept(self.density(round, client), size)
+        chosen = pruning.random(size, k, self.seed_for("selection", round, client))
+        support = chosen if self.mask is None else self.mask[chosen]
+        return support, self.layout.on(support), size / k if self.unbiased else 1.0
 
     def _select(self, round: int, client: int) -> Callable[[Tensor, Layout], np.ndarray] | None:
         """How the sender picks coordinates of the support; None if all of them travel."""

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eden import packed_size, read_eden, write_eden
 from entropy import decode_integers, encode_integers
+from powersgd import read_powersgd, write_powersgd
 from quantisers import (
     BF16,
     BUCKET,
@@ -28,17 +30,13 @@ from quantisers import (
     Buffer,
     Values,
     level_bits,
+    levels_size,
     num_values,
-    packed_size,
     parse_values,
     quantise,
-    read_eden,
     read_levels,
-    read_powersgd,
     times,
-    write_eden,
     write_levels,
-    write_powersgd,
 )
 from wire import (
     CHECKSUM,
@@ -297,7 +295,7 @@ def _read_values(reader: Reader, kind: int, flags: int, layout: Layout, count: i
         if not 1 <= bits <= PACKED[kind]:
             raise PayloadError(f"values of {bits} bits are not of kind {kind}")
     if flags & COMPRESSED:
-        size = packed_size(kind, bits, layout, count)
+        size = packed_size(bits, count) if kind == EDEN else levels_size(kind, bits, layout, count)
         reader = Reader(memoryview(decompress(reader.rest(), size)))
     if kind == POWERSGD:
         values = read_powersgd(reader, layout)

@@ -45,7 +45,7 @@ class WholeModel:
 
     def use_mask(self, mask: np.ndarray) -> None:
         """From now on only these coordinates exist, int64, ascending."""
-        self.channel.mask = mask
+        self.channel.use_mask(mask)
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -100,7 +100,8 @@ class Changes:
 
         An up-to-date client goes on with the next change. The earlier ones are of no more use.
         """
-        self.channel.mask = self.whole.mask = mask
+        self.channel.use_mask(mask)
+        self.whole.use_mask(mask)
         shared, self.shared, self.changes = self.shared, torch.zeros_like(self.shared), {}
         self.shared[torch.from_numpy(mask)] = shared[torch.from_numpy(mask)]
 

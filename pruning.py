@@ -245,6 +245,19 @@ def random_mask(shapes: Shapes, density: float, seed: int) -> np.ndarray:
     return np.concatenate(kept)
 
 
+def sparse_gains(mask: np.ndarray, shapes: Shapes) -> Tensor:
+    """Factors for first weights drawn for a dense network, float32 [n]: sqrt(size / kept).
+
+    With them a sparse layer's outputs have a dense one's variance (Evci et al. 2022, arXiv
+    2010.03533, per layer); without norm layers a sparse network hardly learns at first.
+    """
+    gains = [
+        torch.full((stop - start,), math.sqrt((stop - start) / max(1, len(inside))))
+        for start, stop, inside in _inside(mask, shapes)
+    ]
+    return torch.cat(gains)
+
+
 def regrown_share(share: float, round: int, rounds: int) -> float:
     """The share of a tensor's weights that is dropped and regrown: cosine decay, RigL's eq. 1."""
     return share / 2 * (1 + math.cos(math.pi * round / rounds))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import pruning
 from afo import make_optimizer, make_scheduler
 from channel import Channel
 from cnn_model import FlatModel
@@ -43,12 +44,12 @@ class Server:
         self.parameters = torch.nn.Parameter(model.parameters.detach().cpu().clone())
         self.buffers = model.buffers.cpu().clone()
         self.is_counter = model.is_counter
-        self.uplink, self.downlink = self._make_links(config)
         seed = config.seed_for("mask")
         self.mask = SharedMask(config.pruning.mask, self.layout, config.rounds, seed)
-        self.growth: Tensor | None = (
-            None  # float32 [n]: what the clients' growth payloads average to
-        )
+        if self.mask.kept is not None:
+            self.parameters.data.mul_(pruning.sparse_gains(self.mask.kept, self.layout.shapes))
+        self.uplink, self.downlink = self._make_links(config)
+        self.growth: Tensor | None = None  # float32 [n]: the average of the growth payloads
         self._use_mask()
         self.weighting = config.server.weighting
         self._make_optimizer(config)
@@ -156,7 +157,7 @@ class Server:
         """From now on the weights outside the mask are 0 and do not travel."""
         self.pruned = self.mask.pruned
         if self.pruned is not None:
-            self.uplink.mask = self.mask.kept
+            self.uplink.use_mask(self.mask.kept)
             self.downlink.use_mask(self.mask.kept)
             self.parameters.data.masked_fill_(self.pruned, 0.0)
 

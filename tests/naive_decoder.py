@@ -231,7 +231,7 @@ POSITIVE_CENTROIDS = {
     1: "0.79788456",
     2: "0.45278005 1.5104176",
     3: "0.24509418 0.75600522 1.3439093 2.1519457",
-    4: "0.12839503 0.38804832 0.65675895 0.94234003 1.2562312 1.6180464 2.0690172 2.7326357",
+    4: "0.12839504 0.3880483 0.65675914 0.94234043 1.2562312 1.6180464 2.0690172 2.7325895",
 }
 LARGEST = 2.0**128 - 2.0**104
 
@@ -460,7 +460,8 @@ def read_levels(data: bytes, shapes: list[tuple[int, ...]]) -> dict[int, int]:
         demand(len(levels) <= count, "more levels than announced")
         offset += prod(shape)
     demand(len(levels) == count, "fewer levels than announced")
-    demand(data[4 * decoder.words_read - 8 :] == decoder.ending(), "end of the code")
+    ending, start = decoder.ending(), 4 * decoder.words_read - 8
+    demand(data[start:] == ending and len(data) == start + len(ending), "end of the code")
     return levels
 
 

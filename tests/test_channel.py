@@ -37,7 +37,8 @@ MASKS = {"all": None, "masked": np.arange(0, LAYOUT.size, 3)}
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_what_is_sent_is_what_arrives(selection, values, mask):
     link = channel(Uplink(values=values), **SELECTIONS[selection])
-    link.mask, update = MASKS[mask], vector()
+    update = vector()
+    link.use_mask(MASKS[mask])
     payload, sent = link.encode(update, round=3, client=5)
     arrived = link.decode(payload, round=3, client=5).dense()
     assert torch.equal(sent.dense(), arrived)
@@ -60,9 +61,9 @@ def test_a_random_choice_costs_no_positions_and_both_ends_must_agree_on_it():
 
 def test_ends_with_different_masks_refuse_each_other():
     link = channel(method="none")
-    link.mask = np.arange(100)
+    link.use_mask(np.arange(100))
     payload, _ = link.encode(vector(), 1)
-    link.mask = np.arange(1, 101)
+    link.use_mask(np.arange(1, 101))
     with pytest.raises(PayloadError, match="another layout"):
         link.decode(payload, 1)
 

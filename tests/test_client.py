@@ -20,6 +20,7 @@ from client import (
     choose_precision,
     evaluate,
     local_lr,
+    loss_gradient,
     num_steps,
     train,
 )
@@ -360,3 +361,53 @@ def test_the_probe_takes_its_time(monkeypatch):
     begin = time.perf_counter()
     client.probe_precision(FlatModel(network(), CPU), PICTURES, PLAIN)
     assert time.perf_counter() - begin >= 0.1
+
+
+# --- masks ----------------------------------------------------------------------------------------
+
+
+def test_pruned_weights_stay_zero_and_have_no_part_in_clipping():
+    local = replace(PLAIN, momentum=0.9, weight_decay=0.01, clip=1e-3, epochs=2)
+    model = FlatModel(network(), CPU)
+    generator = torch.Generator().manual_seed(5)
+    pruned = torch.rand(len(model.parameters), generator=generator) < 0.3
+    model.parameters.masked_fill_(pruned, 0.0)
+    start = model.parameters.clone()
+    train(model, PICTURES, INDICES, replace(local, steps=1), 0.1, "fp32", 3, pruned=pruned)
+    assert not model.parameters[pruned].any()
+    moved = model.parameters - (1 - 0.1 * 0.01) * start
+    assert float(moved.norm()) == pytest.approx(0.1 * 1e-3, rel=1e-2)  # clipped on the mask alone
+    train(model, PICTURES, INDICES, local, 0.1, "fp32", 4, pruned=pruned)
+    assert not model.parameters[pruned].any() and model.parameters[~pruned].any()
+
+
+def test_training_under_a_mask_of_nothing_is_training():
+    dense, nothing = fit(), torch.zeros(len(fit()[0].parameters), dtype=torch.bool)
+    masked = fit(pruned=nothing)
+    assert torch.equal(dense[0].parameters, masked[0].parameters) and dense[1] == masked[1]
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet18", "cnn"])
+def test_the_gradient_for_masks_is_that_of_autograd_and_leaves_nothing_behind(name):
+    model = FlatModel(network(name), CPU)
+    before = [model.parameters.clone(), model.buffers.clone(), torch.random.get_rng_state()]
+    gradient = loss_gradient(model, PICTURES, INDICES, 8, 4, seed=3)
+    after = [model.parameters, model.buffers, torch.random.get_rng_state()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    again = loss_gradient(model, PICTURES, INDICES, 8, 4, seed=3)
+    assert torch.equal(gradient, again)
+    if name == "cnn":  # dropout: nothing to compare with
+        return
+    module, generator = network(name).train(), torch.Generator().manual_seed(3)
+    order = [INDICES[torch.randperm(22, generator=generator)] for _ in range(2)]
+    batches = [*order[0].split(8), *order[1].split(8)][:4]
+    for batch in batches:
+        images, labels = PICTURES.train_batch(batch, torch.Generator())
+        cross_entropy(module(images), labels).backward()
+    expected = torch.cat([p.grad.flatten() for p in module.parameters()]) / 4
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_gradient_for_masks_can_be_interrupted():
+    with pytest.raises(Interrupted):
+        loss_gradient(FlatModel(network(), CPU), PICTURES, INDICES, 8, 4, 3, lambda: True)

@@ -13,6 +13,7 @@ RUN = ["model.name=resnet18", "model.width=0.0625", "data.partition.name=dirichl
 RUN += ["data.partition.args={alpha: 0.5, min_partition_size: 2}"]
 RUN += ["downlink.mode=change", "downlink.values=qsgd4", "downlink.pruning.method=topk"]
 RUN += ["downlink.pruning.density=0.1"]
+RUN += ["pruning.mask.method=dynamic", "pruning.mask.density=0.5", "pruning.mask.every=2"]
 LAUNCHERS = {
     "torchrun": [str(SCRIPTS / "torchrun"), "--nproc_per_node", "2"],
     "accelerate": [str(SCRIPTS / "accelerate"), "launch", "--cpu", "--num_processes", "2"],
@@ -44,6 +45,18 @@ def test_two_ranks_end_with_the_model_of_one(launcher, one_rank, tmp_path):
     assert summary(two)["model_sha256"] == summary(one_rank)["model_sha256"]
     assert (two / "ledger.csv").read_text() == (one_rank / "ledger.csv").read_text()
     assert summary(two)["test_accuracy"] == summary(one_rank)["test_accuracy"]
+
+
+def test_two_ranks_score_the_weights_as_one_does(tmp_path):
+    port = [PORTS["torchrun"], str(20000 + os.getpid() % 20000)]
+    commands = {"one": [PYTHON], "two": [*LAUNCHERS["torchrun"], *port]}
+    ends = []
+    for name, command in commands.items():
+        done = launch(*command, *tiny_command(tmp_path / name, "pruning.mask.method=snip"))
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        folder = tmp_path / name / "tiny-s1"
+        ends.append((summary(folder)["model_sha256"], (folder / "ledger.csv").read_text()))
+    assert ends[0] == ends[1]
 
 
 def test_kill_9_then_the_same_command(one_rank, tmp_path):

@@ -198,16 +198,14 @@ def test_the_global_model_and_all_messages_stay_on_the_mask(tmp_path, monkeypatc
 
 def test_snip_keeps_the_weights_with_the_best_averaged_scores(tmp_path, monkeypatch):
     one = federation(tmp_path, *SNIP, "clients.total=3", "clients.per_round=3")
-    weights, reports = one.server.parameters.detach().clone(), []
-    visit = one.visit
-    monkeypatch.setattr(one, "visit", lambda *args: reports.append(visit(*args)) or reports[-1])
+    weights, seen = one.server.parameters.detach().clone(), []
+    choose = one.server.choose_mask
+    monkeypatch.setattr(one.server, "choose_mask", lambda r: seen.extend(r) or choose(r))
     state = torch.random.get_rng_state()
     one.choose_mask([0, 1, 2])
     assert torch.equal(torch.random.get_rng_state(), state)
-    examples = torch.tensor([float(r.num_examples) for r in reports[0]])
-    scores = torch.stack(
-        [decode(r.payloads["scores"], one.model.layout).dense() for r in reports[0]]
-    )
+    examples = torch.tensor([float(r.num_examples) for r in seen])
+    scores = torch.stack([decode(r.payloads["scores"], one.model.layout).dense() for r in seen])
     average = (scores * (examples / examples.sum())[:, None]).sum(0)
     sizes, shapes = one.model.layout.sizes, one.model.layout.shapes
     prunable = np.repeat([len(shape) >= 2 for shape in shapes], sizes)
@@ -310,7 +308,7 @@ def test_what_was_owed_outside_a_new_mask_is_forgotten(tmp_path):
 def test_ends_with_different_masks_refuse_each_other(tmp_path):
     one = federation(tmp_path, *DYNAMIC)
     payload, _ = one.server.uplink.encode(torch.ones(one.model.layout.size), 1, 0)
-    one.server.uplink.mask = one.server.mask.kept[1:]
+    one.server.uplink.use_mask(one.server.mask.kept[1:])
     with pytest.raises(PayloadError, match="another layout"):
         one.server.uplink.decode(payload, 1, 0)
 

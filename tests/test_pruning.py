@@ -327,3 +327,9 @@ def test_drop_and_grow_keeps_every_count(seed, density, share):
     assert np.array_equal(np.unique(following), following)
     assert np.histogram(following, offsets)[0].tolist() == np.histogram(mask, offsets)[0].tolist()
     assert {*range(12, 16), 24, 25} <= set(following.tolist())
+
+
+def test_sparse_gains_make_up_for_the_weights_that_are_missing():
+    mask = np.array([0, 1, 2, 12, 13, 14, 15, 16, 17, 24, 25])  # 3 of 12 and 2 of 8
+    gains = pruning.sparse_gains(mask, SHAPES)
+    assert gains.tolist() == [2.0] * 12 + [1.0] * 4 + [2.0] * 8 + [1.0] * 2

@@ -143,12 +143,11 @@ def test_the_layout_of_a_mask():
     assert LAYOUT.on(np.zeros(0, np.int64)).shapes == ((0,), (0,), (0,))
 
 
-@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 @pytest.mark.parametrize("other", [[1, 5, 23, 24, 26], [1, 5, 22, 24, 27], [1, 5, 23, 24]])
 def test_ends_that_disagree_about_a_mask_find_out(other):
     masked = LAYOUT.on(np.array([1, 5, 23, 24, 27]))
     vector = torch.arange(1.0, 6.0)
-    payload, _ = encode(vector, masked)
+    payload, _ = encode(vector, masked, "fp16")
     assert torch.equal(decode(payload, masked).dense(), vector)
     parent = Layout(LAYOUT.names, ((4, 3, 2), (), (3,))).on(np.array([1, 5, 23, 24, 27]))
     for wrong in (LAYOUT.on(np.array(other)), parent, Layout(masked.names, masked.shapes)):
@@ -238,6 +237,7 @@ def test_a_frame_comes_back():
 
 
 FRAME = compress(b"abc" * 1000)
+STREAM = zstandard.ZstdCompressor().compressobj()
 
 
 @pytest.mark.parametrize(
@@ -252,9 +252,8 @@ FRAME = compress(b"abc" * 1000)
         (FRAME + FRAME, 3000),
         (compress(b""), 0),
         (b"\x50\x2a\x4d\x18\3\0\0\0abc", 3000),  # a frame to be skipped
-        (zstandard.ZstdCompressor(write_content_size=False).compress(b"abc" * 1000), 3000),
-        (zstandard.ZstdCompressor().compressobj().compress(b"x") + FRAME, 3000),
-        (changed(FRAME, 7, FRAME[7] | 6), 3000),  # a block of the reserved type,
+        (STREAM.compress(b"abc" * 1000) + STREAM.flush(), 3000),  # its size is not stated
+        (changed(FRAME, 7, FRAME[7] | 6), 3000),  # a block of the reserved type
     ],
 )
 def test_a_wrong_frame_is_refused(frame, size):

@@ -1,0 +1,76 @@
+"""Compiled loops that several coders share: random words and streams of bits."""
+
+import numpy as np
+from numba import njit
+
+from wire import PayloadError, Reader
+
+
+def compiled(function, **options):
+    """numba's machine code: compiled in a second at first use, then loaded where it can be kept."""
+    options |= {"_nrt": False, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # neither __pycache__ nor the user's cache folder can be written
+        return njit(**options)(function)
+
+
+@compiled
+def random_word(seed, k):
+    """Output k (from 0) of SplitMix64 (Steele et al. 2014) with that seed; both uint64."""
+    z = seed + (k + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@compiled
+def uniform(seed, k):
+    """A number in [0, 1) of 53 random bits."""
+    return np.float64(random_word(seed, np.uint64(k)) >> np.uint64(11)) * 2.0**-53
+
+
+@compiled
+def _pack(fields, bits, out):
+    """The low `bits` of each field, highest first; fields int16 [n], out uint8."""
+    held, num_held, at = 0, 0, 0
+    for i in range(len(fields)):
+        held = held << bits | np.int64(fields[i]) & (1 << bits) - 1
+        num_held += bits
+        while num_held >= 8:
+            num_held -= 8
+            out[at] = held >> num_held & 255
+            at += 1
+        held &= (1 << num_held) - 1
+    if num_held:
+        out[at] = held << (8 - num_held) & 255
+
+
+@compiled
+def _unpack(stream, bits, out):
+    """The reverse. Returns what is left over of the last byte, which must be 0."""
+    held, num_held, at = 0, 0, 0
+    for i in range(len(out)):
+        while num_held < bits:
+            held = held << 8 | np.int64(stream[at])
+            num_held += 8
+            at += 1
+        num_held -= bits
+        out[i] = held >> num_held
+        held &= (1 << num_held) - 1
+    return held
+
+
+def pack_bits(fields: np.ndarray, bits: int) -> bytes:
+    out = np.empty(-(-len(fields) * bits // 8), np.uint8)
+    _pack(fields.astype(np.int16, copy=False), bits, out)
+    return out.tobytes()
+
+
+def unpack_bits(reader: Reader, count: int, bits: int) -> np.ndarray:
+    """int16 [count]: the fields, without a sign unless they have 16 bits. Raises PayloadError."""
+    stream = reader.take("u1", -(-count * bits // 8))
+    fields = np.empty(count, np.int16)
+    if _unpack(stream, bits, fields) != 0:
+        raise PayloadError("the padding after packed values is not zero")
+    return fields
