@@ -16,6 +16,7 @@ from config import Downlink, Selection, Uplink
 from wire import Layout
 
 State = dict[str, Tensor]
+ALL = -1  # stands for a client in what goes to all: its random choices are no client's
 
 
 class Channel:
@@ -38,7 +39,7 @@ class Channel:
         """From now on only these coordinates exist, int64, ascending; None: all of them."""
         self.mask, self.on_mask = mask, self.layout if mask is None else self.layout.on(mask)
 
-    def encode(self, vector: Tensor, round: int, client: int = 0) -> tuple[bytes, Decoded]:
+    def encode(self, vector: Tensor, round: int, client: int = ALL) -> tuple[bytes, Decoded]:
         """The payload of float32 [layout.size] and what decode() makes of it. Raises NotFinite."""
         support, layout, scale = self._support(round, client)
         if support is not None and not all_finite(vector):  # nor may what is owed hold NaN
@@ -49,7 +50,7 @@ class Channel:
         payload, sent = encode(part, layout, link.values, select, link.dense_below, seed)
         return payload, self._lift(sent, support)
 
-    def decode(self, payload: bytes, round: int, client: int = 0) -> Decoded:
+    def decode(self, payload: bytes, round: int, client: int = ALL) -> Decoded:
         """Raises PayloadError."""
         support, layout, _ = self._support(round, client)
         return self._lift(decode(payload, layout), support)

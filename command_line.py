@@ -19,7 +19,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from config import Config, ConfigError
+from config import Config, ConfigError, Selection
 
 
 def read_command_line(default: str, arguments: list[str]) -> tuple[Config, bool]:
@@ -189,6 +189,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     for key in ("pruning.warmup", "pruning.client_densities", "downlink.pruning.warmup"):
         if not all(0 < density <= 1 for density in attrgetter(key)(config)):
             yield key, "every density must be above 0, at most 1"
+    if len(config.pruning.client_densities) > clients.total:
+        yield "pruning.client_densities", f"more densities than clients.total={clients.total}"
     yield from _compression_contradictions(config)
     if config.server.scheduler_options and not config.server.scheduler:
         yield "server.scheduler_options", "given without server.scheduler"
@@ -196,18 +198,37 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
 
 def _compression_contradictions(config: Config) -> Iterator[tuple[str, str]]:
     uplink, downlink, local = config.uplink, config.downlink, config.local
-    both = (("uplink", uplink, config.pruning), ("downlink", downlink, downlink.pruning))
-    for name, link, selection in both:
+    both = (
+        ("uplink", uplink, "pruning", config.pruning),
+        ("downlink", downlink, "downlink.pruning", downlink.pruning),
+    )
+    for name, link, section, selection in both:
+        yield from _selection_contradictions(section, selection)
+        if link.dense_below and selection.method == "random":
+            yield f"{name}.dense_below", f"{section}.method random leaves no tensor whole"
         if link.values.startswith("powersgd") and selection.method != "none":
             yield f"{name}.values", f"{link.values} needs whole tensors: pruning method none"
         if link.values.startswith("powersgd") and config.pruning.mask.method != "none":
             yield f"{name}.values", f"{link.values} needs whole tensors: pruning.mask.method none"
     if downlink.mode == "model" and downlink.pruning.method != "none":
         yield "downlink.pruning.method", "a part of the model can be sent only in mode: change"
+    if downlink.mode == "model" and re.match(r"sign|ternary|powersgd|int2|qsgd2", downlink.values):
+        yield "downlink.values", f"{downlink.values} ruins a whole model: it needs mode: change"
+    if uplink.momentum and config.pruning.method == "none":
+        yield "uplink.momentum", "does nothing where all is sent: needs a pruning.method"
     if uplink.momentum and not uplink.error_feedback:
         yield "uplink.momentum", "corrects what error feedback keeps: needs error_feedback: true"
     if uplink.momentum and (local.steps != 1 or local.momentum):
         yield "uplink.momentum", "needs local.steps: 1 and local.momentum: 0 (momentum twice)"
+
+
+def _selection_contradictions(section: str, selection: Selection) -> Iterator[tuple[str, str]]:
+    if selection.method not in ("topk", "random"):
+        for key in ("warmup", "client_densities"):
+            if getattr(selection, key, None):
+                yield f"{section}.{key}", f"method {selection.method} has no density"
+    if selection.method == "threshold" and selection.relative and selection.threshold >= 1:
+        yield f"{section}.threshold", "nothing is above the largest: relative needs one below 1"
 
 
 def check_deepspeed(config: Config) -> None:

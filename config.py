@@ -133,14 +133,14 @@ class Uplink:
     error_feedback: bool = True  # what was not sent is added to the client's next update
     decay: float = between(1.0, 0.0, 1.0)  # factor of what is owed, each time it is added
     momentum: float = between(0.0, 0.0, 1.0)  # DGC's momentum correction, for local.steps: 1
-    dense_below: int = between(0, 0)  # tensors with fewer entries travel whole, in fp32
+    dense_below: int = between(0, 0, 2**32 - 1)  # smaller tensors travel whole, in fp32
 
 
 @dataclass(frozen=True)
 class Downlink:
     mode: str = one_of("model", "change")  # the whole model, or its change with error feedback
     values: str = values("fp32")
-    dense_below: int = between(0, 0)
+    dense_below: int = between(0, 0, 2**32 - 1)
     pruning: Selection = field(default_factory=lambda: Selection(method="none"))  # mode: change
 
 

@@ -191,9 +191,13 @@ def plan(config: Config, ranks: Ranks) -> int:
     noise = torch.randn(layout.size, generator=torch.Generator().manual_seed(0))
     if federation.server.mask.awaits_scores:
         federation.server.prune(noise.abs())  # any scores: only the mask's length matters here
-    update, _ = federation.server.uplink.encode(noise, config.rounds)
     model, _ = federation.server.downlink.channel.encode(noise, config.rounds)
-    down, up = (cohort * (len(payload) + 4 * num_buffers) for payload in (model, update))
+    updates = [  # one for each density
+        federation.server.uplink.encode(noise, config.rounds, client)[0]
+        for client in range(max(1, len(config.pruning.client_densities)))
+    ]
+    length = sum(map(len, updates)) / len(updates)
+    down, up = (cohort * (size + 4 * num_buffers) for size in (len(model), length))
     _say(
         ranks,
         f"{config.to_yaml()}\n"

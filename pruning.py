@@ -72,7 +72,7 @@ def topk_per_layer(vector: Tensor, density: float, offsets: Sequence[int]) -> np
         start + topk(vector[start:stop], num_kept(density, stop - start))
         for start, stop in zip(offsets[:-1], offsets[1:], strict=True)
     ]
-    return np.concatenate(kept)
+    return np.concatenate((np.arange(0), *kept))
 
 
 def topk_per_chunk(vector: Tensor, density: float, chunk: int) -> np.ndarray:

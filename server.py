@@ -15,7 +15,7 @@ import pruning
 from afo import make_optimizer, make_scheduler
 from channel import Channel
 from cnn_model import FlatModel
-from compression import Decoded, decode, encode
+from compression import Decoded, all_finite, decode, encode
 from config import Config, ConfigError, Downlink, Selection
 from distributed import Report
 from downlink import Changes, Message, WholeModel
@@ -111,7 +111,8 @@ class Server:
         """Average the updates, in the order of the reports, and step; return who was averaged.
 
         A client that failed is left out, and so is one whose payload does not decode (its report
-        then says so). If nobody is left, the model stays as it is.
+        then says so). If nobody is left, the model stays as it is. Raises ConfigError if the step
+        makes the model inf or NaN.
         """
         arrived = self._arrived(reports, number)
         if not arrived:
@@ -189,6 +190,10 @@ class Server:
         self.parameters.grad = None
         if self.pruned is not None:  # momentum from before a change of the mask moves nothing
             self.parameters.data.masked_fill_(self.pruned, 0.0)
+        if not all_finite(self.parameters.data):
+            raise ConfigError(
+                "server: a step made the model inf or NaN; lower server.lr, or raise tau or eps"
+            )
 
     def density(self) -> float:
         """The share of the parameters that are not 0."""

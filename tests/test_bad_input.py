@@ -49,6 +49,10 @@ CASES = {
         "use group(2)",
     ),
     "an error bound that no level can hold": (["uplink.values=bounded(1e-7)"], "uplink.values: "),
+    "a server step that divides by 0": (
+        ["server.optimizer=Adam", "server.options.eps=0.0", "rounds=1"],
+        "made the model inf or NaN",
+    ),
     "groups that do not divide": (["model.name=resnet18", "model.norm=group(7)"], "group(7)"),
 }
 

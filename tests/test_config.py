@@ -213,6 +213,7 @@ NUMBERS = [
     "local.lr=-.inf",
     *[f"{key}=0" for key in ("pruning.chunk", "pruning.mask.density", "downlink.pruning.density")],
     *[f"{key}=-1" for key in ("uplink.dense_below", "downlink.dense_below", "uplink.momentum")],
+    *[f"{key}={2**32}" for key in ("uplink.dense_below", "downlink.dense_below")],
     *[f"{key}=1.1" for key in ("uplink.decay", "uplink.momentum", "pruning.mask.share")],
 ]
 
@@ -274,6 +275,18 @@ def test_words():
         ),
         ("uplink: {momentum: 0.9}", [], "x.yaml:1: uplink.momentum: needs local.steps: 1 and "),
         ("uplink: {momentum: 0.9, error_feedback: false}", [], "x.yaml:1: uplink.momentum: corr"),
+        ("uplink: {momentum: 0.9}", ["pruning.method=none"], "x.yaml:1: uplink.momentum: does"),
+        ("pruning: {method: none, warmup: [0.5]}", [], "x.yaml:1: pruning.warmup: method none "),
+        ("pruning: {client_densities: [0.5]}", ["pruning.method=threshold"], "x.yaml:1: "
+         "pruning.client_densities: method threshold has no density"),
+        ("clients: {total: 1, per_round: 1}\npruning: {client_densities: [0.5, 1]}", [], "x.yaml:2:"
+         " pruning.client_densities: more densities than clients.total=1"),
+        ("pruning: {method: threshold, relative: true, threshold: 1}", [], "x.yaml:1: "
+         "pruning.threshold: nothing is above the largest"),
+        ("uplink: {dense_below: 9}", ["pruning.method=random"], "x.yaml:1: uplink.dense_below: "
+         "pruning.method random leaves no tensor whole"),
+        *((f"downlink: {{values: {word}}}", [], f"x.yaml:1: downlink.values: {word} ruins a whole ")
+          for word in ("sign", "ternary", "powersgd(4)", "int2", "qsgd2")),
         ("server:\n  scheduler_options: {gamma: 1}", [], "x.yaml:2: server.scheduler_options: "
          "given without server.scheduler"),
     ],
@@ -290,7 +303,8 @@ NO_VALUES = ["int1", "int17", "qsgd9", "eden5", "fp64", "powersgd(0)", "powersgd
 @pytest.mark.parametrize("word", VALUES)
 def test_values_that_codecs_know_are_words_of_the_config(word):
     parse_values(word)
-    load("", f"uplink.values='{word}'", f"downlink.values='{word}'", "pruning.method=none")
+    both = [f"uplink.values='{word}'", f"downlink.values='{word}'"]
+    load("", *both, "pruning.method=none", "downlink.mode=change")
 
 
 @pytest.mark.parametrize("word", NO_VALUES)
@@ -304,6 +318,7 @@ def test_values_that_codecs_do_not_know_are_refused(word):
 def test_what_looks_like_a_contradiction_and_is_none():
     load("", "uplink.momentum=0.9", "local.steps=1", "local.momentum=0")
     load("", "downlink.mode=change", "downlink.pruning.method=topk", "pruning.warmup=[0.25,1]")
+    load("", "pruning.method=threshold", "pruning.threshold=1", "downlink.values=int3")
     load("", "clients.total=10", "clients.per_round=10")
     load("", "local.nesterov=true", "model.norm=group(32)", "name=A-1_b.c")
     load("", "local.lr_schedule.name=step", "local.lr_schedule.milestones=[3]")

@@ -114,6 +114,15 @@ def test_the_whole_model_arrives_as_it_is_rounded():
     assert messages[4] == messages[7] and messages[4][0].kind == "model"
 
 
+def test_the_servers_random_choices_are_no_clients():
+    link = Channel(LAYOUT, Selection(method="random", density=0.1), Downlink(), False, SEED)
+    vector = torch.ones(LAYOUT.size)
+    _, down = link.encode(vector, round=1)
+    for client in range(5):
+        _, up = link.encode(vector, round=1, client=client)
+        assert not np.array_equal(down.indices, up.indices)
+
+
 COMPRESSED = ["downlink.mode=change", "downlink.pruning.method=topk", "downlink.values=int8"]
 COMPRESSED += ["downlink.pruning.density=0.05", "rounds=6", "clients.total=5"]
 

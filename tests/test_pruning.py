@@ -142,6 +142,7 @@ def test_topk_per_layer_ranks_each_tensor_on_its_own():
             expected += [start + i for i in naive_topk(vector[start:stop], k)]
         kept = pruning.topk_per_layer(vector, density, offsets)
         assert kept.dtype == np.int64 and kept.tolist() == expected
+    assert len(pruning.topk_per_layer(torch.zeros(0), 0.5, [0])) == 0  # no tensor is left
 
 
 def test_threshold_is_strict_and_of_the_magnitude():
