@@ -11,6 +11,8 @@ a checkpoint costs only what changed since the last.
 """
 
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
+NUM_THREADS = 32
 
 
 class ClientStore:
@@ -82,16 +85,14 @@ class ClientStore:
         self.folder.mkdir(exist_ok=True)
         for key in self.memory.keys() & changed.items():
             self._spill(*key)
-        for client, version in changed.items():
-            sync(self._path(client, version))
+        _at_once(sync, [self._path(*key) for key in changed.items()])
         sync(self.folder)
         self.changed = set()
         return changed
 
     def drop_replaced(self) -> None:
         """Delete what only the checkpoint before needed."""
-        for path in self.replaced:
-            path.unlink()
+        _at_once(Path.unlink, self.replaced)
         self.replaced = []
 
     def _read(self, client: int, version: int) -> State:
@@ -144,6 +145,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _at_once(work: Callable[[Path], None], paths: list[Path]) -> None:
+    """Do it to all files together: a file system that journals is many times faster so."""
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        list(pool.map(work, paths))
 
 
 def _num_bytes(state: State) -> int:

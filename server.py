@@ -114,22 +114,12 @@ class Server:
         then says so). If nobody is left, the model stays as it is. Raises ConfigError if the step
         makes the model inf or NaN.
         """
-        arrived = self._arrived(reports, number)
-        if not arrived:
-            return []
-        update = torch.zeros_like(self.parameters.data)
-        buffers, counters = torch.zeros_like(self.buffers), torch.zeros_like(self.buffers)
-        if self.mask.grows_in(number):
-            self.growth = torch.zeros_like(update)
-        for _, weight, decoded in arrived:
-            decoded["update"].add_to(update, weight)
-            if "buffers" in decoded:
-                decoded["buffers"].add_to(buffers, weight)
-                counters = torch.maximum(counters, decoded["buffers"].dense())
-            if "growth" in decoded:
-                decoded["growth"].add_to(self.growth, weight)
-        self._apply(update, torch.where(self.is_counter, counters, buffers))
-        return [client for client, _, _ in arrived]
+        averages, averaged = self._average(reports, number)
+        if averaged:
+            if self.mask.grows_in(number):
+                self.growth = averages["growth"]
+            self._apply(averages["update"], averages.get("buffers", self.buffers))
+        return averaged
 
     def commit(self, number: int, cohort: list[int]) -> None:
         """The round took place: its cohort has what it was sent, and now the mask may change."""
@@ -142,12 +132,10 @@ class Server:
 
     def choose_mask(self, reports: list[Report]) -> None:
         """Average the clients' SNIP scores, in the order of the reports, and prune the model."""
-        scores = torch.zeros_like(self.parameters.data)
-        for _, weight, decoded in self._arrived(reports, 0):
-            decoded["scores"].add_to(scores, weight)
-        if not scores.any():
+        averages, averaged = self._average(reports, 0)
+        if not averaged or not averages["scores"].any():
             raise ConfigError("pruning.mask: no client has finite scores; take another seed")
-        self.prune(scores)
+        self.prune(averages["scores"])
 
     def prune(self, scores: Tensor) -> None:
         """Keep the weights with the best SNIP scores, float32 [num_parameters]."""
@@ -162,24 +150,36 @@ class Server:
             self.downlink.use_mask(self.mask.kept)
             self.parameters.data.masked_fill_(self.pruned, 0.0)
 
-    def _arrived(
-        self, reports: list[Report], number: int
-    ) -> list[tuple[int, float, dict[str, Decoded]]]:
-        """(client, weight, decoded payloads) of each report that can be used; weights add to 1."""
-        arrived = []
+    def _average(self, reports: list[Report], number: int) -> tuple[dict[str, Tensor], list[int]]:
+        """The clients' vectors by kind, averaged in the order of the reports; and whose they are.
+
+        One report is decoded at a time, so that a large cohort takes no memory.
+        """
+        by_examples = self.weighting == "examples"
+        weights = {r.client: r.num_examples if by_examples else 1 for r in reports if not r.failure}
+        total, averaged, averages = sum(weights.values()), [], {}
+        counters = torch.zeros_like(self.buffers)
         for report in reports:
-            if not report.failure:
-                try:
-                    arrived.append((report, self.receive(report, number)))
-                except PayloadError as error:
-                    report.failure = f"payload refused: {error}"
-        weights = [
-            report.num_examples if self.weighting == "examples" else 1 for report, _ in arrived
-        ]
-        return [
-            (report.client, weight / sum(weights), decoded)
-            for weight, (report, decoded) in zip(weights, arrived, strict=True)
-        ]
+            if report.failure:
+                continue
+            try:
+                decoded = self.receive(report, number)
+            except PayloadError as error:
+                report.failure = f"payload refused: {error}"
+                continue
+            averaged.append(report.client)
+            for kind, part in decoded.items():
+                if kind not in averages:
+                    averages[kind] = torch.zeros(part.size)
+                part.add_to(averages[kind], weights[report.client] / total)
+            if "buffers" in decoded:
+                counters = torch.maximum(counters, decoded["buffers"].dense())
+        if len(averaged) < len(weights):  # some were refused: the others weigh more
+            for average in averages.values():
+                average.mul_(total / sum(weights[client] for client in averaged))
+        if "buffers" in averages:
+            averages["buffers"] = torch.where(self.is_counter, counters, averages["buffers"])
+        return averages, averaged
 
     def _apply(self, update: Tensor, buffers: Tensor) -> None:
         self.buffers = buffers
