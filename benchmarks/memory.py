@@ -36,7 +36,7 @@ FIXED = ["data.name=cifar10", "precision=fp32", "local.steps=1", "trackers=[]"]
 FIXED += ["uplink.error_feedback=true", "data.partition.name=iid", "evaluation.every=1000000"]
 BIG = ["model.name=resnet18", "model.norm=group(2)", "local.batch_size=2", "rounds=4"]
 # The server holds the decoded updates of a round together, 12 bytes a number: hence few of them.
-BIG += ["checkpoint.every=1", "pruning.density=0.001"]
+BIG += ["checkpoint.every=1"]
 FLAT = ["model.name=lenet", "clients.per_round=100", "local.batch_size=4", "checkpoint.every=10"]
 FLAT += ["clients.state_memory_gib=0.02"]  # filled by 100 clients too
 SIZES = (100, 1_000, 10_000)
@@ -144,6 +144,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     args = parser.parse_args()
     results: dict[str, object] = {}
+    if args.output:
+        Path(args.output).mkdir(parents=True, exist_ok=True)
     if args.part != "flat":
         with tempfile.TemporaryDirectory(dir=args.output) as folder:
             found = measure_big(Path(folder), args.root, args.clients, args.budget)
