@@ -87,7 +87,9 @@ class Decoded:
             vector.numpy()[self.indices] += self.values * np.float32(weight)
 
     def dense(self) -> Tensor:
-        """The whole vector, float32 [size]."""
+        """The whole vector, float32 [size], to be read: it may share the payload's memory."""
+        if self.indices is None:
+            return torch.from_numpy(self.values)
         vector = torch.zeros(self.size)
         self.add_to(vector)
         return vector

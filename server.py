@@ -201,8 +201,8 @@ class Server:
 
     def sha256(self) -> str:
         """Of the parameters and then the buffers, as little-endian float32."""
-        digest = hashlib.sha256(self.parameters.detach().numpy().astype("<f4").data)
-        digest.update(self.buffers.numpy().astype("<f4").data)
+        digest = hashlib.sha256(self.parameters.detach().numpy().astype("<f4", copy=False).data)
+        digest.update(self.buffers.numpy().astype("<f4", copy=False).data)
         return digest.hexdigest()
 
     def state(self) -> dict[str, Any]:
