@@ -119,7 +119,8 @@ def test_round_trip(word, case, dense_below):
     arrived = sent.dense()
     for start, size in zip(layout.offsets, layout.sizes, strict=False):
         if size < dense_below:
-            assert same_bits(arrived[start : start + size], vector[start : start + size] + 0.0)
+            part = slice(start, start + size)
+            assert same_bits(arrived[part] + 0.0, vector[part] + 0.0)
 
 
 @pytest.mark.parametrize("word", WORDS)
