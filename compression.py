@@ -86,9 +86,9 @@ class Decoded:
         else:  # the indices are distinct, so numpy's buffered += loses nothing
             vector.numpy()[self.indices] += self.values * np.float32(weight)
 
-    def dense(self) -> Tensor:
-        """The whole vector, float32 [size], to be read: it may share the payload's memory."""
-        if self.indices is None:
+    def dense(self, copy: bool = True) -> Tensor:
+        """The whole vector, float32 [size]; without a copy it may lie in the payload: read only."""
+        if self.indices is None and not copy:
             return torch.from_numpy(self.values)
         vector = torch.zeros(self.size)
         self.add_to(vector)

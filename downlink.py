@@ -38,7 +38,7 @@ class WholeModel:
         payload, _ = self.channel.encode(parameters, round)
         received = self.channel.decode(payload, round)
         message = Message("model", payload, len(received.values), len(parameters))
-        return received.dense(), {client: [message] for client in cohort}
+        return received.dense(copy=False), {client: [message] for client in cohort}
 
     def commit(self) -> None:
         """The round took place."""
