@@ -10,8 +10,6 @@ by construction. It computes in integers only, so payloads are equal on every ma
 docs/wire-format.md specifies every bit.
 """
 
-from functools import lru_cache
-
 import numpy as np
 
 from kernels import compiled
@@ -32,6 +30,7 @@ from rangecoder import (
     with_ending,
     writing_state,
 )
+from scan import as_grids, out_of_order, scan_order, scratch
 from wire import Layout, PayloadError
 
 MAX_LEVEL = 32767
@@ -76,14 +75,14 @@ def encode_integers(indices: np.ndarray, levels: np.ndarray, layout: Layout) -> 
     least = int(magnitudes.min())
     if least == 0 or magnitudes.max() > MAX_LEVEL:
         raise ValueError(f"levels must lie within 1..{MAX_LEVEL} in magnitude")
-    tensors = _tensors(layout)
-    scan = _scan_order(tensors, indices.astype(np.int64), levels.astype(np.int16))
+    tensors = as_grids(layout)
+    scan = scan_order(tensors, indices.astype(np.int64), levels.astype(np.int16))
     num_words = 256 + len(indices) + 8 * int(tensors[:, 3].max())
     ending = NO_ROOM
     while ending == NO_ROOM:
         words = np.zeros(num_words, np.uint32)
         ending, state = _write(
-            tensors, *scan, least, words, writing_state(), CONTEXTS.copy(), *_room(tensors)
+            tensors, *scan, least, words, writing_state(), CONTEXTS.copy(), *scratch(tensors)
         )
         num_words *= 4
     if ending != DONE:
@@ -109,92 +108,21 @@ def decode_integers(body: bytes | memoryview, layout: Layout) -> tuple[np.ndarra
         return np.zeros(0, np.int64), np.zeros(0, np.int16)
     body = body[start:]
     state, words = reading_state(body)
-    tensors = _tensors(layout)
+    tensors = as_grids(layout)
     indices, levels = np.empty(count, np.int64), np.zeros(count, np.int16)
     copies, bounds = np.zeros(len(tensors), np.int64), np.zeros(len(tensors) + 1, np.int64)
     scan = indices, levels, copies
     ending, state = _read(
-        tensors, *scan, least, words, state, CONTEXTS.copy(), bounds, *_room(tensors)[1:]
+        tensors, *scan, least, words, state, CONTEXTS.copy(), bounds, *scratch(tensors)[1:]
     )
     if ending != DONE:
         raise PayloadError(f"levels: {FAULTS[ending]}")
     check_end(body, state)
-    for t in _out_of_order(tensors):
+    for t in out_of_order(tensors):
         part = slice(bounds[t], bounds[t + 1])
         order = np.argsort(indices[part])
         indices[part], levels[part] = indices[part][order], levels[part][order]
     return indices, levels
-
-
-# --- the layout as the walk sees it ---------------------------------------------------------------
-
-
-@lru_cache(maxsize=16)
-def _tensors(layout: Layout) -> np.ndarray:
-    """int64 [num_tensors, 7]: offset, rows, columns, kernel, its width, row and column stride."""
-    return np.array(
-        [
-            (offset, *_grid(shape, int(size)))
-            for offset, shape, size in zip(
-                layout.offsets[:-1], layout.shapes, layout.sizes, strict=True
-            )
-        ],
-        np.int64,
-    ).reshape(-1, 7)
-
-
-def _grid(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
-    """A tensor as rows of columns of kernels; a matrix [outputs, inputs] has a row per input."""
-    if len(shape) < 2:
-        return 1, size, 1, 1, size, 1
-    if len(shape) == 2:
-        return shape[1], shape[0], 1, 1, 1, shape[1]
-    kernel = int(np.prod(shape[2:]))
-    return shape[0], shape[1], kernel, shape[-1], shape[1] * kernel, kernel
-
-
-def _by_columns(tensors: np.ndarray) -> np.ndarray:
-    """bool [num_tensors]: the walk goes through it in another order than the vector's."""
-    return (tensors[:, 5] < tensors[:, 6]) & (tensors[:, 1] > 1)
-
-
-def _out_of_order(tensors: np.ndarray) -> list[int]:
-    """Tensors that are walked by columns, and those that could be a copy of one."""
-    grids = set(map(tuple, tensors[_by_columns(tensors), 1:4].tolist()))
-    return [t for t, grid in enumerate(tensors[:, 1:4].tolist()) if tuple(grid) in grids]
-
-
-def _room(tensors: np.ndarray) -> tuple[np.ndarray, ...]:
-    """What a walk writes on: int64 [num_tensors + 1], three of [columns], one of [kernel]."""
-    columns, kernel = int(tensors[:, 2].max(initial=1)), int(tensors[:, 3].max(initial=1))
-    sizes = len(tensors) + 1, columns, columns, columns, kernel
-    return tuple(np.zeros(size, np.int64) for size in sizes)
-
-
-def _scan_order(tensors: np.ndarray, indices: np.ndarray, levels: np.ndarray):
-    """Return (indices, levels, copies): the first two as the walk meets them, sorted in place.
-
-    copies[t], int64 [num_tensors], is 0, or tensor t equals that of its shape which lies so many
-    back, not counting empty ones. (Shortcuts and the layers beside them get equal biases.)
-    """
-    bounds = [*np.searchsorted(indices, tensors[:, 0]).tolist(), len(indices)]
-    by_columns = _by_columns(tensors)
-    copies = np.zeros(len(tensors), np.int64)
-    num_alike, last_equal = {}, {}
-    for t, (offset, rows, columns, kernel, _, _, stride) in enumerate(tensors.tolist()):
-        part = slice(bounds[t], bounds[t + 1])
-        if part.start == part.stop:
-            continue
-        if by_columns[t]:
-            inside = indices[part] - offset
-            order = np.argsort(inside % stride * columns + inside // stride)
-            indices[part], levels[part] = indices[part][order], levels[part][order]
-        shape = rows, columns, kernel
-        rank = num_alike[shape] = num_alike.get(shape, 0) + 1
-        content = shape, (indices[part] - offset).tobytes(), levels[part].tobytes()
-        copies[t] = rank - last_equal.get(content, rank)
-        last_equal[content] = rank
-    return indices, levels, copies
 
 
 def _initial_contexts() -> np.ndarray:
@@ -319,7 +247,7 @@ def _build_walk(reading):
     ):
         """Writing: indices, levels in scan order -> words. Reading: words -> indices, levels.
 
-        bounds gets where each tensor's entries begin; the arrays after it are scratch (_room).
+        bounds gets where each tensor's entries begin; the arrays after it are scratch (scratch).
         Returns (ending, state).
         """
         count, j = len(indices), 0

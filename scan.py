@@ -1,0 +1,79 @@
+"""The order in which entropy.py walks through a network: tensor, row, column, position in a kernel.
+
+A tensor is seen as rows of columns of kernels; all functions below take the layout so described:
+tensors, int64 [num_tensors, 7]: offset, rows, columns, kernel, its width, row and column stride.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+from wire import Layout
+
+
+@lru_cache(maxsize=16)
+def as_grids(layout: Layout) -> np.ndarray:
+    """The layout as rows of columns of kernels, see above."""
+    return np.array(
+        [
+            (offset, *_grid(shape, int(size)))
+            for offset, shape, size in zip(
+                layout.offsets[:-1], layout.shapes, layout.sizes, strict=True
+            )
+        ],
+        np.int64,
+    ).reshape(-1, 7)
+
+
+def _grid(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """A tensor as rows of columns of kernels; a matrix [outputs, inputs] has a row per input."""
+    if len(shape) < 2:
+        return 1, size, 1, 1, size, 1
+    if len(shape) == 2:
+        return shape[1], shape[0], 1, 1, 1, shape[1]
+    kernel = int(np.prod(shape[2:]))
+    return shape[0], shape[1], kernel, shape[-1], shape[1] * kernel, kernel
+
+
+def by_columns(tensors: np.ndarray) -> np.ndarray:
+    """bool [num_tensors]: the walk goes through it in another order than the vector's."""
+    return (tensors[:, 5] < tensors[:, 6]) & (tensors[:, 1] > 1)
+
+
+def out_of_order(tensors: np.ndarray) -> list[int]:
+    """Tensors that are walked by columns, and those that could be a copy of one."""
+    grids = set(map(tuple, tensors[by_columns(tensors), 1:4].tolist()))
+    return [t for t, grid in enumerate(tensors[:, 1:4].tolist()) if tuple(grid) in grids]
+
+
+def scratch(tensors: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What a walk writes on: int64 [num_tensors + 1], three of [columns], one of [kernel]."""
+    columns, kernel = int(tensors[:, 2].max(initial=1)), int(tensors[:, 3].max(initial=1))
+    sizes = len(tensors) + 1, columns, columns, columns, kernel
+    return tuple(np.zeros(size, np.int64) for size in sizes)
+
+
+def scan_order(tensors: np.ndarray, indices: np.ndarray, levels: np.ndarray):
+    """Return (indices, levels, copies): the first two as the walk meets them, sorted in place.
+
+    copies[t], int64 [num_tensors], is 0, or tensor t equals that of its shape which lies so many
+    back, not counting empty ones. (Shortcuts and the layers beside them get equal biases.)
+    """
+    bounds = [*np.searchsorted(indices, tensors[:, 0]).tolist(), len(indices)]
+    columns_first = by_columns(tensors)
+    copies = np.zeros(len(tensors), np.int64)
+    num_alike, last_equal = {}, {}
+    for t, (offset, rows, columns, kernel, _, _, stride) in enumerate(tensors.tolist()):
+        part = slice(bounds[t], bounds[t + 1])
+        if part.start == part.stop:
+            continue
+        if columns_first[t]:
+            inside = indices[part] - offset
+            order = np.argsort(inside % stride * columns + inside // stride)
+            indices[part], levels[part] = indices[part][order], levels[part][order]
+        shape = rows, columns, kernel
+        rank = num_alike[shape] = num_alike.get(shape, 0) + 1
+        content = shape, (indices[part] - offset).tobytes(), levels[part].tobytes()
+        copies[t] = rank - last_equal.get(content, rank)
+        last_equal[content] = rank
+    return indices, levels, copies
