@@ -53,8 +53,6 @@ class Federation:
             lambda: load_dataset(data.name, data.root, data.fallback), main_first=True
         )
         self.pictures = self._pictures()
-        no_images = self.dataset.train_images.new_empty(0)  # the pictures have their own, padded
-        self.dataset = replace(self.dataset, train_images=no_images)
         self.clients = ranks.together(self._partition)  # client: int64 indices into the pictures
         self.model = ranks.together(self._build_model)
         self.server = ranks.together(lambda: Server(config, self.model))

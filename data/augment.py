@@ -35,22 +35,16 @@ class Pictures:
         self._shift = shift.expand(height, width, 3).contiguous().to(device)
 
         self._test_images = dataset.test_images.to(device)
-        # Padded once here, so that a crop is a copy: [N, H + 2 padding, W + 2 padding, 3].
-        self._train_images = dataset.train_images.new_zeros(
-            (self.num_train, height + 2 * padding, width + 2 * padding, 3), device=device
-        )
-        inside = self._train_images[:, padding : padding + height, padding : padding + width]
-        inside.copy_(dataset.train_images)
+        self._train_images = dataset.train_images.to(device)
 
     def train_batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Pictures float32 [B, 3, H, W] and labels int64 [B] of `indices`, int64 [B].
 
         `generator` is on the device. It is left as it was if there is nothing to draw.
         """
+        images = self._train_images.index_select(0, indices)
         if self._padding:
-            images = self._crop(indices, generator)
-        else:
-            images = self._train_images.index_select(0, indices)
+            images = self._crop(images, generator)
         if self._flip:
             images = self._mirror(images, generator)
         return self._normalise(images), self.train_labels[indices]
@@ -59,22 +53,24 @@ class Pictures:
         """Test pictures float32 [stop - start, 3, H, W] and their labels int64, as they are."""
         return self._normalise(self._test_images[start:stop]), self.test_labels[start:stop]
 
-    def _crop(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """Cut [B, H, W, 3] from the padded pictures, each at an offset of its own.
+    def _crop(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Pad [B, H, W, 3] and cut each back to its size, at an offset of its own.
 
         A row of a crop is 3W neighbouring bytes that may start at any pixel. So we look at the
-        pictures as a table with a (mostly overlapping) row for each pixel, and select rows.
+        padded pictures as a table with a (mostly overlapping) row for each pixel, and select rows.
         """
-        height, width = self.image_size
-        _, padded_height, padded_width, _ = self._train_images.shape
-        num_starts = self.num_train * padded_height * padded_width - width + 1
-        starts = self._train_images.view(-1).as_strided((num_starts, 3 * width), (3, 1))
+        (count, height, width, _), padding = images.shape, self._padding
+        padded_height, padded_width = height + 2 * padding, width + 2 * padding
+        padded = images.new_zeros((count, padded_height, padded_width, 3))
+        padded[:, padding : padding + height, padding : padding + width] = images
+        num_starts = count * padded_height * padded_width - width + 1
+        starts = padded.view(-1).as_strided((num_starts, 3 * width), (3, 1))
 
-        shape = (2, len(indices))
         offset_y, offset_x = torch.randint(
-            2 * self._padding + 1, shape, generator=generator, device=self._device
+            2 * padding + 1, (2, count), generator=generator, device=self._device
         )
-        corners = (indices * padded_height + offset_y) * padded_width + offset_x
+        first = torch.arange(count, device=self._device) * padded_height
+        corners = (first + offset_y) * padded_width + offset_x
         rows = torch.arange(height, device=self._device) * padded_width
         selected = (corners[:, None] + rows).view(-1)
         return starts.index_select(0, selected).view(-1, height, width, 3)
