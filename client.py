@@ -63,10 +63,12 @@ def train(
     seed: int,
     stop: Callable[[], bool] = lambda: False,
     pruned: Tensor | None = None,  # bool [num_parameters]: weights that stay 0
-) -> float:
-    """Train `model` in place on the pictures at `indices`; return the mean loss of the batches.
+    correct: Callable[[Tensor, Tensor], None] = lambda x, gradient: None,  # see algorithms.py
+) -> tuple[float, int]:
+    """Train `model` in place on the pictures at `indices`.
 
-    Raises Interrupted between two batches once stop() says so.
+    Returns the mean loss of the batches and the number of steps that were skipped, as fp16 does
+    where a gradient overflows. Raises Interrupted between two batches once stop() says so.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     parameters = torch.nn.Parameter(model.parameters)
@@ -84,7 +86,8 @@ def train(
     scaler = torch.amp.GradScaler(model.device.type, 2.0**10, enabled=precision == "fp16")
     steps = num_steps(local, len(indices))
     total_loss = torch.zeros((), device=model.device)
-    model.network.train()
+    num_skipped = torch.zeros((), dtype=torch.int64, device=model.device)
+    model.train()
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # dropout draws from the global generator
         torch.manual_seed(seed)
@@ -97,6 +100,9 @@ def train(
                 loss = cross_entropy(model.network(images), labels)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
+            if scaler.is_enabled():
+                num_skipped += ~model.gradients.isfinite().all()
+            correct(model.parameters, model.gradients)
             if pruned is not None:  # before clipping: a weight without gradient never leaves 0
                 model.gradients.masked_fill_(pruned, 0.0)
             if local.clip:
@@ -104,7 +110,7 @@ def train(
             scaler.step(optimizer)
             scaler.update()
             total_loss += loss.detach()
-    return float(total_loss) / steps
+    return float(total_loss) / steps, int(num_skipped)
 
 
 def loss_gradient(
@@ -112,19 +118,21 @@ def loss_gradient(
     pictures: Pictures,
     indices: Tensor,  # int64 [num_examples], on the device
     batch_size: int,
-    num_batches: int,
+    num_batches: int | None,  # None: all examples once
     seed: int,
     stop: Callable[[], bool] = lambda: False,
 ) -> Tensor:
-    """The gradient of the loss at the model's weights, float32 [num_parameters], on the CPU.
+    """The gradient of the mean loss at the model's weights, float32 [num_parameters], in fp32.
 
-    The mean over num_batches batches, in fp32: what a mask is chosen by. It leaves the weights, the
-    statistics of BatchNorm and the random state of training as they were. Raises Interrupted.
+    Masks are chosen by it, and SCAFFOLD's option 1 takes it. It leaves the weights, the statistics
+    of BatchNorm and the random state of training as they were. Raises Interrupted.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     buffers = model.buffers.clone()
     devices = [model.device] if model.device.type == "cuda" else []
-    model.network.train()
+    num_batches = num_batches or len(batch_bounds(len(indices), batch_size)) - 1
+    num_examples = 0
+    model.train()
     model.gradients.zero_()
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -132,9 +140,10 @@ def loss_gradient(
             if stop():
                 raise Interrupted
             images, labels = pictures.train_batch(batch, generator)
-            (cross_entropy(model.network(images), labels) / num_batches).backward()
+            cross_entropy(model.network(images), labels, reduction="sum").backward()
+            num_examples += len(batch)
     model.buffers.copy_(buffers)
-    return model.gradients.clone().cpu()
+    return model.gradients / num_examples
 
 
 def _batches(indices: Tensor, batch_size: int, steps: int, generator: torch.Generator):
@@ -155,15 +164,16 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 @torch.no_grad()
 def evaluate(
-    model: FlatModel, pictures: Pictures, precision: str, start: int, stop: int
-) -> tuple[int, float]:
-    """(number right, summed loss) over the test pictures start:stop."""
+    model: FlatModel, pictures: Pictures, precision: str, split: str, start: int, stop: int
+) -> tuple[list[int], float]:
+    """(number right of each class, summed loss) over the pictures start:stop of a split."""
     model.network.eval()
-    images, labels = pictures.test_batch(start, stop)
+    images, labels = pictures.evaluation_batch(split, start, stop)
     with autocast(model.device, precision):
         logits = model.network(images)
     loss = cross_entropy(logits.float(), labels, reduction="sum")
-    return int((logits.argmax(1) == labels).sum()), float(loss)
+    right = labels[logits.argmax(1) == labels]
+    return torch.bincount(right, minlength=pictures.num_classes).tolist(), float(loss)
 
 
 def probe_precision(model: FlatModel, pictures: Pictures, local: Local) -> dict[str, float]:

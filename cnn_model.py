@@ -146,10 +146,11 @@ class FlatModel:
 
     parameters, gradients: float32 [num_parameters]; buffers: float32 [num_buffers], counters
     included (exact up to 2^24). Writing to a vector is writing to the network.
+    frozen: BatchNorm normalises by its buffers in training too, and does not change them.
     """
 
-    def __init__(self, network: nn.Module, device: torch.device):
-        self.network, self.device = network.to(device), device
+    def __init__(self, network: nn.Module, device: torch.device, frozen: bool = False):
+        self.network, self.device, self.frozen = network.to(device), device, frozen
         named = list(network.named_parameters())
         self.layout = _layout(named)
         self.parameters = torch.cat([p.detach().reshape(-1) for _, p in named])
@@ -158,6 +159,23 @@ class FlatModel:
         for (_, parameter), value, gradient in views:
             parameter.data, parameter.grad = value, gradient
         self._flatten_buffers()
+
+    def train(self) -> None:
+        """Put the network into the mode of training."""
+        self.network.train()
+        for module in self.network.modules() if self.frozen else ():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+
+    def norm_positions(self) -> Tensor:
+        """Where in `parameters` the weights and biases of the norm layers are, int64, ascending."""
+        is_norm = {
+            name: isinstance(module, nn.BatchNorm2d | nn.GroupNorm)
+            for name, module in self.network.named_modules()
+        }
+        chosen = [is_norm[name.rpartition(".")[0]] for name in self.layout.names]
+        sizes = torch.from_numpy(self.layout.sizes)
+        return torch.tensor(chosen).repeat_interleave(sizes).nonzero().flatten()
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """The tensors of a flat vector [num_parameters], in the shapes of the parameters."""
@@ -170,12 +188,14 @@ class FlatModel:
         self.buffers = torch.cat(
             [torch.zeros(0, device=self.device), *(b.reshape(-1).float() for _, b in named)]
         )
+        sizes = torch.from_numpy(self.buffer_layout.sizes)
         # Counters such as num_batches_tracked: not averaged, the maximum is taken.
-        self.is_counter = torch.cat(
-            [
-                torch.zeros(0, dtype=torch.bool),
-                *(torch.full((b.numel(),), not b.is_floating_point()) for _, b in named),
-            ]
+        self.is_counter, self.is_variance = (
+            torch.tensor(marks, dtype=torch.bool).repeat_interleave(sizes)
+            for marks in (
+                [not buffer.is_floating_point() for _, buffer in named],
+                [name.endswith("running_var") for name, _ in named],
+            )
         )
         pieces = self.buffers.split(self.buffer_layout.sizes.tolist())
         for (name, buffer), piece in zip(named, pieces, strict=True):

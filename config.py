@@ -41,6 +41,10 @@ class Data:
     fallback: str = ""  # what to use where it cannot be had; "" refuses to start
     padding: int | None = between(None, 0)  # pixels around a random crop; 0: none; null: side / 8
     flip: bool | None = None  # random horizontal flip; null: yes, but not for digits
+    crop: int | None = between(None, 8)  # side of the crop, a central one in tests; null: whole
+    validation: float = between(
+        0.0, 0.0, 0.5
+    )  # share of the training pictures held out, to tune on
     partition: Partition = field(default_factory=Partition)
 
 
@@ -49,6 +53,9 @@ class Model:
     name: str = one_of("resnet18", "resnet50", "cnn", "lenet")
     stem: str = one_of("cifar", "imagenet")  # ResNets only: 3x3 or 7x7 and a pool
     norm: str = "batch"  # ResNets only: batch, or group(n) for n channel groups
+    # What becomes of norm layers: statistics averaged; the layers stay with each client (FedBN);
+    # statistics frozen at mean 0, variance 1
+    norm_policy: str = one_of("average", "local", "frozen")
     width: float = between(1.0, 0.0, open_low=True)  # times the usual number of channels
 
 
@@ -68,7 +75,12 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Local:
-    algorithm: str = one_of("FedAvg")
+    """mu, alpha, option: null leaves a setting to the algorithm's default, see algorithms.py."""
+
+    algorithm: str = one_of("FedAvg", "FedProx", "SCAFFOLD", "FedNova", "FedDyn", "FedCM")
+    mu: float | None = between(None, 0.0)  # FedProx
+    alpha: float | None = between(None, 0.0)  # FedDyn, FedCM
+    option: int | None = between(None, 1, 2)  # SCAFFOLD
     epochs: int = between(1, 1)
     steps: int | None = between(None, 1)  # this many batches a round, in place of epochs
     batch_size: int = between(64, 1)

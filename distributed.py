@@ -26,10 +26,14 @@ class Report:
     client: int
     num_examples: int
     loss: float = 0.0  # mean over the batches
-    nonzeros: int = 0  # numbers that the update's payload carries
-    num_asked: int = 0  # weights outside the mask that the growth payload asks for
+    reach: float = 0.0  # see algorithms.py
+    num_skipped: int = 0  # steps that fp16 left out
     failure: str = ""
     payloads: dict[str, bytes] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)  # how many each payload carries
+
+    def add(self, kind: str, payload: bytes, numbers: int) -> None:
+        self.payloads[kind], self.numbers[kind] = payload, numbers
 
 
 class Ranks:

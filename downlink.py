@@ -26,10 +26,10 @@ class Message:
 
 
 class WholeModel:
-    """Each client receives the whole model in each round."""
+    """Each client receives the whole model in each round; kind: of the messages."""
 
-    def __init__(self, channel: Channel):
-        self.channel = channel
+    def __init__(self, channel: Channel, kind: str = "model"):
+        self.channel, self.kind = channel, kind
 
     def send(
         self, parameters: Tensor, round: int, cohort: list[int]
@@ -37,7 +37,7 @@ class WholeModel:
         """Return the model as the clients decode it, float32 [n], and each client's messages."""
         payload, _ = self.channel.encode(parameters, round)
         received = self.channel.decode(payload, round)
-        message = Message("model", payload, len(received.values), len(parameters))
+        message = Message(self.kind, payload, len(received.values), len(parameters))
         return received.dense(copy=False), {client: [message] for client in cohort}
 
     def commit(self) -> None:
@@ -60,11 +60,12 @@ class Changes:
     `shared` is the model as an up-to-date client has it; what compression lost of one change is
     part of the next, so this is error feedback on the downlink (EF21-P, Gruntkowska et al. 2023,
     arXiv 2209.15218, eq. 6). A client that took no part for a while receives the changes that it
-    missed, one by one, or the whole of `shared` in fp32, whichever is shorter.
+    missed, one by one, or the whole of `shared` in fp32, whichever is shorter. kind: of a message
+    with the whole; one with a change is of kind <kind>_change.
     """
 
-    def __init__(self, channel: Channel, whole: Channel, parameters: Tensor):
-        self.channel, self.whole = channel, whole
+    def __init__(self, channel: Channel, whole: Channel, parameters: Tensor, kind: str = "model"):
+        self.channel, self.whole, self.kind = channel, whole, kind
         self.shared = parameters.clone()
         self.changes: dict[int, Message] = {}  # by round: the newest, together below the model
         self.versions: dict[int, int] = {}  # client: the round whose model it has
@@ -79,12 +80,13 @@ class Changes:
         shared = self.shared.clone()
         change.add_to(shared)
         size = len(parameters)
-        changes = self.changes | {round: Message("change", payload, len(change.values), size)}
+        newest = Message(f"{self.kind}_change", payload, len(change.values), size)
+        changes = self.changes | {round: newest}
         changes = _newest(changes, OVERHEAD + 4 * self.whole.num_coordinates)
         messages = {c: _missed(changes, self.versions.get(c), round) for c in cohort}
         if not all(messages.values()):
             payload, _ = self.whole.encode(shared, round)
-            model = Message("model", payload, self.whole.num_coordinates, size)
+            model = Message(self.kind, payload, self.whole.num_coordinates, size)
             messages = {client: missed or [model] for client, missed in messages.items()}
         self.sent = shared, changes, dict.fromkeys(cohort, round)
         return shared, messages

@@ -106,17 +106,19 @@ def train(federation: Federation) -> None:
 
 def settle_precision(federation: Federation) -> None:
     """Turn precision `auto` into what is faster here: once in a run's life, the same everywhere."""
-    if federation.precision != "auto":
+    if federation.trainer.precision != "auto":
         return
     recorded = federation.folder.environment().get("precision")
     seconds = {}
     if recorded is None and federation.ranks.is_main:
         seconds = probe_precision(federation.model, federation.pictures, federation.config.local)
     seconds = federation.ranks.gather_json(seconds)[0]
-    federation.precision = recorded or choose_precision(seconds)
+    federation.trainer.precision = recorded or choose_precision(seconds)
     if seconds:
         measured = ", ".join(f"{name} {1e3 * s:.0f} ms" for name, s in seconds.items())
-        _say(federation.ranks, f"precision: {federation.precision} (a step takes {measured})")
+        _say(
+            federation.ranks, f"precision: {federation.trainer.precision} (a step takes {measured})"
+        )
 
 
 def record_environment(federation: Federation) -> None:
@@ -134,7 +136,7 @@ def record_environment(federation: Federation) -> None:
             dataset.train_labels.numpy(),
             dataset.class_names,
         ),
-        "precision": federation.precision,
+        "precision": federation.trainer.precision,
     }
     before = folder.environment()
     for key, value in facts.items():
@@ -146,7 +148,9 @@ def record_environment(federation: Federation) -> None:
 def finish(federation: Federation) -> None:
     """Write summary.json and the plots, and say how it went."""
     config, folder, progress = federation.config, federation.folder, federation.progress
-    last = progress.evaluations[-config.evaluation.last :]
+    evaluations = progress.evaluations[-config.evaluation.last :]
+    last = [scores["test_accuracy"] for scores in evaluations]
+    more = {key: score for key, score in evaluations[-1].items() if not key.startswith("test_")}
     summary = {
         "dataset": federation.dataset.name,
         "model": config.model.name,
@@ -156,6 +160,7 @@ def finish(federation: Federation) -> None:
         "test_accuracy": last[-1],
         "test_accuracy_mean": sum(last) / len(last),
         "test_accuracy_mean_over": len(last),
+        **more,  # of clients, and on the validation pictures
         **folder.ledger_totals(),
         "wall_seconds": progress.wall_seconds,
         "simulated_seconds": progress.simulated_seconds,
@@ -193,9 +198,9 @@ def plan(config: Config, ranks: Ranks) -> int:
     noise = torch.randn(layout.size, generator=torch.Generator().manual_seed(0))
     if federation.server.mask.awaits_scores:
         federation.server.prune(noise.abs())  # any scores: only the mask's length matters here
-    model, _ = federation.server.downlink.channel.encode(noise, config.rounds)
+    model, _ = federation.server.downlinks["model"].channel.encode(noise, config.rounds)
     updates = [  # one for each density
-        federation.server.uplink.encode(noise, config.rounds, client)[0]
+        federation.server.uplinks["update"].encode(noise, config.rounds, client)[0]
         for client in range(max(1, len(config.pruning.client_densities)))
     ]
     length = sum(map(len, updates)) / len(updates)
@@ -223,7 +228,9 @@ def _announce_data(federation: Federation) -> None:
 
 def _so_far(federation: Federation) -> str:
     progress = federation.progress
-    accuracy = f"{progress.evaluations[-1]:.2%}" if progress.evaluations else "-"
+    accuracy = "-"
+    if progress.evaluations:
+        accuracy = f"{progress.evaluations[-1]['test_accuracy']:.2%}"
     up, down = progress.bytes_up / 1e6, progress.bytes_down / 1e6
     return f"accuracy {accuracy}  {up:.1f} MB up  {down:.1f} MB down"
 
@@ -239,7 +246,7 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
 
 def _request_stop(federation: Federation, number: int) -> None:
     """Stop after the batch in progress; a second signal ends the process at once."""
-    federation.stop_requested = True
+    federation.trainer.stop_requested = True
     signal.signal(number, signal.SIG_DFL)
 
 

@@ -46,9 +46,8 @@ class LedgerRow(NamedTuple):
     round: int  # 0: before the first
     client: int
     direction: str  # up or down
-    kind: (
-        str  # up: update, buffers, scores, growth; down: model, change, buffers, mask, mask_change
-    )
+    kind: str  # up: update, buffers, scores, growth; down: model, model_change, buffers, mask,
+    # mask_change; and what a client algorithm sends: control, control_change, momentum, ...
     bytes: int  # the payload's real length
     dense_bytes: int  # the same numbers as float32
     nonzeros: int  # the numbers that the payload carries

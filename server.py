@@ -4,8 +4,7 @@ Every rank holds this state and does these steps for itself, from the same bytes
 """
 
 import hashlib
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 import pruning
 from afo import make_optimizer, make_scheduler
+from algorithms import FedAvg
 from channel import Channel
 from cnn_model import FlatModel
 from compression import Decoded, all_finite, decode, encode
@@ -29,29 +29,43 @@ class Broadcast:
     """What the clients decode, float32 [n] each, and the messages that it came in."""
 
     parameters: Tensor
+    vector: Tensor | None  # the algorithm's
     buffers: Tensor
     messages: dict[int, list[Message]]  # by client
+
+    def to(self, device: torch.device) -> "Broadcast":
+        """The same with the vectors on the device of training."""
+        vector = None if self.vector is None else self.vector.to(device)
+        vectors = dict(parameters=self.parameters.to(device), buffers=self.buffers.to(device))
+        return replace(self, vector=vector, **vectors)
 
 
 class Server:
     """The global vectors and the optimizer that steps them.
 
-    parameters: float32 [num_parameters], stepped; buffers: float32 [num_buffers], averaged.
+    parameters: float32 [num_parameters], stepped; vector: float32 [num_parameters], the client
+    algorithm's, if it has one; buffers: float32 [num_buffers], averaged.
     """
 
-    def __init__(self, config: Config, model: FlatModel):
+    def __init__(
+        self, config: Config, model: FlatModel, algorithm: FedAvg, num_examples: list[int]
+    ):
         self.layout, self.buffer_layout = model.layout, model.buffer_layout
         self.parameters = torch.nn.Parameter(model.parameters.detach().cpu().clone())
         self.buffers = model.buffers.cpu().clone()
-        self.is_counter = model.is_counter
+        self.is_counter, self.is_variance = model.is_counter, model.is_variance
+        self.sends_buffers = config.model.norm_policy == "average" and len(self.buffers) > 0
+        self.algorithm = algorithm
+        self.vector = torch.zeros(self.layout.size) if algorithm.has_vector else None
         seed = config.seed_for("mask")
         self.mask = SharedMask(config.pruning.mask, self.layout, config.rounds, seed)
         if self.mask.kept is not None:
             self.parameters.data.mul_(pruning.sparse_gains(self.mask.kept, self.layout.shapes))
-        self.uplink, self.downlink = self._make_links(config)
+        self._make_links(config)
         self.growth: Tensor | None = None  # float32 [n]: the average of the growth payloads
         self._use_mask()
-        self.weighting = config.server.weighting
+        self.by_examples = config.server.weighting == "examples"
+        self.total_weight = sum(num_examples) if self.by_examples else len(num_examples)
         self._make_optimizer(config)
 
     def _make_optimizer(self, config: Config) -> None:
@@ -69,43 +83,68 @@ class Server:
         except ValueError as error:
             raise ConfigError(f"server: {error}") from None
 
-    def _make_links(self, config: Config) -> tuple[Channel, WholeModel | Changes]:
+    def _make_links(self, config: Config) -> None:
+        """Channels by kind of message: the update's and the model's, and the algorithm's."""
         up, down = config.uplink, config.downlink
         for key, link in (("uplink", up), ("downlink", down)):
             try:
                 parse_values(link.values)
             except ValueError as error:
                 raise ConfigError(f"{key}.values: {error}") from None
-        make = partial(Channel, self.layout, seed_for=config.seed_for)
-        uplink = make(config.pruning, up, unbiased=not up.error_feedback)
-        channel = make(down.pruning, down, unbiased=False)
-        if down.mode == "model":
-            return uplink, WholeModel(channel)
-        whole = make(Selection(method="none"), Downlink(values="fp32"), unbiased=False)
-        return uplink, Changes(channel, whole, self.parameters.detach())
+
+        def make(kind: str, selection: Selection, link: Any, unbiased: bool = False) -> Channel:
+            def seed_for(purpose: str, *rest: int) -> int:
+                return config.seed_for(f"{kind}/{purpose}", *rest)
+
+            return Channel(self.layout, selection, link, unbiased, seed_for)
+
+        self.uplinks = {"update": make("update", config.pruning, up, not up.error_feedback)}
+        if self.algorithm.up:  # a sum that both ends keep: what is lost of it is never scaled up
+            self.uplinks[self.algorithm.up] = make(self.algorithm.up, config.pruning, up)
+        self.downlinks: dict[str, WholeModel | Changes] = {}
+        for kind in filter(None, ("model", self.algorithm.down)):
+            channel = make(kind, down.pruning, down)
+            if down.mode == "model":
+                self.downlinks[kind] = WholeModel(channel, kind)
+            else:
+                whole = make(kind, Selection(method="none"), Downlink(values="fp32"))
+                self.downlinks[kind] = Changes(channel, whole, self._held(kind), kind)
+
+    def _held(self, kind: str) -> Tensor:
+        """What the server holds of the vectors that it broadcasts."""
+        return self.parameters.detach() if kind == "model" else self.vector
 
     def broadcast(self, number: int, cohort: list[int]) -> Broadcast:
-        """The messages that bring the model to each client, and what they decode to."""
-        parameters, messages = self.downlink.send(self.parameters.detach(), number, cohort)
+        """The messages that bring the model to each client, and what they decode to.
+
+        In round 0, which only scores the weights, nothing else comes along.
+        """
+        messages, received = self.mask.messages(cohort), {}
+        for kind, link in self.downlinks.items():
+            if kind == "model" or number > 0:
+                received[kind], sent = link.send(self._held(kind), number, cohort)
+                messages = {client: [*some, *sent[client]] for client, some in messages.items()}
         buffers = self.buffers
-        if self.buffer_layout.size:
+        if self.sends_buffers:
             payload, sent = encode(buffers, self.buffer_layout)
             buffers, size = sent.dense(), self.buffer_layout.size
             message = Message("buffers", payload, size, size)
             messages = {client: [*some, message] for client, some in messages.items()}
-        masks = self.mask.messages(cohort)
-        messages = {client: [*masks[client], *some] for client, some in messages.items()}
-        return Broadcast(parameters, buffers, messages)
+        vector = received.get(self.algorithm.down)
+        return Broadcast(received["model"], vector, buffers, messages)
 
     def receive(self, report: Report, number: int) -> dict[str, Decoded]:
         """Decode a client's payloads, by kind. Raises PayloadError."""
         layouts = {"buffers": self.buffer_layout, "scores": self.layout, "growth": self.layout}
-        return {
-            kind: self.uplink.decode(payload, number, report.client)
-            if kind == "update"
+        decoded = {
+            kind: self.uplinks[kind].decode(payload, number, report.client)
+            if kind in self.uplinks
             else decode(payload, layouts[kind])
             for kind, payload in report.payloads.items()
         }
+        if "buffers" in decoded and (decoded["buffers"].dense()[self.is_variance] < 0).any():
+            raise PayloadError("buffers: a running variance is negative")
+        return decoded
 
     def step(self, reports: list[Report], number: int) -> list[int]:
         """Average the updates, in the order of the reports, and step; return who was averaged.
@@ -118,12 +157,20 @@ class Server:
         if averaged:
             if self.mask.grows_in(number):
                 self.growth = averages["growth"]
+            weights = {r.client: self._weight(r) for r in reports if r.client in averaged}
+            total = sum(weights.values())
+            reach = sum(weights.get(r.client, 0) * r.reach for r in reports) / total
+            self.algorithm.aggregate(averages, self.vector, total / self.total_weight, reach)
             self._apply(averages["update"], averages.get("buffers", self.buffers))
         return averaged
 
+    def _weight(self, report: Report) -> int:
+        return report.num_examples if self.by_examples else 1
+
     def commit(self, number: int, cohort: list[int]) -> None:
         """The round took place: its cohort has what it was sent, and now the mask may change."""
-        self.downlink.commit()
+        for link in self.downlinks.values():
+            link.commit()
         self.mask.received(cohort)
         if self.growth is not None:
             self.mask.regrow(self.parameters.detach(), self.growth, number)
@@ -146,17 +193,18 @@ class Server:
         """From now on the weights outside the mask are 0 and do not travel."""
         self.pruned = self.mask.pruned
         if self.pruned is not None:
-            self.uplink.use_mask(self.mask.kept)
-            self.downlink.use_mask(self.mask.kept)
+            for link in (*self.uplinks.values(), *self.downlinks.values()):
+                link.use_mask(self.mask.kept)
             self.parameters.data.masked_fill_(self.pruned, 0.0)
+            if self.vector is not None:
+                self.vector.masked_fill_(self.pruned, 0.0)
 
     def _average(self, reports: list[Report], number: int) -> tuple[dict[str, Tensor], list[int]]:
         """The clients' vectors by kind, averaged in the order of the reports; and whose they are.
 
         One report is decoded at a time, so that a large cohort takes no memory.
         """
-        by_examples = self.weighting == "examples"
-        weights = {r.client: r.num_examples if by_examples else 1 for r in reports if not r.failure}
+        weights = {r.client: self._weight(r) for r in reports if not r.failure}
         total, averaged, averages = sum(weights.values()), [], {}
         counters = torch.zeros_like(self.buffers)
         for report in reports:
@@ -211,8 +259,9 @@ class Server:
             "buffers": self.buffers,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else {},
+            "vector": self.vector,
             "mask": self.mask.state(),
-            "downlink": self.downlink.state(),
+            "downlinks": {kind: link.state() for kind, link in self.downlinks.items()},
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -220,7 +269,10 @@ class Server:
         self._use_mask()
         self.parameters.data.copy_(state["parameters"])
         self.buffers.copy_(state["buffers"])
-        self.downlink.load(state["downlink"])
+        if self.vector is not None:
+            self.vector.copy_(state["vector"])
+        for kind, link in self.downlinks.items():
+            link.load(state["downlinks"][kind])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler:
             self.scheduler.load_state_dict(state["scheduler"])

@@ -97,7 +97,7 @@ class BareLoop:
         for start, stop in list(zip(bounds[:-1], bounds[1:], strict=True))[: local.steps]:
             images, labels = self.pictures.train_batch(shuffled[start:stop], generator)
             optimizer.zero_grad()
-            with autocast(device, self.federation.precision):
+            with autocast(device, self.federation.trainer.precision):
                 loss = cross_entropy(self.network(images), labels)
             loss.backward()
             optimizer.step()

@@ -118,7 +118,7 @@ def make_updates(name: str, root: str, folder: Path) -> tuple:
 
 def rounds(federation: Federation, last: int) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
     """Run `last` rounds; yield each one's number and (update, weights, change)."""
-    seen = watch(federation.server.uplink)
+    seen = watch(federation.server.uplinks["update"])
     change = torch.zeros_like(federation.server.parameters.detach())
     for number in range(1, last + 1):
         seen.clear()

@@ -1,7 +1,7 @@
 """Data: load a set of labelled pictures, serve augmented batches, split it over clients."""
 
 from .augment import Pictures
-from .datasets import Dataset, load_dataset
+from .datasets import Dataset, hold_out, load_dataset
 from .errors import DataError
 from .partition import partition_labels, save_partition
 
@@ -9,6 +9,7 @@ __all__ = [
     "DataError",
     "Dataset",
     "Pictures",
+    "hold_out",
     "load_dataset",
     "partition_labels",
     "save_partition",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .datasets import Dataset
+from .errors import DataError
 
 
 class Pictures:
@@ -13,19 +14,31 @@ class Pictures:
 
     Normalisation subtracts the mean of the training pixels of each channel and divides by their
     standard deviation. Augmentation (He et al. 2016, section 4.2) pads with `padding` black
-    pixels, crops at random to the old size, and mirrors half of the pictures if `flip`.
+    pixels, cuts out the old size, or crop x crop, at random, and mirrors half of the pictures if
+    `flip`. Of a picture that is evaluated the centre is cut out.
 
-    Attributes: train_labels, test_labels: int64 [N], [M], on the device; num_classes;
-    image_size: (H, W); num_train: N; num_test: M.
+    Attributes: train_labels: int64 [N], on the device; num_train: N; num_classes; image_size: (H,
+    W) of a batch; labels: of the splits to evaluate on, test and perhaps validation, int64 [M].
+
+    Raises DataError if the crop is larger than the pictures.
     """
 
-    def __init__(self, dataset: Dataset, device: torch.device, padding: int = 4, flip: bool = True):
-        self.num_train, height, width, _ = dataset.train_images.shape
-        self.num_test = len(dataset.test_labels)
+    def __init__(
+        self,
+        dataset: Dataset,
+        device: torch.device,
+        padding: int = 4,
+        flip: bool = True,
+        crop: int | None = None,
+    ):
+        self.num_train, *side, _ = dataset.train_images.shape
+        if crop and crop > min(side):
+            raise DataError(
+                f"data.crop: {crop} is more than the pictures have, {side[0]}x{side[1]}"
+            )
         self.num_classes = len(dataset.class_names)
-        self.image_size = (height, width)
+        self.image_size = height, width = (crop, crop) if crop else tuple(side)
         self.train_labels = dataset.train_labels.to(device)
-        self.test_labels = dataset.test_labels.to(device)
         self._padding, self._flip, self._device = padding, flip, device
 
         scale, shift = _normalisation(dataset.train_images)
@@ -34,8 +47,14 @@ class Pictures:
         self._scale = scale.expand(height, width, 3).contiguous().to(device)
         self._shift = shift.expand(height, width, 3).contiguous().to(device)
 
-        self._test_images = dataset.test_images.to(device)
         self._train_images = dataset.train_images.to(device)
+        top, left = ((whole - cut) // 2 for whole, cut in zip(side, (height, width), strict=True))
+        centre = slice(None), slice(top, top + height), slice(left, left + width)
+        self._images = {"test": dataset.test_images[centre].to(device)}
+        self.labels = {"test": dataset.test_labels.to(device)}
+        if len(dataset.validation_labels):
+            self._images["validation"] = dataset.validation_images[centre].to(device)
+            self.labels["validation"] = dataset.validation_labels.to(device)
 
     def train_batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Pictures float32 [B, 3, H, W] and labels int64 [B] of `indices`, int64 [B].
@@ -43,31 +62,33 @@ class Pictures:
         `generator` is on the device. It is left as it was if there is nothing to draw.
         """
         images = self._train_images.index_select(0, indices)
-        if self._padding:
+        if self._padding or images.shape[1:3] != self.image_size:
             images = self._crop(images, generator)
         if self._flip:
             images = self._mirror(images, generator)
         return self._normalise(images), self.train_labels[indices]
 
-    def test_batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Test pictures float32 [stop - start, 3, H, W] and their labels int64, as they are."""
-        return self._normalise(self._test_images[start:stop]), self.test_labels[start:stop]
+    def evaluation_batch(self, split: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Pictures float32 [stop - start, 3, H, W] of a split as they are, and labels int64."""
+        return self._normalise(self._images[split][start:stop]), self.labels[split][start:stop]
 
     def _crop(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Pad [B, H, W, 3] and cut each back to its size, at an offset of its own.
+        """Pad [B, h, w, 3] and cut [B, H, W, 3] out, each at an offset of its own.
 
         A row of a crop is 3W neighbouring bytes that may start at any pixel. So we look at the
         padded pictures as a table with a (mostly overlapping) row for each pixel, and select rows.
         """
-        (count, height, width, _), padding = images.shape, self._padding
-        padded_height, padded_width = height + 2 * padding, width + 2 * padding
+        (count, *side, _), (height, width) = images.shape, self.image_size
+        padding = self._padding
+        padded_height, padded_width = (length + 2 * padding for length in side)
         padded = images.new_zeros((count, padded_height, padded_width, 3))
-        padded[:, padding : padding + height, padding : padding + width] = images
+        padded[:, padding : padding + side[0], padding : padding + side[1]] = images
         num_starts = count * padded_height * padded_width - width + 1
         starts = padded.view(-1).as_strided((num_starts, 3 * width), (3, 1))
 
-        offset_y, offset_x = torch.randint(
-            2 * padding + 1, (2, count), generator=generator, device=self._device
+        offset_y, offset_x = (
+            torch.randint(room + 1, (count,), generator=generator, device=self._device)
+            for room in (padded_height - height, padded_width - width)
         )
         first = torch.arange(count, device=self._device) * padded_height
         corners = (first + offset_y) * padded_width + offset_x

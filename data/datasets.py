@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -41,6 +42,30 @@ class Dataset:
     class_names: tuple[str, ...]
     fingerprint: str  # sha256 hex over pictures, labels and names, in their order
     fallback_reason: str = ""  # why this is not the set that was asked for, in one sentence
+    validation_images: Tensor = torch.empty(0)  # uint8 [V, H, W, 3], see hold_out()
+    validation_labels: Tensor = torch.empty(0)  # int64 [V]
+
+
+def hold_out(dataset: Dataset, share: float, seed: int) -> Dataset:
+    """Move a random share of the training pictures, the same of each class, to validation.
+
+    Raises DataError if that leaves none on one side.
+    """
+    labels = dataset.train_labels.numpy()
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]  # by class, at random within it
+    places = np.floor((np.arange(len(order)) + 1) * share) > np.floor(np.arange(len(order)) * share)
+    held = torch.from_numpy(np.sort(order[places]))
+    kept = torch.from_numpy(np.sort(order[~places]))
+    if not len(held) or not len(kept):
+        raise DataError(f"data.validation: {share} of {len(order)} pictures leaves a side empty")
+    return replace(
+        dataset,
+        train_images=dataset.train_images[kept],
+        train_labels=dataset.train_labels[kept],
+        validation_images=dataset.train_images[held],
+        validation_labels=dataset.train_labels[held],
+    )
 
 
 class _Unavailable(DataError):

@@ -305,8 +305,8 @@ def unkilled(folder: Path) -> tuple[dict[tuple[int, int], bytes], str]:
     one, seen = Federation(config, Ranks(config), run), {}
     for _ in range(config.rounds):
         one.run_round()
-        for client, version in one.store.versions.items():
-            seen[client, version] = one.store.get(client)["residual"].numpy().tobytes()
+        for client, version in one.trainer.store.versions.items():
+            seen[client, version] = one.trainer.store.get(client)["residual"].numpy().tobytes()
     return seen, one.server.sha256()
 
 

@@ -15,7 +15,7 @@ CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 # Small pictures, few clients and steps; everything else is as the config says.
 SMALL = ["data.name=digits", "data.root=", "data.fallback=", "rounds=2", "trackers=[]"]
 SMALL += ["clients.total=4", "clients.per_round=2", "local.steps=1", "local.batch_size=4"]
-SMALL += ["evaluation.every=2", "precision=fp32"]
+SMALL += ["evaluation.every=2", "precision=fp32", "data.crop=null"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import DataError, Dataset, Pictures, datasets, layouts, load_dataset
+from data import DataError, Dataset, Pictures, datasets, hold_out, layouts, load_dataset
 
 REAL_ZIP = Path(__file__).parents[2] / "shared" / "data" / "cifar10.zip"
 CLASSES = ("ant", "bee", "cow")
@@ -337,7 +337,7 @@ def test_torchvisions_files_are_read(tmp_path, batches):
     assert data.train_images.shape == (10, 32, 32, 3) and data.test_images.shape == (2, 32, 32, 3)
     assert data.train_labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
     assert np.array_equal(data.train_images[2], random_picture(10, (32, 32)))
-    batch, _ = Pictures(data, torch.device("cpu")).test_batch(0, 2)
+    batch, _ = Pictures(data, torch.device("cpu")).evaluation_batch("test", 0, 2)
     assert batch.is_contiguous(memory_format=torch.channels_last)  # theirs are not
 
 
@@ -517,7 +517,7 @@ def test_batches_equal_a_loop_over_pictures(padding, flip):
 
 def test_test_batches_are_normalised_and_nothing_else():
     data = noise()
-    batch, labels = Pictures(data, torch.device("cpu")).test_batch(2, 6)
+    batch, labels = Pictures(data, torch.device("cpu")).evaluation_batch("test", 2, 6)
     np.testing.assert_allclose(batch, normalised(data, data.test_images[2:6].numpy()), atol=1e-6)
     assert torch.equal(labels, data.test_labels[2:6])
     assert batch.is_contiguous(memory_format=torch.channels_last)
@@ -527,7 +527,7 @@ def test_attributes_and_normalisation_of_digits():
     digits = load_dataset("digits", "")
     pictures = Pictures(digits, torch.device("cpu"), padding=0, flip=False)
     assert (pictures.num_classes, pictures.image_size) == (10, (8, 8))
-    assert (pictures.num_train, pictures.num_test) == (1437, 360)
+    assert (pictures.num_train, len(pictures.labels["test"])) == (1437, 360)
     before = generator(3)
     batch, _ = pictures.train_batch(torch.arange(1437), before)
     assert torch.equal(before.get_state(), generator(3).get_state())  # nothing was drawn
@@ -567,7 +567,7 @@ def test_the_data_set_is_left_as_it_was():
     copy = data.train_images.clone(), data.test_images.clone()
     pictures = Pictures(data, torch.device("cpu"))
     pictures.train_batch(torch.arange(40), generator(0))
-    pictures.test_batch(0, 7)
+    pictures.evaluation_batch("test", 0, 7)
     assert torch.equal(copy[0], data.train_images) and torch.equal(copy[1], data.test_images)
 
 
@@ -577,3 +577,64 @@ def test_no_picture_before_the_first_or_beyond_the_last_is_served(padding, index
     pictures = Pictures(noise(), torch.device("cpu"), padding)
     with pytest.raises((IndexError, RuntimeError), match="out of"):
         pictures.train_batch(torch.tensor([index]), generator(0))
+
+
+# --- crops and a validation split -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_crops_of_every_offset_are_cut_from_training_pictures(padding):
+    data = noise(num_train=2)
+    pictures = Pictures(data, torch.device("cpu"), padding, flip=False, crop=4)
+    assert pictures.image_size == (4, 4)
+    batch, _ = pictures.train_batch(torch.zeros(2000, dtype=torch.int64), generator(0))
+    frame = np.pad(data.train_images[0].numpy(), ((padding,) * 2, (padding,) * 2, (0, 0)))
+    rows, columns = 6 + 2 * padding - 3, 5 + 2 * padding - 3
+    crops = [frame[y : y + 4, x : x + 4] for y in range(rows) for x in range(columns)]
+    expected = torch.from_numpy(normalised(data, np.stack(crops))).float().flatten(1)
+    found = batch.flatten(1)
+    nearest = torch.cdist(found, expected, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+    assert nearest.values.max() < 1e-4 and len(nearest.indices.unique()) == rows * columns
+
+
+def test_of_a_picture_that_is_evaluated_the_centre_is_cut():
+    data = noise()
+    batch, _ = Pictures(data, torch.device("cpu"), crop=3).evaluation_batch("test", 2, 6)
+    expected = normalised(data, data.test_images[2:6, 1:4, 1:4].numpy())
+    np.testing.assert_allclose(batch, expected, atol=1e-6)
+
+
+def test_a_crop_larger_than_the_pictures_is_refused():
+    with pytest.raises(DataError, match="data.crop: 6 is more than the pictures have, 6x5"):
+        Pictures(noise(), torch.device("cpu"), crop=6)
+
+
+def test_held_out_pictures_are_the_same_share_of_each_class():
+    data = noise(num_train=400)
+    split = hold_out(data, 0.1, seed=3)
+    labels = data.train_labels.numpy()
+    for label in range(4):
+        held = int((split.validation_labels == label).sum())
+        assert abs(held - 0.1 * (labels == label).sum()) < 1
+    assert len(split.validation_labels) == 40 and len(split.train_labels) == 360
+    both = torch.cat([split.train_images, split.validation_images]).flatten(1)
+    assert torch.equal(both.unique(dim=0), data.train_images.flatten(1).unique(dim=0))
+    assert torch.equal(split.test_images, data.test_images)
+    again, other = hold_out(data, 0.1, seed=3), hold_out(data, 0.1, seed=4)
+    assert torch.equal(again.validation_images, split.validation_images)
+    assert not torch.equal(other.validation_images, split.validation_images)
+
+
+def test_a_split_that_leaves_a_side_empty_is_refused():
+    with pytest.raises(DataError, match="data.validation: 0.1 of 4 pictures"):
+        hold_out(noise(num_train=4), 0.1, seed=0)
+
+
+def test_validation_pictures_come_as_a_split_of_their_own():
+    split = hold_out(noise(), 0.25, seed=0)
+    pictures = Pictures(split, torch.device("cpu"))
+    assert list(pictures.labels) == ["test", "validation"] and pictures.num_train == 30
+    batch, labels = pictures.evaluation_batch("validation", 0, 100)
+    expected = normalised(split, split.validation_images.numpy())
+    np.testing.assert_allclose(batch, expected, atol=1e-6)
+    assert torch.equal(labels, split.validation_labels)

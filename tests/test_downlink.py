@@ -62,7 +62,7 @@ def test_every_client_decodes_the_shared_model_whatever_it_missed():
             assert messages[client][-1].dense == LAYOUT.size
             assert sum(message.dense for message in messages[client]) == LAYOUT.size
         parameters = moved(parameters, round)
-    assert kinds == {("model", False), ("change", False), ("change", True)}
+    assert kinds == {("model", False), ("model_change", False), ("model_change", True)}
 
 
 def test_what_is_missed_goes_in_whichever_form_is_shorter():
@@ -132,7 +132,7 @@ def test_a_run_with_a_compressed_downlink_says_what_it_sent(run):
     assert status == 0
     with open(folder / "ledger.csv", newline="") as file:
         down = [row for row in csv.DictReader(file) if row["direction"] == "down"]
-    assert {row["kind"] for row in down} == {"model", "change"}
+    assert {row["kind"] for row in down} == {"model", "model_change"}
     result = summary(folder)
     assert result["bytes_down"] == sum(int(row["bytes"]) for row in down)
     assert result["dense_bytes_down"] == 6 * 3 * 4 * result["num_parameters"]

@@ -24,6 +24,7 @@ METHODS = (
     "scan",
     "wire",
     "afo",
+    "algorithms",
     "network",
 )
 MAY_IMPORT = {"compression": {"quantisers", "eden", "powersgd", "entropy", "wire"}}

@@ -11,8 +11,8 @@ from conftest import REPOSITORY, TINY, summary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import federated
 import pruning
+import trainer
 from command_line import load_config
 from compression import decode, encode
 from config import Mask
@@ -169,7 +169,7 @@ def test_the_mask_never_changes_after_the_last_round():
 @pytest.mark.parametrize("method", SETTINGS)
 def test_the_global_model_and_all_messages_stay_on_the_mask(tmp_path, monkeypatch, method):
     received, learned = [], []
-    original = federated.train
+    original = trainer.train
 
     def train(model, *rest):
         received.append(model.parameters.clone())
@@ -177,7 +177,7 @@ def test_the_global_model_and_all_messages_stay_on_the_mask(tmp_path, monkeypatc
         learned.append(model.parameters.clone())
         return loss
 
-    monkeypatch.setattr(federated, "train", train)
+    monkeypatch.setattr(trainer, "train", train)
     one = federation(tmp_path, *SETTINGS[method], "local.clip=0.5", "server.optimizer=FedAvgM")
     size, counts = one.model.layout.size, set()
     for number in range(1, 5):
@@ -257,7 +257,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("last_call", [2, 9])  # of train: in round 1 and in round 3
 def test_a_killed_run_resumes_to_the_same_end(run, monkeypatch, method, last_call):
     _, whole = run(*SETTINGS[method], name="whole")
-    original, calls = federated.train, []
+    original, calls = trainer.train, []
 
     def train(*args):
         calls.append(1)
@@ -266,7 +266,7 @@ def test_a_killed_run_resumes_to_the_same_end(run, monkeypatch, method, last_cal
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(federated, "train", train)
+        patch.setattr(trainer, "train", train)
         with pytest.raises(Killed):
             run(*SETTINGS[method], name="killed")
     assert run(*SETTINGS[method], name="killed")[0] == 0
@@ -281,7 +281,7 @@ def test_an_interrupt_between_scoring_and_round_1_loses_nothing(run, monkeypatch
 
     def stop_after(self, cohort):
         original(self, cohort)
-        self.stop_requested = True
+        self.trainer.stop_requested = True
 
     with monkeypatch.context() as patch:
         patch.setattr(Federation, "choose_mask", stop_after)
@@ -299,18 +299,18 @@ def test_what_was_owed_outside_a_new_mask_is_forgotten(tmp_path):
     one.run_round()
     one.run_round()  # the mask changes at its end
     gone = outside(one.server.mask.kept, one.model.layout.size)
-    assert one.store.get(0)["residual"][gone].any()
+    assert one.trainer.store.get(0)["residual"][gone].any()
     one.run_round()
-    assert not one.store.get(0)["residual"][gone].any()
-    assert one.store.get(0)["residual"].any()
+    assert not one.trainer.store.get(0)["residual"][gone].any()
+    assert one.trainer.store.get(0)["residual"].any()
 
 
 def test_ends_with_different_masks_refuse_each_other(tmp_path):
     one = federation(tmp_path, *DYNAMIC)
-    payload, _ = one.server.uplink.encode(torch.ones(one.model.layout.size), 1, 0)
-    one.server.uplink.use_mask(one.server.mask.kept[1:])
+    payload, _ = one.server.uplinks["update"].encode(torch.ones(one.model.layout.size), 1, 0)
+    one.server.uplinks["update"].use_mask(one.server.mask.kept[1:])
     with pytest.raises(PayloadError, match="another layout"):
-        one.server.uplink.decode(payload, 1, 0)
+        one.server.uplinks["update"].decode(payload, 1, 0)
 
 
 def test_a_batchnorm_network_with_a_mask_keeps_its_statistics_sane(tmp_path):

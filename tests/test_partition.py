@@ -272,7 +272,6 @@ def test_a_split_is_whole_or_an_error_of_one_line(name, num_clients, number, fla
             {"alpha": 1, "min_partition_size": 100},
             "number of attempts .*larger alpha",
         ),
-        ("dirichlet", 50, {"alpha": 0.001, "min_partition_size": 0}, "gives client .* no examples"),
         (
             "dirichlet",
             20,
@@ -323,13 +322,21 @@ def test_errors_say_what_is_wrong_and_what_to_do(name, num_clients, args, messag
         ([[1, 2, 3]] * 10, 10, "expected number of columns"),
         ([[0, 0]] * 10, 10, "out of the range of numbers"),
         ([[1, 1, 1]] * 10, 15, "not divisible"),
-        ([[1, 0]] * 10, 10, "gives client 9 no examples"),
     ],
 )
 def test_distribution_arrays_that_cannot_be_used(array, num_clients, message):
     args = METHODS["distribution"] | {"distribution_array": array}
     with pytest.raises(DataError, match=message):
         split("distribution", num_clients, **args | {"preassigned_num_samples_per_label": 0})
+
+
+def test_clients_without_examples_are_counted_on_stderr(capsys):
+    clients = split("dirichlet", 50, alpha=0.001, min_partition_size=0)
+    num_empty = sum(len(indices) == 0 for indices in clients)
+    assert num_empty and sum(map(len, clients)) == len(LABELS)
+    said = capsys.readouterr().err
+    assert f"leaves {num_empty} of 50 clients without examples" in said
+    assert "use a larger alpha" in said
 
 
 # --- save_partition -------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from conftest import REPOSITORY, TINY, summary
 
 import channel
-import federated
+import trainer
 from command_line import load_config
 from distributed import Ranks
 from federated import Federation
@@ -83,8 +83,8 @@ class Killed(BaseException):
 
 # Where a kill may fall: (module attribute to break, which call of it is the last)
 KILLS = {
-    "in round 1, before any checkpoint": ("federated.Federation.train_client", 2),
-    "between two checkpoints": ("federated.Federation.train_client", 8),
+    "in round 1, before any checkpoint": ("trainer.Trainer.train", 2),
+    "between two checkpoints": ("trainer.Trainer.train", 8),
     "while a client's state goes to the disk": ("client_store.write_tensors", 3),
     "before the round is logged": ("runlog.RunFolder.append", 3),
     "before the clients' states are saved": ("client_store.ClientStore.save", 1),
@@ -134,7 +134,7 @@ def _find(target):
 
 def test_an_interrupt_writes_a_checkpoint_and_the_same_command_goes_on(run, monkeypatch, capsys):
     _, whole = run(name="whole")
-    original = federated.train
+    original = trainer.train
     calls = 0
 
     def train(*args):
@@ -145,7 +145,7 @@ def test_an_interrupt_writes_a_checkpoint_and_the_same_command_goes_on(run, monk
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(federated, "train", train)
+        patch.setattr(trainer, "train", train)
         status, folder = run(name="stopped")
     assert status == 130
     assert "interrupted" in capsys.readouterr().err
@@ -194,30 +194,30 @@ def test_error_feedback_conserves_what_clients_learned(tmp_path):
     """What the server gets plus what is still owed is what was learned, to the last bit."""
     one = federation(tmp_path, "clients.total=1", "clients.per_round=1")
     received = one.server.parameters.detach().clone()
-    report = one.train_client(1, 0, one.server.broadcast(1, [0]))
+    report = one.trainer.train(1, 0, one.server.broadcast(1, [0]))
     learned = one.model.parameters - received
     sent = one.server.receive(report, 1)["update"].dense()
-    residual = one.store.get_staged(0)["residual"]
+    residual = one.trainer.store.get_staged(0)["residual"]
     assert torch.equal(sent + residual, learned)
-    assert 0 < report.nonzeros < 0.06 * len(learned)
+    assert 0 < report.numbers["update"] < 0.06 * len(learned)
 
 
 def test_a_client_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypatch):
     def train(model, pictures, indices, *rest):
         if calls.append(1) or len(calls) == 2:  # the second client diverges
             model.parameters.fill_(float("nan"))
-            return float("nan")
+            return float("nan"), 0
         return original(model, pictures, indices, *rest)
 
-    calls, original = [], federated.train
-    monkeypatch.setattr(federated, "train", train)
+    calls, original = [], trainer.train
+    monkeypatch.setattr(trainer, "train", train)
     one = federation(tmp_path)
     row = one.run_round()
     assert row["num_clients"] == 2 and row["num_failed"] == 1
     assert list(row["failures"].values()) == ["the update is not finite"]
     assert np.isfinite(row["train_loss"])
     assert torch.isfinite(one.server.parameters).all()
-    assert len(one.store.versions) == 2
+    assert len(one.trainer.store.versions) == 2
 
 
 @pytest.mark.parametrize("budget", [1.0, 1e-9], ids=["in memory", "on the disk"])
@@ -237,14 +237,14 @@ def test_a_refused_payload_goes_back_into_the_residual(tmp_path, monkeypatch, bu
     received = one.server.parameters.detach().clone()
     updates = {}
     for client in cohort:
-        one.train_client(1, client, one.server.broadcast(1, cohort))
+        one.trainer.train(1, client, one.server.broadcast(1, cohort))
         updates[client] = one.model.parameters - received
-    one.store.discard()
+    one.trainer.store.discard()
     row = one.run_round()
     assert row["num_failed"] == 1
     assert "checksum" in row["failures"][str(cohort[0])]
-    assert torch.equal(one.store.get(cohort[0])["residual"], updates[cohort[0]])
-    assert not torch.equal(one.store.get(cohort[1])["residual"], updates[cohort[1]])
+    assert torch.equal(one.trainer.store.get(cohort[0])["residual"], updates[cohort[0]])
+    assert not torch.equal(one.trainer.store.get(cohort[1])["residual"], updates[cohort[1]])
     rows = ledger(one.folder.path)
     assert len(rows) == 6  # the bytes that did travel are in the ledger
 
@@ -252,9 +252,9 @@ def test_a_refused_payload_goes_back_into_the_residual(tmp_path, monkeypatch, bu
 def test_a_round_with_nobody_left_keeps_the_model(tmp_path, monkeypatch):
     def diverge(model, *_):
         model.parameters.fill_(float("inf"))
-        return float("nan")
+        return float("nan"), 0
 
-    monkeypatch.setattr(federated, "train", diverge)
+    monkeypatch.setattr(trainer, "train", diverge)
     one = federation(tmp_path)
     before = one.server.sha256()
     row = one.run_round()
@@ -264,7 +264,7 @@ def test_a_round_with_nobody_left_keeps_the_model(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_is_logged_as_none(tmp_path, monkeypatch):
     """fp16's loss scaler skips such a step, so the update may be finite."""
-    monkeypatch.setattr(federated, "train", lambda *rest: float("inf"))
+    monkeypatch.setattr(trainer, "train", lambda *rest: (float("inf"), 0))
     row = federation(tmp_path).run_round()
     assert row["num_failed"] == 0 and row["train_loss"] is None
 
@@ -278,13 +278,13 @@ def test_a_run_says_who_was_left_out(run, capsys):
 
 def test_clients_train_from_what_they_decoded(tmp_path, monkeypatch):
     starts = []
-    original = federated.train
+    original = trainer.train
 
     def train(model, *rest):
         starts.append(model.parameters.clone())
         return original(model, *rest)
 
-    monkeypatch.setattr(federated, "train", train)
+    monkeypatch.setattr(trainer, "train", train)
     one = federation(tmp_path, "downlink.values=fp16")
     exact = one.server.parameters.detach().clone()
     one.run_round()

@@ -1,0 +1,138 @@
+"""Norm layers under averaging: averaged, each client's own (FedBN), or frozen; never negative."""
+
+import numpy as np
+import pytest
+import torch
+from test_algorithms import federation, kinds
+from torch import nn
+
+from cnn_model import FlatModel, build_network
+from compression import encode
+
+RESNET = ["model.name=resnet18", "model.width=0.0625", "local.batch_size=8"]
+
+
+def test_norm_positions_are_the_weights_and_biases_of_norm_layers():
+    for norm in ("batch", "group(2)"):
+        model = FlatModel(build_network("resnet18", 10, (8, 8), 0, norm=norm, width=0.0625), "cpu")
+        marks = torch.zeros(model.layout.size)
+        for module in model.network.modules():
+            if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+                module.weight.data.fill_(7.0)
+                module.bias.data.fill_(7.0)
+        marks[model.norm_positions()] = 1
+        assert torch.equal(marks.bool(), model.parameters == 7.0)
+    assert len(FlatModel(build_network("lenet", 10, (8, 8), 0), "cpu").norm_positions()) == 0
+
+
+def test_frozen_statistics_never_change_nor_travel(tmp_path):
+    one = federation(tmp_path, *RESNET, "model.norm_policy=frozen")
+    before = one.server.buffers.clone()
+    weights = one.server.parameters.detach().clone()
+    one.run_round()
+    assert torch.equal(one.server.buffers, before) and torch.equal(one.model.buffers, before)
+    assert not torch.equal(one.server.parameters, weights)
+    assert kinds(one.folder.path) == {("down", "model"), ("up", "update")}
+
+
+def test_frozen_statistics_are_those_of_training(tmp_path):
+    """The loss of a training batch is that of the network in evaluation."""
+    one = federation(tmp_path, *RESNET, "model.norm_policy=frozen")
+    one.model.train()
+    images, _ = one.pictures.evaluation_batch("test", 0, 8)
+    trained = one.model.network(images)
+    assert torch.equal(trained, one.model.network.eval()(images))
+
+
+def test_local_norm_layers_stay_with_their_client(tmp_path):
+    one = federation(tmp_path, *RESNET, "model.norm_policy=local", "clients.per_round=4")
+    own = one.trainer.own_positions
+    norms = one.server.parameters.detach()[own].clone()
+    received = []
+    load = one.trainer.load
+    one.trainer.load = lambda p, b, s=None: (
+        load(p, b, s) or received.append(torch.cat([one.model.parameters[own], one.model.buffers]))
+    )
+    for _ in range(2):
+        one.run_round()
+    assert torch.equal(one.server.parameters.detach()[own], norms)  # the server's never move
+    assert kinds(one.folder.path) == {("down", "model"), ("up", "update")}
+    held = [one.trainer.store.get(client)["norm"] for client in range(4)]
+    assert len({tensor.numpy().tobytes() for tensor in held}) == 4  # each its own
+    evaluated = received[-4:]  # the last evaluation loads the four models
+    assert all(torch.equal(a, b) for a, b in zip(evaluated, held, strict=True))
+    assert all((tensor[len(own) :][one.model.is_variance] > 0).all() for tensor in held)
+
+
+def test_the_accuracy_with_local_norm_layers_is_the_mean_of_the_cohorts_models(tmp_path):
+    one = federation(tmp_path, *RESNET, "model.norm_policy=local")
+    row, cohort = one.run_round(), one.sample_cohort(1)
+    accuracies = []
+    for client in cohort:
+        one.trainer.load(
+            one.server.parameters.detach(), one.server.buffers, one.trainer.store.get(client)
+        )
+        images, labels = one.pictures.evaluation_batch("test", 0, 360)
+        with torch.no_grad():
+            right = one.model.network.eval()(images).argmax(1) == labels
+        accuracies.append(float(right.float().mean()))
+    assert row["test_accuracy"] == pytest.approx(np.mean(accuracies))
+
+
+def test_a_negative_variance_is_refused(tmp_path):
+    one = federation(tmp_path, *RESNET)
+    cohort = one.sample_cohort(1)
+    broadcast = one.server.broadcast(1, cohort)
+    reports = [one.trainer.train(1, client, broadcast) for client in cohort]
+    buffers = one.server.buffers.clone()
+    buffers[one.model.is_variance.nonzero()[3]] = -1e-3
+    reports[0].payloads["buffers"] = encode(buffers, one.model.buffer_layout)[0]
+    assert one.server.step(reports, 1) == cohort[1:]
+    assert reports[0].failure == "payload refused: buffers: a running variance is negative"
+    assert (one.server.buffers[one.model.is_variance] > 0).all()
+
+
+@pytest.mark.parametrize("optimizer", ["FedAdam", "FedYogi"])
+def test_500_rounds_of_an_adaptive_server_keep_variances_positive(tmp_path, optimizer):
+    """With BatchNorm, top-k and error feedback: what breaks where buffers are stepped by Adam."""
+    one = federation(
+        tmp_path,
+        *("model.name=resnet18", "model.width=0.015625", "local.batch_size=4", "local.steps=1"),
+        *("clients.per_round=1", "clients.total=2", "evaluation.every=1000", "local.momentum=0.9"),
+        *("pruning.method=topk", "pruning.density=0.05", "uplink.values=int8"),
+        *("uplink.error_feedback=true", f"server.optimizer={optimizer}"),
+    )
+    variances = one.model.is_variance
+    for _ in range(500):
+        assert one.run_round()["num_failed"] == 0
+        assert (one.server.buffers[variances] > 0).all()
+    assert torch.isfinite(one.server.parameters).all()
+
+
+# --- clients that take no part --------------------------------------------------------------------
+
+
+def test_a_client_without_examples_is_left_out_and_counted(tmp_path, capsys):
+    words = ["clients.total=30", "clients.per_round=30", "data.partition.name=dirichlet"]
+    words += ["data.partition.args={alpha: 0.01, min_partition_size: 0}", "local.batch_size=4"]
+    one = federation(tmp_path, *words)
+    empty = [client for client, indices in enumerate(one.clients) if not len(indices)]
+    assert empty and "clients without examples" in capsys.readouterr().err
+    row = one.run_round()
+    assert row["num_failed"] == len(empty) and row["num_clients"] == 30 - len(empty)
+    assert row["failures"] == {str(client): "it has no examples" for client in empty}
+
+
+def test_a_round_of_clients_without_examples_keeps_the_model(tmp_path):
+    one = federation(tmp_path, "local.algorithm=SCAFFOLD")
+    one.trainer.clients = [indices[:0] for indices in one.trainer.clients]
+    before = one.server.sha256()
+    row = one.run_round()
+    assert row["num_clients"] == 0 and row["bytes_up"] == 0 and row["train_loss"] is None
+    assert one.server.sha256() == before and not one.server.vector.any()
+
+
+def test_one_client_is_plain_training(tmp_path):
+    one = federation(tmp_path, "clients.total=1", "clients.per_round=1")
+    one.run_round()
+    torch.testing.assert_close(one.server.parameters.detach(), one.model.parameters)

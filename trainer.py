@@ -1,0 +1,211 @@
+"""The clients' part of a round, on the rank where they live: train, prune, encode, and remember.
+
+server.py is the other end. What a client keeps between rounds is a dict of tensors in the store:
+what it owes (residual, velocity), what its algorithm keeps, and perhaps its own norm layers.
+"""
+
+import torch
+from torch import Tensor
+
+from algorithms import State, reach
+from channel import ErrorFeedback
+from client import local_lr, loss_gradient, num_steps, train
+from client_store import ClientStore
+from cnn_model import FlatModel
+from compression import NotFinite, all_finite, encode
+from config import Config
+from data import Pictures
+from distributed import Report
+from masks import encode_scores
+from server import Broadcast, Server
+
+OWED = ("residual", "velocity")  # what error feedback keeps
+
+
+class Trainer:
+    """Trains clients one after the other in one network.
+
+    clients: the int64 indices of each client's pictures. Every method that trains raises
+    Interrupted between two batches once stop_requested is set.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: FlatModel,
+        pictures: Pictures,
+        clients: list[Tensor],
+        server: Server,
+        store: ClientStore,
+    ):
+        self.config, self.model, self.pictures, self.clients = config, model, pictures, clients
+        self.server, self.algorithm, self.store = server, server.algorithm, store
+        self.precision = config.precision
+        self.feedback = _error_feedback(config)
+        # FedBN (Li et al. 2021, arXiv 2102.07623): the norm layers are each client's own.
+        own = config.model.norm_policy == "local"
+        self.own_positions = model.norm_positions() if own else None
+        self.stop_requested = False
+
+    def train(self, number: int, client: int, broadcast: Broadcast) -> Report:
+        """Local training, then prune and encode what was learned and what is still owed."""
+        report, model = self._report(client), self.model
+        if report.failure:
+            return report
+        state = self._state(client)
+        self.load(broadcast.parameters, broadcast.buffers, state)
+        received = broadcast.parameters if self.own_positions is None else model.parameters.clone()
+        self.algorithm.before(
+            received,
+            {key: tensor.to(model.device) for key, tensor in state.items()},
+            broadcast.vector,
+            lambda: self._gradient("control", number, client, None),
+        )
+        self._fit(report, number)
+        update = model.parameters - received
+        try:
+            if not report.reach:  # fp16 skipped every step
+                raise NotFinite
+            kept, extra = self.algorithm.after(update, report.reach)
+            if self.own_positions is not None:
+                kept["norm"] = torch.cat([model.parameters[self.own_positions], model.buffers])
+                update[self.own_positions] = 0
+            if self.server.sends_buffers:
+                payload, sent = encode(model.buffers.cpu(), model.buffer_layout)
+                report.add("buffers", payload, len(sent.values))
+            if self.server.mask.grows_in(number):
+                self._ask_for_growth(report, number, broadcast)
+            self._send(report, number, update.cpu(), extra, state, kept)
+        except NotFinite:
+            report.failure, report.payloads = "the update is not finite", {}
+        return report
+
+    def score(self, client: int, broadcast: Broadcast) -> Report:
+        """Before round 1: how much each weight matters to the client's loss."""
+        report = self._report(client)
+        if report.failure:
+            return report
+        self.load(broadcast.parameters, broadcast.buffers)
+        gradient = self._gradient("mask", 0, client, self.config.pruning.mask.batches)
+        try:
+            scores = encode_scores(gradient, broadcast.parameters, self.model.layout)
+            report.add("scores", scores, self.model.layout.size)
+        except NotFinite:
+            report.failure = "the scores are not finite"
+        return report
+
+    def settle(self, number: int, mine: list[Report], averaged: list[int]) -> None:
+        """Keep the clients' new states, and see to it that nothing learned is lost.
+
+        Of a client that the server refused, all that was sent is owed again, and the rest of its
+        state is that of before. mine: the reports of this rank's clients as they left it.
+        """
+        for report in mine:
+            if report.client in self.store.staged and report.client not in averaged:
+                staged, state = self.store.get_staged(report.client), self.store.get(report.client)
+                state = state | {key: staged[key] for key in OWED if key in staged}
+                if self.feedback:
+                    uplink, payload = self.server.uplinks["update"], report.payloads["update"]
+                    uplink.decode(payload, number, report.client).add_to(state["residual"])
+                self.store.stage(report.client, state, number)
+        self.store.commit()
+
+    def load(self, parameters: Tensor, buffers: Tensor, state: State | None = None) -> None:
+        """Put a model into the network, with the norm layers of the client that kept `state`."""
+        self.model.parameters.copy_(parameters)
+        self.model.buffers.copy_(buffers)
+        if state and "norm" in state:
+            norm = state["norm"].to(self.model.device)
+            self.model.parameters[self.own_positions] = norm[: len(self.own_positions)]
+            self.model.buffers.copy_(norm[len(self.own_positions) :])
+
+    def _report(self, client: int) -> Report:
+        report = Report(client, len(self.clients[client]))
+        if not report.num_examples:
+            report.failure = "it has no examples"
+        return report
+
+    def _state(self, client: int) -> State:
+        """What the client kept; of weights that are gone since, nothing."""
+        state, pruned = self.store.get(client), self.server.pruned
+        if pruned is None:
+            return state
+        return {
+            key: tensor.masked_fill(pruned, 0.0) if len(tensor) == len(pruned) else tensor
+            for key, tensor in state.items()
+        }
+
+    def _fit(self, report: Report, number: int) -> None:
+        """Train the model in the network on the client's pictures; note how it went."""
+        local, indices = self.config.local, self.clients[report.client]
+        lr = local_lr(local, number, self.config.rounds)
+        report.loss, report.num_skipped = train(
+            self.model,
+            self.pictures,
+            indices,
+            local,
+            lr,
+            self.precision,
+            self.config.seed_for("training", number, report.client),
+            lambda: self.stop_requested,
+            self.server.pruned,
+            self.algorithm.gradient,
+        )
+        steps = num_steps(local, len(indices)) - report.num_skipped
+        report.reach = reach(lr, steps, local.momentum, local.nesterov)
+
+    def _gradient(self, purpose: str, number: int, client: int, batches: int | None) -> Tensor:
+        """A client's gradient at the weights in the network, float32 [num_parameters]."""
+        return loss_gradient(
+            self.model,
+            self.pictures,
+            self.clients[client],
+            self.config.local.batch_size,
+            batches,
+            self.config.seed_for(purpose, number, client),
+            lambda: self.stop_requested,
+        )
+
+    def _ask_for_growth(self, report: Report, number: int, broadcast: Broadcast) -> None:
+        """Say which weights outside the mask the loss at the received model asks for most."""
+        self.load(broadcast.parameters, broadcast.buffers)
+        batches = self.config.pruning.mask.batches
+        gradient = self._gradient("mask", number, report.client, batches)
+        report.add("growth", *self.server.mask.encode_growth(gradient.cpu(), number))
+
+    def _send(
+        self,
+        report: Report,
+        number: int,
+        update: Tensor,
+        extra: Tensor | None,  # what the algorithm sends besides
+        state: State,  # before the round
+        kept: State,  # after it, as far as the algorithm goes
+    ) -> None:
+        """Encode an update and what is owed into a report; keep what does not travel."""
+        client, uplinks = report.client, self.server.uplinks
+        after = self.feedback.add(update, state) if self.feedback else {}
+        payload, sent = uplinks["update"].encode(update, number, client)
+        report.add("update", payload, len(sent.values))
+        if self.feedback:
+            kept |= self.feedback.subtract(update, sent, after)
+        if extra is not None:
+            kind = self.algorithm.up
+            payload, sent = uplinks[kind].encode(extra.cpu(), number, client)
+            report.add(kind, payload, len(sent.values))
+            kept[kind] = state[kind].clone() if kind in state else torch.zeros_like(update)
+            sent.add_to(kept[kind])
+        kept = {key: tensor.cpu() for key, tensor in kept.items()}
+        if not all(map(all_finite, kept.values())):
+            raise NotFinite
+        if kept:
+            self.store.stage(client, kept, number)
+
+
+def _error_feedback(config: Config) -> ErrorFeedback | None:
+    """None if nothing can be owed."""
+    up = config.uplink
+    lossless = config.pruning.method == "none" and up.values == "fp32"
+    if not up.error_feedback or lossless and not up.momentum:
+        return None
+    return ErrorFeedback(up.decay, up.momentum)
