@@ -29,7 +29,7 @@ METHODS = (
 )
 MAY_IMPORT = {"compression": {"quantisers", "eden", "powersgd", "entropy", "wire"}}
 MAY_IMPORT |= dict.fromkeys(("quantisers", "eden", "powersgd"), {"kernels", "wire"})
-MAY_IMPORT |= {"entropy": {"kernels", "rangecoder", "scan", "wire"}}
+MAY_IMPORT |= {"afo": {"kernels"}, "entropy": {"kernels", "rangecoder", "scan", "wire"}}
 MAY_IMPORT |= {"rangecoder": {"kernels", "wire"}, "kernels": {"wire"}, "scan": {"wire"}}
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"data", "bandwidth_analysis"}
 
