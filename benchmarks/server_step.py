@@ -11,6 +11,7 @@ over the time of moving the vectors that this optimizer must read or write, each
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as main.py does
 
 import torch
 
