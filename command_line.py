@@ -203,6 +203,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     if len(config.pruning.client_densities) > clients.total:
         yield "pruning.client_densities", f"more densities than clients.total={clients.total}"
     yield from _compression_contradictions(config)
+    if config.server.optimizer == "FedExP" and local.algorithm in ("FedNova", "FedDyn"):
+        yield "server.optimizer", f"FedExP extrapolates averages; {local.algorithm} makes others"
     if config.server.scheduler_options and not config.server.scheduler:
         yield "server.scheduler_options", "given without server.scheduler"
 

@@ -160,7 +160,7 @@ class Downlink:
 class Server:
     """null leaves a setting to the optimizer's own default, see afo.py."""
 
-    optimizer: str = "FedAvg"  # FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi or a torch.optim name
+    optimizer: str = "FedAvg"  # one of afo.py's, such as FedYogi, or a torch.optim name
     weighting: str = one_of("examples", "uniform")  # how clients are averaged
     lr: float | None = between(None, 0.0, open_low=True)
     momentum: float | None = between(None, 0.0, 1.0)

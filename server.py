@@ -7,6 +7,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,6 +68,7 @@ class Server:
         self.by_examples = config.server.weighting == "examples"
         self.total_weight = sum(num_examples) if self.by_examples else len(num_examples)
         self._make_optimizer(config)
+        self.wants_norms = "mean_squared_norm" in self.optimizer.param_groups[0]
 
     def _make_optimizer(self, config: Config) -> None:
         server, self.scheduler = config.server, None
@@ -153,7 +155,7 @@ class Server:
         then says so). If nobody is left, the model stays as it is. Raises ConfigError if the step
         makes the model inf or NaN.
         """
-        averages, averaged = self._average(reports, number)
+        averages, averaged, squared_norm = self._average(reports, number)
         if averaged:
             if self.mask.grows_in(number):
                 self.growth = averages["growth"]
@@ -161,6 +163,8 @@ class Server:
             total = sum(weights.values())
             reach = sum(weights.get(r.client, 0) * r.reach for r in reports) / total
             self.algorithm.aggregate(averages, self.vector, total / self.total_weight, reach)
+            if self.wants_norms:
+                self.optimizer.param_groups[0]["mean_squared_norm"] = squared_norm
             self._apply(averages["update"], averages.get("buffers", self.buffers))
         return averaged
 
@@ -179,7 +183,7 @@ class Server:
 
     def choose_mask(self, reports: list[Report]) -> None:
         """Average the clients' SNIP scores, in the order of the reports, and prune the model."""
-        averages, averaged = self._average(reports, 0)
+        averages, averaged, _ = self._average(reports, 0)
         if not averaged or not averages["scores"].any():
             raise ConfigError("pruning.mask: no client has finite scores; take another seed")
         self.prune(averages["scores"])
@@ -199,13 +203,16 @@ class Server:
             if self.vector is not None:
                 self.vector.masked_fill_(self.pruned, 0.0)
 
-    def _average(self, reports: list[Report], number: int) -> tuple[dict[str, Tensor], list[int]]:
-        """The clients' vectors by kind, averaged in the order of the reports; and whose they are.
+    def _average(
+        self, reports: list[Report], number: int
+    ) -> tuple[dict[str, Tensor], list[int], float]:
+        """The clients' vectors by kind, averaged in the order of the reports; whose they are; and
+        the average of the updates' squared norms, for FedExP.
 
         One report is decoded at a time, so that a large cohort takes no memory.
         """
         weights = {r.client: self._weight(r) for r in reports if not r.failure}
-        total, averaged, averages = sum(weights.values()), [], {}
+        total, averaged, averages, squared_norm = sum(weights.values()), [], {}, 0.0
         counters = torch.zeros_like(self.buffers)
         for report in reports:
             if report.failure:
@@ -216,18 +223,25 @@ class Server:
                 report.failure = f"payload refused: {error}"
                 continue
             averaged.append(report.client)
+            share = weights[report.client] / total
             for kind, part in decoded.items():
                 if kind not in averages:
                     averages[kind] = torch.zeros(part.size)
-                part.add_to(averages[kind], weights[report.client] / total)
+                part.add_to(averages[kind], share)
             if "buffers" in decoded:
                 counters = torch.maximum(counters, decoded["buffers"].dense())
+            if self.wants_norms and "update" in decoded:
+                squared_norm += share * float(
+                    np.square(decoded["update"].values, dtype=float).sum()
+                )
         if len(averaged) < len(weights):  # some were refused: the others weigh more
+            rest = total / max(1, sum(weights[client] for client in averaged))
+            squared_norm *= rest
             for average in averages.values():
-                average.mul_(total / sum(weights[client] for client in averaged))
+                average.mul_(rest)
         if "buffers" in averages:
             averages["buffers"] = torch.where(self.is_counter, counters, averages["buffers"])
-        return averages, averaged
+        return averages, averaged, squared_norm
 
     def _apply(self, update: Tensor, buffers: Tensor) -> None:
         self.buffers = buffers

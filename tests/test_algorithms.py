@@ -229,6 +229,27 @@ def test_the_order_of_clients_does_not_matter(tmp_path, monkeypatch, name):
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("weighting", ["examples", "uniform"])
+def test_fedexp_steps_by_the_norms_of_what_arrived(tmp_path, weighting):
+    """lr = max(1, mean ||Delta_i||^2 / (2 (||mean Delta||^2 + eps))), recomputed from payloads."""
+    words = ["server.optimizer=FedExP", "server.options.eps=1e-9", f"server.weighting={weighting}"]
+    words += ["data.partition.name=pathological", "clients.per_round=4", "uplink.values=fp16"]
+    words += ["data.partition.args={num_classes_per_partition: 2}", "local.steps=20"]
+    one, seen = federation(tmp_path, *words), []
+    step = one.server.step
+    one.server.step = lambda reports, number: seen.extend(reports) or step(reports, number)
+    before = one.server.parameters.detach().clone()
+    one.run_round()
+    updates = [one.server.receive(r, 1)["update"].dense().double() for r in seen]
+    weights = [r.num_examples if weighting == "examples" else 1 for r in seen]
+    mean = sum(w * u for w, u in zip(weights, updates, strict=True)) / sum(weights)
+    norms = sum(w * float(u @ u) for w, u in zip(weights, updates, strict=True)) / sum(weights)
+    lr = max(1.0, norms / (2 * (float(mean @ mean) + 1e-9)))
+    assert one.server.optimizer.param_groups[0]["lr"] == pytest.approx(lr, rel=1e-4)
+    moved = (one.server.parameters.detach() - before).double()
+    torch.testing.assert_close(moved, lr * mean, rtol=1e-3, atol=1e-6)
+
+
 # --- what travels and what is kept ----------------------------------------------------------------
 
 
