@@ -15,8 +15,10 @@ from torch.nn.functional import cross_entropy
 from cnn_model import FlatModel
 from config import Local
 from data import Pictures
+from distributed import Team
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+ALONE = Team()
 PROBE_SECONDS = 2.0
 CLEARLY_FASTER = 0.85  # bf16 must take less than this share of fp32's time: probes are noisy
 
@@ -64,6 +66,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     pruned: Tensor | None = None,  # bool [num_parameters]: weights that stay 0
     correct: Callable[[Tensor, Tensor], None] = lambda x, gradient: None,  # see algorithms.py
+    team: Team = ALONE,  # the ranks that train this client together
 ) -> tuple[float, int]:
     """Train `model` in place on the pictures at `indices`.
 
@@ -95,10 +98,14 @@ def train(
             if stop():
                 raise Interrupted
             images, labels = pictures.train_batch(batch, generator)
+            images, labels = images[team.rank :: team.size], labels[team.rank :: team.size]
             model.gradients.zero_()
-            with autocast(model.device, precision):
-                loss = cross_entropy(model.network(images), labels)
-            scaler.scale(loss).backward()
+            if len(labels):
+                with autocast(model.device, precision):
+                    loss = cross_entropy(model.network(images), labels) * (len(labels) / len(batch))
+                scaler.scale(loss).backward()
+                total_loss += loss.detach()
+            team.sum_(model.gradients)
             scaler.unscale_(optimizer)
             if scaler.is_enabled():
                 num_skipped += ~model.gradients.isfinite().all()
@@ -109,7 +116,10 @@ def train(
                 torch.nn.utils.clip_grad_norm_([parameters], local.clip)
             scaler.step(optimizer)
             scaler.update()
-            total_loss += loss.detach()
+    team.sum_(total_loss)
+    if team.size > 1:  # each rank's BatchNorm saw its part of the batches
+        team.sum_(model.buffers)
+        model.buffers.div_(team.size)
     return float(total_loss) / steps, int(num_skipped)
 
 

@@ -59,6 +59,20 @@ class ClientStore:
         while self.bytes_in_memory > self.budget:
             self._spill(*next(iter(self.memory)))
 
+    def release(self, client: int) -> tuple[int, bool]:
+        """Put a client's state on the disk and forget it, so that another store may adopt() it."""
+        version, changed = self.versions.pop(client), client in self.changed
+        if (client, version) in self.memory:
+            self._spill(client, version)
+        self.changed.discard(client)
+        return version, changed
+
+    def adopt(self, client: int, version: int, changed: bool) -> None:
+        """Take over a state that another store of the same folder has released."""
+        self.versions[client] = version
+        if changed:
+            self.changed.add(client)
+
     def commit(self) -> None:
         """The round happened: what is staged is valid now."""
         for client, version in self.staged.items():

@@ -186,6 +186,15 @@ class Network:
 
 
 @dataclass(frozen=True)
+class Distributed:
+    """How the processes of a run work together, see docs/ranks.md."""
+
+    ranks_per_client: int = between(1, 1)  # processes that train one client together
+    exchange: str = one_of("gather", "allreduce")  # payloads; or sums, equal to 1e-6
+    timeout_seconds: int = between(1800, 1)  # how long a process waits for the slowest
+
+
+@dataclass(frozen=True)
 class Evaluation:
     every: int = between(1, 1)  # rounds
     last: int = between(5, 1)  # test_accuracy_mean is over this many last evaluations
@@ -217,6 +226,7 @@ class Config:
     downlink: Downlink = field(default_factory=Downlink)
     server: Server = field(default_factory=Server)
     network: Network = field(default_factory=Network)
+    distributed: Distributed = field(default_factory=Distributed)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 

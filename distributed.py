@@ -1,4 +1,4 @@
-"""Ranks: who am I, on which device, and how payloads get from rank to rank.
+"""Ranks: who am I, on which device, who trains whom, and how payloads get from rank to rank.
 
 The same program runs under python, torchrun, accelerate launch (Accelerate sets up the process
 group) and the deepspeed launcher (DeepSpeed does): gloo between CPUs, NCCL between GPUs.
@@ -6,13 +6,16 @@ group) and the deepspeed launcher (DeepSpeed does): gloo between CPUs, NCCL betw
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch import Tensor
 
 from config import Config, ConfigError
 
@@ -29,22 +32,60 @@ class Report:
     reach: float = 0.0  # see algorithms.py
     num_skipped: int = 0  # steps that fp16 left out
     failure: str = ""
-    payloads: dict[str, bytes] = field(default_factory=dict)
+    payloads: dict[str, bytes] = field(default_factory=dict)  # empty where they stayed elsewhere
+    lengths: dict[str, int] = field(default_factory=dict)  # of the payloads, in bytes
     numbers: dict[str, int] = field(default_factory=dict)  # how many each payload carries
 
     def add(self, kind: str, payload: bytes, numbers: int) -> None:
         self.payloads[kind], self.numbers[kind] = payload, numbers
+        self.lengths[kind] = len(payload)
+
+    def fail(self, reason: str) -> None:
+        """Send nothing, and say why."""
+        self.failure, self.payloads, self.lengths = reason, {}, {}
+
+
+class RankLost(Exception):
+    """Another process of this run is gone, or did not answer in time."""
+
+
+class Team:
+    """The ranks that train one client together, each on its part of every batch."""
+
+    def __init__(self, rank: int = 0, size: int = 1, first: int = 0, group: Any = None):
+        """rank: within the team; first: the global rank of its leader."""
+        self.rank, self.size, self._first, self._group = rank, size, first, group
+        self.is_leader = rank == 0
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Add up everybody's tensor, in place."""
+        if self.size > 1:
+            with _lost_ranks():
+                dist.all_reduce(tensor, group=self._group)
+
+    def share(self, value: T) -> T:
+        """The leader's value, on all."""
+        if self.size == 1:
+            return value
+        box = [value]
+        with _lost_ranks():
+            dist.broadcast_object_list(box, self._first, group=self._group)
+        return box[0]
 
 
 class Ranks:
-    """The processes of a run; every method is called by all of them, in the same order."""
+    """The processes of a run; every method is called by all of them, in the same order.
+
+    received: bytes that collectives have brought to this process from others.
+    """
 
     def __init__(self, config: Config):
+        settings = config.distributed
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device: cuda was asked for and torch sees no GPU; use device=cpu")
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            _init_process_group(on_cpu)
+            _init_process_group(on_cpu, timedelta(seconds=settings.timeout_seconds))
         try:
             self.accelerator = Accelerator(
                 cpu=on_cpu, log_with=config.trackers or None, project_dir=config.run_folder
@@ -55,22 +96,37 @@ class Ranks:
         self.rank = self.accelerator.process_index
         self.size = self.accelerator.num_processes
         self.is_main = self.rank == 0
+        self.received = 0
+        self.adds_up = settings.exchange == "allreduce"
+        self._make_teams(settings.ranks_per_client)
 
-    def owns(self, client: int) -> bool:
-        """A client is always trained by the same rank, where its state lives."""
-        return client % self.size == self.rank
+    def _make_teams(self, size: int) -> None:
+        if self.size % size:
+            raise ConfigError(
+                f"distributed.ranks_per_client: {size} does not divide the {self.size} processes"
+            )
+        self.num_teams, self.team_number = self.size // size, self.rank // size
+        self.team = Team()
+        if size > 1:
+            groups = [dist.new_group([*range(f, f + size)]) for f in range(0, self.size, size)]
+            first = self.team_number * size
+            self.team = Team(self.rank % size, size, first, groups[self.team_number])
 
     def gather(self, blob: bytes) -> list[bytes]:
         """Everybody's bytes, in rank order. Nothing but the bytes and their lengths travels."""
         if self.size == 1:
             return [blob]
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(blob)]))
-        longest = max(int(length) for length in lengths)
-        mine = torch.zeros(longest, dtype=torch.uint8)
-        mine[: len(blob)] = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
-        everybody = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(everybody, mine)
+        with _lost_ranks():
+            lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            dist.all_gather(lengths, torch.tensor([len(blob)]))
+            longest = max(int(length) for length in lengths)
+            mine = torch.zeros(longest, dtype=torch.uint8)
+            mine[: len(blob)] = torch.frombuffer(bytearray(blob or b" "), dtype=torch.uint8)[
+                : len(blob)
+            ]
+            everybody = [torch.empty_like(mine) for _ in range(self.size)]
+            dist.all_gather(everybody, mine)
+        self.received += (self.size - 1) * (8 + longest)
         pairs = zip(everybody, lengths, strict=True)
         return [tensor[: int(length)].numpy().tobytes() for tensor, length in pairs]
 
@@ -78,14 +134,45 @@ class Ranks:
         return [json.loads(blob) for blob in self.gather(json.dumps(value).encode())]
 
     def exchange(self, reports: list[Report] | None) -> list[Report] | None:
-        """All reports of all ranks, in client order; None if a rank gave None to stop the run."""
+        """All reports of all ranks, in client order; None if a rank gave None to stop the run.
+
+        With exchange: allreduce payloads stay where they are, and add_up() follows.
+        """
         if self.size == 1:
             return reports
-        blobs = self.gather(b"stop" if reports is None else _pack_reports(reports))
+        sent = reports
+        if reports and self.adds_up:
+            sent = [replace(report, payloads={}) for report in reports]
+        blobs = self.gather(b"stop" if sent is None else _pack_reports(sent))
         if b"stop" in blobs:
             return None
-        everybody = [report for blob in blobs for report in _unpack_reports(blob)]
-        return sorted(everybody, key=lambda report: report.client)
+        everybody = {r.client: r for blob in blobs for r in _unpack_reports(blob)}
+        if self.adds_up:
+            everybody |= {report.client: report for report in reports}
+        return [everybody[client] for client in sorted(everybody)]
+
+    def add_up(self, sums: dict[str, Tensor], largest: Tensor, reports: list[Report]) -> None:
+        """exchange: allreduce: turn each rank's sums of its own clients' vectors into all ranks'.
+
+        sums: float32, by kind; largest: float32, of which the largest counts; both in place. Of a
+        client that one rank refused, all ranks' reports say so.
+        """
+        if not self.adds_up or self.size == 1:
+            return
+        refused = {r.client: r.failure for r in reports if r.payloads and r.failure}
+        heads = self.gather_json([refused, {kind: len(s) for kind, s in sums.items()}])
+        for failures, sizes in heads:
+            for report in reports:
+                report.failure = failures.get(str(report.client), report.failure)
+            for kind, size in sizes.items():
+                sums.setdefault(kind, torch.zeros(size))
+        with _lost_ranks():
+            for kind in sorted(sums):
+                dist.all_reduce(sums[kind])
+                self.received += 4 * len(sums[kind])
+            if len(largest):
+                dist.all_reduce(largest, dist.ReduceOp.MAX)
+                self.received += 4 * len(largest)
 
     def together(self, work: Callable[[], T], main_first: bool = False) -> T:
         """Do `work` on every rank, or on the main one first; if one fails, all raise its error."""
@@ -109,14 +196,41 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def _init_process_group(on_cpu: bool) -> None:
+def place(costs: dict[int, float], num_teams: int, homes: dict[int, int]) -> dict[int, int]:
+    """Which team trains which client: longest expected time first, to the team that is done first.
+
+    (Graham 1969: at most 4/3 of the best.) costs: by client. Of teams that are done together, the
+    client's home, where its state is, comes first.
+    """
+    loads, placed = [0.0] * num_teams, {}
+    for client in sorted(costs, key=lambda client: (-costs[client], client)):
+        home = homes.get(client, client % num_teams)
+        team = min(range(num_teams), key=lambda team: (loads[team], team != home, team))
+        placed[client] = team
+        loads[team] += costs[client]
+    return placed
+
+
+@contextmanager
+def _lost_ranks() -> Iterator[None]:
+    """torch raises RuntimeErrors of many kinds where another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise RankLost(
+            f"another process of this run is gone or does not answer: {reason}"
+        ) from None
+
+
+def _init_process_group(on_cpu: bool, timeout: timedelta) -> None:
     backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
     if "CROSS_RANK" in os.environ:  # set by DeepSpeed's launcher and by no other
         import deepspeed
 
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     else:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
 
 
 def _pack_reports(reports: list[Report]) -> bytes:

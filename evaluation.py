@@ -24,6 +24,7 @@ def evaluate_models(
     precision: str,
     batch_size: int,
     ranks: Ranks,
+    is_here: Callable[[int], bool],  # whether a client's model is on this rank
     labels_per_client: np.ndarray,  # int64 [num_clients, num_classes]
 ) -> dict[str, float | None]:
     """The mean scores of the models, on every split; equal for any number of ranks.
@@ -38,7 +39,7 @@ def evaluate_models(
     ]
     mine, loaded = {}, None
     for index, (split, client, start) in enumerate(jobs):
-        if index % ranks.size == ranks.rank if client == SHARED else ranks.owns(client):
+        if index % ranks.size == ranks.rank if client == SHARED else is_here(client):
             if client != loaded:
                 load(client)
                 loaded = client

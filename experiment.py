@@ -4,6 +4,7 @@ Exit statuses: 0 done, 2 bad config, data or output folder (one line on stderr),
 with a checkpoint written.
 """
 
+import os
 import signal
 import sys
 from contextlib import closing
@@ -16,7 +17,7 @@ from bandwidth_analysis import AnalysisError, read_run, write_plots
 from client import Interrupted, choose_precision, num_steps, probe_precision
 from config import Config, ConfigError
 from data import DataError, save_partition
-from distributed import Ranks
+from distributed import RankLost, Ranks
 from federated import Federation
 from runlog import RunFinished, RunFolder, RunFolderError
 
@@ -33,6 +34,10 @@ def main(config: Config, dry_run: bool = False) -> int:
     except (ConfigError, DataError, RunFolderError) as error:
         _say(ranks, f"error: {error}", sys.stderr)
         return 2
+    except RankLost as error:  # every rank that is left says so
+        number = os.environ.get("RANK", "0")
+        print(f"rank {number}: error: {error}; the same command goes on", file=sys.stderr)
+        return 1
     except (Interrupted, KeyboardInterrupt):
         _say(ranks, "interrupted; the same command goes on from the checkpoint", sys.stderr)
         return 130

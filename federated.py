@@ -21,8 +21,7 @@ from client_store import ClientStore
 from cnn_model import FlatModel, build_network
 from config import Config, ConfigError
 from data import Dataset, Pictures, hold_out, load_dataset, partition_labels
-from distributed import Ranks, Report
-from downlink import Message
+from distributed import Ranks, Report, place
 from evaluation import SHARED, evaluate_models
 from network import Device, Link, round_seconds
 from runlog import LedgerRow, RunFolder
@@ -59,12 +58,14 @@ class Federation:
         self.server = ranks.together(self._make_server)
         self.states: dict[int, int] = {}  # client: version of its saved state, of all ranks
         on_device = [torch.from_numpy(indices).to(ranks.device) for indices in self.clients]
+        self.homes: dict[int, int] = {}  # client: the team whose leader holds its state
         self.trainer = Trainer(
-            config, self.model, self.pictures, on_device, self.server, self._store()
+            config, self.model, self.pictures, on_device, self.server, self._store(), ranks.team
         )
         self.link = Link(network.uplink_mbps, network.downlink_mbps, network.latency_ms)
         self.hardware = Device(network.ms_per_example)
         self.progress = Progress()
+        self.received = 0  # bytes from other ranks up to the last round
         self.before: dict[int, list[LedgerRow]] = {}  # client: messages from before round 1
 
     def run_round(self) -> dict[str, Any]:
@@ -75,7 +76,7 @@ class Federation:
             self.choose_mask(cohort)
         broadcast = self.server.broadcast(number, cohort).to(self.ranks.device)
         mine, reports = self.visit(cohort, partial(self.trainer.train, number, broadcast=broadcast))
-        averaged = self.server.step(reports, number)
+        averaged = self.server.step(reports, number, self.ranks.add_up)
         self.trainer.settle(number, mine, averaged)
         self.server.commit(number, cohort)
         scores = self.evaluate(number, cohort)
@@ -90,12 +91,17 @@ class Federation:
     def visit(
         self, cohort: list[int], work: Callable[[int], Report]
     ) -> tuple[list[Report], list[Report]]:
-        """Do `work` for the clients of the cohort, each on its rank. Raises Interrupted.
+        """Do `work` for the clients of the cohort, each by its team of ranks. Raises Interrupted.
 
-        Returns this rank's reports as they left it, and all ranks' as they arrived.
+        Returns the reports of this rank's clients as they left it, and all ranks' as they arrived.
         """
+        self.settle_down(cohort)
+        team, mine = self.ranks.team_number, []
         try:
-            mine = [work(client) for client in cohort if self.ranks.owns(client)]
+            for client in cohort:
+                if self.homes[client] == team:
+                    report = work(client)
+                    mine += [report] if self.ranks.team.is_leader else []
         except Interrupted:
             mine = None
         reports = self.ranks.exchange(mine)
@@ -103,6 +109,26 @@ class Federation:
             self.trainer.store.discard()
             raise Interrupted
         return mine, reports
+
+    def settle_down(self, cohort: list[int]) -> None:
+        """Place the cohort's clients on the teams, and move their states there by the disk."""
+        costs = {client: float(self.num_trained(client)) for client in cohort}
+        placed = place(costs, self.ranks.num_teams, self.homes)
+        store, team = self.trainer.store, self.ranks.team_number
+        leaves = {c: store.release(c) for c in cohort if c in store.versions and placed[c] != team}
+        self.homes |= placed
+        if self.ranks.size > 1:
+            for moved in self.ranks.gather_json(leaves):
+                for client, (version, changed) in moved.items():
+                    if placed[int(client)] == team and self.ranks.team.is_leader:
+                        store.adopt(int(client), version, changed)
+
+    def num_trained(self, client: int) -> int:
+        """How many examples a client trains on in a round."""
+        local, num_examples = self.config.local, len(self.clients[client])
+        if local.steps:
+            return local.steps * min(local.batch_size, num_examples)
+        return local.epochs * num_examples
 
     def choose_mask(self, cohort: list[int]) -> None:
         """Before round 1 its cohort scores the weights: in the ledger this is round 0."""
@@ -113,7 +139,7 @@ class Federation:
         }
         broadcast = replace(broadcast, messages=messages)
         _, reports = self.visit(cohort, partial(self.trainer.score, broadcast=broadcast))
-        self.server.choose_mask(reports)
+        self.server.choose_mask(reports, self.ranks.add_up)
         self.before = {r.client: self.ledger_rows(0, r, broadcast) for r in reports}
 
     def evaluate(self, number: int, cohort: list[int]) -> dict[str, float | None]:
@@ -129,6 +155,7 @@ class Federation:
             trainer.precision,
             self.config.evaluation.batch_size,
             self.ranks,
+            lambda client: client in trainer.store.versions,
             self.labels_per_client,
         )
         self.progress.evaluations.append(scores)
@@ -169,9 +196,11 @@ class Federation:
             **scores,
             "bytes_up": up,
             "bytes_down": down,
+            "bytes_between_ranks": self.ranks.received - self.received,
             "simulated_seconds": lasted,
             "wall_seconds": wall,
         }
+        self.received = self.ranks.received
         if self.ranks.is_main:
             self.folder.append(row, messages)
         return row
@@ -184,23 +213,25 @@ class Federation:
             self.server.algorithm.up: size,
             "buffers": num_buffers,
         }  # the rest: 0
-        up = [
-            Message(kind, payload, report.numbers[kind], dense.get(kind, 0))
-            for kind, payload in report.payloads.items()
+        messages = [
+            ("down", m.kind, len(m.payload), m.dense, m.numbers)
+            for m in broadcast.messages[report.client]
+        ] + [
+            ("up", kind, length, dense.get(kind, 0), report.numbers[kind])
+            for kind, length in report.lengths.items()
         ]
         rows = self.before.pop(report.client, [])
-        for direction, messages in (("down", broadcast.messages[report.client]), ("up", up)):
-            for m in messages:
-                seconds = self.link.seconds(len(m.payload), direction)
-                row = (number, report.client, direction, m.kind, len(m.payload), 4 * m.dense)
-                rows.append(LedgerRow(*row, m.numbers, seconds))
+        for direction, kind, length, in_place, numbers in messages:
+            seconds = self.link.seconds(length, direction)
+            row = (number, report.client, direction, kind, length, 4 * in_place, numbers, seconds)
+            rows.append(LedgerRow(*row))
         return rows
 
     def client_seconds(self, report: Report, messages: list[LedgerRow]) -> float:
         """A client's simulated round: receive, train, send; and look at gradients for the mask."""
-        local, batch = self.config.local, min(self.config.local.batch_size, report.num_examples)
-        trained = local.steps * batch if local.steps else local.epochs * report.num_examples
+        trained = self.num_trained(report.client)
         if any(row.kind in ("scores", "growth") for row in messages):
+            batch = min(self.config.local.batch_size, report.num_examples)
             trained += self.config.pruning.mask.batches * batch
         return sum(row.seconds for row in messages) + self.hardware.seconds(trained)
 
@@ -236,7 +267,10 @@ class Federation:
 
     def _store(self) -> ClientStore:
         budget = self.config.clients.state_memory_gib * 2**30
-        owned = {c: version for c, version in self.states.items() if self.ranks.owns(c)}
+        teams, number = self.ranks.num_teams, self.ranks.team_number
+        self.homes = {client: client % teams for client in self.states}
+        owned = {c: version for c, version in self.states.items() if c % teams == number}
+        owned = owned if self.ranks.team.is_leader else {}
         return ClientStore(self.folder.clients, budget, owned)
 
     def _load_data(self) -> Dataset:

@@ -4,6 +4,7 @@ Every rank holds this state and does these steps for itself, from the same bytes
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +24,12 @@ from downlink import Changes, Message, WholeModel
 from masks import SharedMask
 from quantisers import parse_values
 from wire import PayloadError
+
+AddUp = Callable[[dict[str, Tensor], Tensor, list[Report]], None]
+
+
+def alone(sums: dict[str, Tensor], largest: Tensor, reports: list[Report]) -> None:
+    """Nothing to add: all payloads are here."""
 
 
 @dataclass(frozen=True)
@@ -148,14 +155,14 @@ class Server:
             raise PayloadError("buffers: a running variance is negative")
         return decoded
 
-    def step(self, reports: list[Report], number: int) -> list[int]:
+    def step(self, reports: list[Report], number: int, add_up: AddUp = alone) -> list[int]:
         """Average the updates, in the order of the reports, and step; return who was averaged.
 
         A client that failed is left out, and so is one whose payload does not decode (its report
         then says so). If nobody is left, the model stays as it is. Raises ConfigError if the step
-        makes the model inf or NaN.
+        makes the model inf or NaN. add_up: what other ranks decode, see Ranks.add_up().
         """
-        averages, averaged, squared_norm = self._average(reports, number)
+        averages, averaged, squared_norm = self._average(reports, number, add_up)
         if averaged:
             if self.mask.grows_in(number):
                 self.growth = averages["growth"]
@@ -181,9 +188,9 @@ class Server:
             self.growth = None
             self._use_mask()
 
-    def choose_mask(self, reports: list[Report]) -> None:
+    def choose_mask(self, reports: list[Report], add_up: AddUp = alone) -> None:
         """Average the clients' SNIP scores, in the order of the reports, and prune the model."""
-        averages, averaged, _ = self._average(reports, 0)
+        averages, averaged, _ = self._average(reports, 0, add_up)
         if not averaged or not averages["scores"].any():
             raise ConfigError("pruning.mask: no client has finite scores; take another seed")
         self.prune(averages["scores"])
@@ -204,7 +211,7 @@ class Server:
                 self.vector.masked_fill_(self.pruned, 0.0)
 
     def _average(
-        self, reports: list[Report], number: int
+        self, reports: list[Report], number: int, add_up: AddUp
     ) -> tuple[dict[str, Tensor], list[int], float]:
         """The clients' vectors by kind, averaged in the order of the reports; whose they are; and
         the average of the updates' squared norms, for FedExP.
@@ -212,36 +219,34 @@ class Server:
         One report is decoded at a time, so that a large cohort takes no memory.
         """
         weights = {r.client: self._weight(r) for r in reports if not r.failure}
-        total, averaged, averages, squared_norm = sum(weights.values()), [], {}, 0.0
+        total, averages = sum(weights.values()), {}
         counters = torch.zeros_like(self.buffers)
         for report in reports:
-            if report.failure:
+            if report.failure or not report.payloads:
                 continue
             try:
                 decoded = self.receive(report, number)
             except PayloadError as error:
                 report.failure = f"payload refused: {error}"
                 continue
-            averaged.append(report.client)
-            share = weights[report.client] / total
+            if self.wants_norms and number > 0:
+                square = np.square(decoded["update"].values, dtype=float).sum()
+                decoded["squared_norm"] = Decoded(1, None, np.array([square], np.float32))
             for kind, part in decoded.items():
                 if kind not in averages:
                     averages[kind] = torch.zeros(part.size)
-                part.add_to(averages[kind], share)
+                part.add_to(averages[kind], weights[report.client] / total)
             if "buffers" in decoded:
                 counters = torch.maximum(counters, decoded["buffers"].dense())
-            if self.wants_norms and "update" in decoded:
-                squared_norm += share * float(
-                    np.square(decoded["update"].values, dtype=float).sum()
-                )
+        add_up(averages, counters, reports)
+        averaged = [r.client for r in reports if not r.failure]
         if len(averaged) < len(weights):  # some were refused: the others weigh more
-            rest = total / max(1, sum(weights[client] for client in averaged))
-            squared_norm *= rest
             for average in averages.values():
-                average.mul_(rest)
+                average.mul_(total / max(1, sum(weights[client] for client in averaged)))
         if "buffers" in averages:
             averages["buffers"] = torch.where(self.is_counter, counters, averages["buffers"])
-        return averages, averaged, squared_norm
+        squared_norm = averages.pop("squared_norm", torch.zeros(1))
+        return averages, averaged, float(squared_norm)
 
     def _apply(self, update: Tensor, buffers: Tensor) -> None:
         self.buffers = buffers

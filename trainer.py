@@ -9,13 +9,13 @@ from torch import Tensor
 
 from algorithms import State, reach
 from channel import ErrorFeedback
-from client import local_lr, loss_gradient, num_steps, train
+from client import Interrupted, local_lr, loss_gradient, num_steps, train
 from client_store import ClientStore
 from cnn_model import FlatModel
 from compression import NotFinite, all_finite, encode
 from config import Config
 from data import Pictures
-from distributed import Report
+from distributed import Report, Team
 from masks import encode_scores
 from server import Broadcast, Server
 
@@ -25,8 +25,9 @@ OWED = ("residual", "velocity")  # what error feedback keeps
 class Trainer:
     """Trains clients one after the other in one network.
 
-    clients: the int64 indices of each client's pictures. Every method that trains raises
-    Interrupted between two batches once stop_requested is set.
+    clients: the int64 indices of each client's pictures; team: the ranks that train them together,
+    whose leader keeps the states and encodes. Every method that trains raises Interrupted once
+    stop_requested is set: between two batches, or in a team between two clients.
     """
 
     def __init__(
@@ -37,9 +38,11 @@ class Trainer:
         clients: list[Tensor],
         server: Server,
         store: ClientStore,
+        team: Team,
     ):
         self.config, self.model, self.pictures, self.clients = config, model, pictures, clients
         self.server, self.algorithm, self.store = server, server.algorithm, store
+        self.team = team
         self.precision = config.precision
         self.feedback = _error_feedback(config)
         # FedBN (Li et al. 2021, arXiv 2102.07623): the norm layers are each client's own.
@@ -50,9 +53,11 @@ class Trainer:
     def train(self, number: int, client: int, broadcast: Broadcast) -> Report:
         """Local training, then prune and encode what was learned and what is still owed."""
         report, model = self._report(client), self.model
+        if self._team_stops():
+            raise Interrupted
         if report.failure:
             return report
-        state = self._state(client)
+        state = self.team.share(self._state(client))
         self.load(broadcast.parameters, broadcast.buffers, state)
         received = broadcast.parameters if self.own_positions is None else model.parameters.clone()
         self.algorithm.before(
@@ -62,6 +67,8 @@ class Trainer:
             lambda: self._gradient("control", number, client, None),
         )
         self._fit(report, number)
+        if not self.team.is_leader:
+            return report
         update = model.parameters - received
         try:
             if not report.reach:  # fp16 skipped every step
@@ -77,13 +84,15 @@ class Trainer:
                 self._ask_for_growth(report, number, broadcast)
             self._send(report, number, update.cpu(), extra, state, kept)
         except NotFinite:
-            report.failure, report.payloads = "the update is not finite", {}
+            report.fail("the update is not finite")
         return report
 
     def score(self, client: int, broadcast: Broadcast) -> Report:
         """Before round 1: how much each weight matters to the client's loss."""
         report = self._report(client)
-        if report.failure:
+        if self._team_stops():
+            raise Interrupted
+        if report.failure or not self.team.is_leader:
             return report
         self.load(broadcast.parameters, broadcast.buffers)
         gradient = self._gradient("mask", 0, client, self.config.pruning.mask.batches)
@@ -91,7 +100,7 @@ class Trainer:
             scores = encode_scores(gradient, broadcast.parameters, self.model.layout)
             report.add("scores", scores, self.model.layout.size)
         except NotFinite:
-            report.failure = "the scores are not finite"
+            report.fail("the scores are not finite")
         return report
 
     def settle(self, number: int, mine: list[Report], averaged: list[int]) -> None:
@@ -122,8 +131,17 @@ class Trainer:
     def _report(self, client: int) -> Report:
         report = Report(client, len(self.clients[client]))
         if not report.num_examples:
-            report.failure = "it has no examples"
+            report.fail("it has no examples")
         return report
+
+    def _stops(self) -> bool:
+        """A member of a team must not leave the others in the middle of a client."""
+        return self.stop_requested and self.team.size == 1
+
+    def _team_stops(self) -> bool:
+        asked = torch.tensor(float(self.stop_requested), device=self.model.device)
+        self.team.sum_(asked)
+        return bool(asked)
 
     def _state(self, client: int) -> State:
         """What the client kept; of weights that are gone since, nothing."""
@@ -147,9 +165,10 @@ class Trainer:
             lr,
             self.precision,
             self.config.seed_for("training", number, report.client),
-            lambda: self.stop_requested,
+            self._stops,
             self.server.pruned,
             self.algorithm.gradient,
+            self.team,
         )
         steps = num_steps(local, len(indices)) - report.num_skipped
         report.reach = reach(lr, steps, local.momentum, local.nesterov)
@@ -163,7 +182,7 @@ class Trainer:
             self.config.local.batch_size,
             batches,
             self.config.seed_for(purpose, number, client),
-            lambda: self.stop_requested,
+            self._stops,
         )
 
     def _ask_for_growth(self, report: Report, number: int, broadcast: Broadcast) -> None:

@@ -221,7 +221,7 @@ def test_the_order_of_clients_does_not_matter(tmp_path, monkeypatch, name):
         one = federation(tmp_path, f"local.algorithm={name}", name=label)
         step = one.server.step
         monkeypatch.setattr(
-            one.server, "step", lambda r, n, s=step, b=backwards: s(r[::-1] if b else r, n)
+            one.server, "step", lambda r, *a, s=step, b=backwards: s(r[::-1] if b else r, *a)
         )
         for _ in range(2):
             one.run_round()
@@ -237,7 +237,7 @@ def test_fedexp_steps_by_the_norms_of_what_arrived(tmp_path, weighting):
     words += ["data.partition.args={num_classes_per_partition: 2}", "local.steps=20"]
     one, seen = federation(tmp_path, *words), []
     step = one.server.step
-    one.server.step = lambda reports, number: seen.extend(reports) or step(reports, number)
+    one.server.step = lambda reports, *rest: seen.extend(reports) or step(reports, *rest)
     before = one.server.parameters.detach().clone()
     one.run_round()
     updates = [one.server.receive(r, 1)["update"].dense().double() for r in seen]

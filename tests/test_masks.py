@@ -200,7 +200,7 @@ def test_snip_keeps_the_weights_with_the_best_averaged_scores(tmp_path, monkeypa
     one = federation(tmp_path, *SNIP, "clients.total=3", "clients.per_round=3")
     weights, seen = one.server.parameters.detach().clone(), []
     choose = one.server.choose_mask
-    monkeypatch.setattr(one.server, "choose_mask", lambda r: seen.extend(r) or choose(r))
+    monkeypatch.setattr(one.server, "choose_mask", lambda r, *rest: seen.extend(r) or choose(r))
     state = torch.random.get_rng_state()
     one.choose_mask([0, 1, 2])
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -1,0 +1,216 @@
+"""Placement of clients, teams of ranks, the exchange, and ranks that die."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import PYTHON, REPOSITORY, SCRIPTS, launch, summary, tiny_command
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distributed import Team, place
+
+# SCAFFOLD's controls and error feedback's residuals move between ranks with their clients, on
+# shards from 1 to 300 pictures; GroupNorm and BatchNorm.
+UNEQUAL = ["local.algorithm=SCAFFOLD", "data.partition.name=exponential", "clients.total=6"]
+UNEQUAL += ["local.steps=null", "local.epochs=1", "local.batch_size=64", "clients.per_round=5"]
+GROUP = ["model.name=resnet18", "model.width=0.0625", "model.norm=group(2)", *UNEQUAL]
+BATCH = ["model.name=resnet18", "model.width=0.0625", *UNEQUAL, "data.partition.name=linear"]
+
+
+def port(first: int = 20000) -> str:
+    return str(first + os.getpid() % 20000)
+
+
+def torchrun(num_ranks: int, folder, *words: str, timeout: float = 240):
+    command = [str(SCRIPTS / "torchrun"), "--nproc_per_node", str(num_ranks)]
+    command += ["--master_port", port(), *tiny_command(folder, *words)]
+    done = launch(*command, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return folder / "tiny-s1"
+
+
+def rows(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
+# --- placement ------------------------------------------------------------------------------------
+
+
+def test_the_longest_goes_first_to_the_team_that_is_done_first():
+    costs = {0: 2.0, 1: 9.0, 2: 3.0, 3: 4.0, 4: 4.0}
+    # 9 -> team 0; 4 (client 3), 4 (client 4) -> team 1; 3 -> team 1 at 8; 2 -> team 0 at 9
+    assert place(costs, 2, {1: 0}) == {1: 0, 3: 1, 4: 1, 2: 1, 0: 0}
+
+
+def test_a_client_stays_at_home_where_teams_are_done_together():
+    assert place({4: 1.0, 5: 1.0}, 3, {4: 2, 5: 1}) == {4: 2, 5: 1}
+    assert place({4: 1.0, 5: 1.0}, 3, {}) == {4: 1, 5: 2}  # a home that is not known: client mod 3
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=30), st.integers(1, 8))
+def test_no_team_works_longer_than_grahams_bound(costs, num_teams):
+    placed = place(dict(enumerate(map(float, costs))), num_teams, {})
+    loads = [sum(costs[c] for c, t in placed.items() if t == team) for team in range(num_teams)]
+    least = max(max(costs), -(-sum(costs) // num_teams))  # no placement is better than that
+    assert len(placed) == len(costs) and max(loads) <= least + max(costs) * (1 - 1 / num_teams)
+
+
+def test_a_team_of_one_does_nothing():
+    tensor = torch.ones(3)
+    Team().sum_(tensor)
+    assert tensor.tolist() == [1, 1, 1] and Team().share("state") == "state"
+
+
+# --- the same model for any number of ranks -------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[GROUP, BATCH], ids=["GroupNorm", "BatchNorm"])
+def alone(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    done = launch(PYTHON, *tiny_command(folder, *request.param))
+    assert done.returncode == 0, done.stderr
+    return request.param, folder / "tiny-s1"
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 7])  # 7: more than there are clients in a round
+def test_states_move_between_ranks_and_the_model_is_that_of_one(alone, num_ranks, tmp_path):
+    words, one = alone
+    if num_ranks == 7 and words is BATCH:
+        pytest.skip("once is enough")
+    many = torchrun(num_ranks, tmp_path, *words)
+    assert summary(many)["model_sha256"] == summary(one)["model_sha256"]
+    assert (many / "ledger.csv").read_text() == (one / "ledger.csv").read_text()
+    assert summary(many)["client_accuracy_mean"] == summary(one)["client_accuracy_mean"]
+
+
+def test_an_all_reduce_of_sums_is_near(alone, tmp_path):
+    """It exchanges sums in place of payloads; what clients sent, and the ledger, are the same."""
+    words, one = alone
+    two = torchrun(2, tmp_path / "sums", *words, "distributed.exchange=allreduce")
+    states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (one, two)]
+    torch.testing.assert_close(*(s["parameters"] for s in states), rtol=1e-4, atol=1e-5)
+    lengths = [[r.split(",")[:4] for r in (f / "ledger.csv").open()] for f in (one, two)]
+    assert lengths[0] == lengths[1]
+
+
+def test_what_ranks_exchange_is_counted_beside_the_ledger(alone, tmp_path):
+    words, one = alone
+    two = torchrun(2, tmp_path, *words)
+    assert all(row["bytes_between_ranks"] == 0 for row in rows(one))
+    for row in rows(two):  # payloads of the other rank, padded to the longer, and a few lines
+        assert 0 < row["bytes_between_ranks"] < row["bytes_up"] + 8000
+    assert summary(two)["bytes_up"] == summary(one)["bytes_up"]
+
+
+# --- teams ----------------------------------------------------------------------------------------
+
+TEAM = ["model.name=resnet18", "model.width=0.0625", "model.norm=group(2)", "rounds=3"]
+TEAM += ["pruning.method=none", "uplink.values=fp32", "local.batch_size=17", "local.clip=1"]
+
+
+@pytest.mark.parametrize("algorithm", ["FedAvg", "SCAFFOLD"])
+def test_two_ranks_a_client_train_as_one(tmp_path, algorithm):
+    words = [*TEAM, f"local.algorithm={algorithm}"]
+    done = launch(PYTHON, *tiny_command(tmp_path / "one", *words))
+    assert done.returncode == 0, done.stderr
+    one = tmp_path / "one" / "tiny-s1"
+    four = torchrun(4, tmp_path / "four", *words, "distributed.ranks_per_client=2")
+    states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (one, four)]
+    torch.testing.assert_close(*(s["parameters"] for s in states), rtol=1e-5, atol=1e-5)
+    losses = [[row["train_loss"] for row in rows(folder)] for folder in (one, four)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert (one / "ledger.csv").read_text() == (four / "ledger.csv").read_text()
+
+
+def test_teams_that_do_not_come_out_even_are_refused(tmp_path):
+    command = [str(SCRIPTS / "torchrun"), "--nproc_per_node", "3", "--master_port", port()]
+    done = launch(*command, *tiny_command(tmp_path, "distributed.ranks_per_client=2"))
+    assert done.returncode != 0
+    assert "error: distributed.ranks_per_client: 2 does not divide the 3 processes" in done.stderr
+
+
+# --- several machines, and ranks that die ---------------------------------------------------------
+
+
+def start_nodes(folder, *words: str) -> list[subprocess.Popen]:
+    """Two torchruns that meet as two machines would, a rank each."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [str(SCRIPTS / "torchrun"), "--nnodes", "2", "--nproc_per_node", "1"]
+    command += ["--master_addr", "127.0.0.1", "--master_port", port(30000)]
+    return [
+        subprocess.Popen(
+            [*command, "--node_rank", str(node), *tiny_command(folder, *words)],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(2)
+    ]
+
+
+def test_two_machines_end_with_the_model_of_one(alone, tmp_path):
+    words, one = alone
+    nodes = start_nodes(tmp_path, *words)
+    outputs = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert summary(tmp_path / "tiny-s1")["model_sha256"] == summary(one)["model_sha256"]
+
+
+def workers(process: subprocess.Popen) -> list[int]:
+    """The ranks below a launcher, by process id."""
+    listed = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
+    )
+    return [int(line.split()[0]) for line in listed.stdout.splitlines() if "main.py" in line]
+
+
+def kill_one_rank(folder, launcher: list[str], words: list[str], after: int) -> tuple:
+    """Start, SIGKILL the last rank after some rounds; return (the launcher's process, when)."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*launcher, *tiny_command(folder, *words)],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    log = folder / "tiny-s1" / "rounds.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= after):
+        time.sleep(0.02)
+    assert process.returncode is None, process.stdout.read()
+    os.kill(max(workers(process)), signal.SIGKILL)
+    return process, time.monotonic()
+
+
+def test_when_a_rank_dies_the_others_say_so_and_the_same_command_goes_on(alone, tmp_path):
+    words, one = alone
+    launcher = [str(SCRIPTS / "torchrun"), "--nproc_per_node", "4", "--master_port", port()]
+    process, killed = kill_one_rank(tmp_path, launcher, words, after=2)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode != 0 and time.monotonic() - killed < 60
+    assert "error: another process of this run does not answer" in output
+    assert "Traceback" not in output.split("error: another process")[0]
+    again = torchrun(4, tmp_path, *words)
+    assert summary(again)["model_sha256"] == summary(one)["model_sha256"]
+    assert (again / "ledger.csv").read_text() == (one / "ledger.csv").read_text()
+
+
+def test_a_launcher_that_restarts_needs_no_hand(alone, tmp_path):
+    words, one = alone
+    launcher = [str(SCRIPTS / "torchrun"), "--nproc_per_node", "4", "--max_restarts", "1"]
+    launcher += ["--master_port", port()]
+    process, _ = kill_one_rank(tmp_path, launcher, words, after=2)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "resuming" in output
+    resumed = tmp_path / "tiny-s1"
+    assert summary(resumed)["model_sha256"] == summary(one)["model_sha256"]
+    assert (resumed / "ledger.csv").read_text() == (one / "ledger.csv").read_text()
