@@ -7,6 +7,7 @@ the client or on who was trained before.
 import math
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +17,22 @@ from cnn_model import FlatModel
 from config import Local
 from data import Pictures
 from distributed import Team
+from engines import Amend, TorchEngine, autocast
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-ALONE = Team()
 PROBE_SECONDS = 2.0
 CLEARLY_FASTER = 0.85  # bf16 must take less than this share of fp32's time: probes are noisy
+
+
+class Engine(Protocol):
+    """What train() needs of engines.py's or deepspeed_engine.py's."""
+
+    model: FlatModel
+    team: Team
+
+    def begin(self, lr: float) -> None: ...
+    def forward(self, images: Tensor) -> Tensor: ...
+    def backward(self, loss: Tensor, share: float) -> None: ...
+    def step(self, amend: Amend | None) -> Tensor | int: ...
 
 
 class Interrupted(Exception):
@@ -56,40 +68,26 @@ def batch_bounds(num_examples: int, batch_size: int) -> list[int]:
 
 
 def train(
-    model: FlatModel,
+    engine: Engine,
     pictures: Pictures,
     indices: Tensor,  # int64 [num_examples], on the device
     local: Local,
     lr: float,
-    precision: str,
     seed: int,
     stop: Callable[[], bool] = lambda: False,
-    pruned: Tensor | None = None,  # bool [num_parameters]: weights that stay 0
-    correct: Callable[[Tensor, Tensor], None] = lambda x, gradient: None,  # see algorithms.py
-    team: Team = ALONE,  # the ranks that train this client together
+    amend: Amend | None = None,  # see engines.py
 ) -> tuple[float, int]:
-    """Train `model` in place on the pictures at `indices`.
+    """Train the engine's model in place on the pictures at `indices`.
 
     Returns the mean loss of the batches and the number of steps that were skipped, as fp16 does
     where a gradient overflows. Raises Interrupted between two batches once stop() says so.
     """
+    model, team = engine.model, engine.team
     generator = torch.Generator(model.device).manual_seed(seed)
-    parameters = torch.nn.Parameter(model.parameters)
-    parameters.grad = model.gradients
-    optimizer = torch.optim.SGD(
-        [parameters],
-        lr=lr,
-        momentum=local.momentum,
-        nesterov=local.nesterov,
-        weight_decay=local.weight_decay,
-        fused=True,
-    )
-    if pruned is not None:
-        pruned = pruned.to(model.device)
-    scaler = torch.amp.GradScaler(model.device.type, 2.0**10, enabled=precision == "fp16")
     steps = num_steps(local, len(indices))
     total_loss = torch.zeros((), device=model.device)
     num_skipped = torch.zeros((), dtype=torch.int64, device=model.device)
+    engine.begin(lr)
     model.train()
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # dropout draws from the global generator
@@ -98,24 +96,14 @@ def train(
             if stop():
                 raise Interrupted
             images, labels = pictures.train_batch(batch, generator)
-            images, labels = images[team.rank :: team.size], labels[team.rank :: team.size]
-            model.gradients.zero_()
-            if len(labels):
-                with autocast(model.device, precision):
-                    loss = cross_entropy(model.network(images), labels) * (len(labels) / len(batch))
-                scaler.scale(loss).backward()
-                total_loss += loss.detach()
-            team.sum_(model.gradients)
-            scaler.unscale_(optimizer)
-            if scaler.is_enabled():
-                num_skipped += ~model.gradients.isfinite().all()
-            correct(model.parameters, model.gradients)
-            if pruned is not None:  # before clipping: a weight without gradient never leaves 0
-                model.gradients.masked_fill_(pruned, 0.0)
-            if local.clip:
-                torch.nn.utils.clip_grad_norm_([parameters], local.clip)
-            scaler.step(optimizer)
-            scaler.update()
+            # A rank beyond the end of a small batch looks at a picture that does not count.
+            mine = slice(team.rank, None, team.size) if team.rank < len(batch) else slice(1)
+            images, labels = images[mine], labels[mine]
+            share = len(labels) / len(batch) if team.rank < len(batch) else 0.0
+            loss = cross_entropy(engine.forward(images), labels)
+            engine.backward(loss, share)
+            num_skipped += engine.step(amend)
+            total_loss += loss.detach() * share
     team.sum_(total_loss)
     if team.size > 1:  # each rank's BatchNorm saw its part of the batches
         team.sum_(model.buffers)
@@ -142,6 +130,7 @@ def loss_gradient(
     devices = [model.device] if model.device.type == "cuda" else []
     num_batches = num_batches or len(batch_bounds(len(indices), batch_size)) - 1
     num_examples = 0
+    parameters, views = list(model.network.parameters()), model.views(model.gradients)
     model.train()
     model.gradients.zero_()
     with torch.random.fork_rng(devices):
@@ -150,7 +139,9 @@ def loss_gradient(
             if stop():
                 raise Interrupted
             images, labels = pictures.train_batch(batch, generator)
-            cross_entropy(model.network(images), labels, reduction="sum").backward()
+            loss = cross_entropy(model.network(images), labels, reduction="sum")
+            # Not backward(): ZeRO would take the gradients for its own.
+            torch._foreach_add_(views, torch.autograd.grad(loss, parameters))
             num_examples += len(batch)
     model.buffers.copy_(buffers)
     return model.gradients / num_examples
@@ -166,10 +157,6 @@ def _batches(indices: Tensor, batch_size: int, steps: int, generator: torch.Gene
                 return
             yield shuffled[start:stop]
             done += 1
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, AUTOCAST[precision], enabled=precision != "fp32")
 
 
 @torch.no_grad()
@@ -193,12 +180,13 @@ def probe_precision(model: FlatModel, pictures: Pictures, local: Local) -> dict[
     """
     indices = torch.arange(min(local.batch_size, pictures.num_train), device=model.device)
     one_step = Local(steps=1, batch_size=local.batch_size)
-    seconds: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    engines = {name: TorchEngine(model, one_step, name, Team()) for name in ("fp32", "bf16")}
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
     begin = time.perf_counter()
     while time.perf_counter() - begin < PROBE_SECONDS or len(seconds["bf16"]) < 2:
         for precision, times in seconds.items():
             start = time.perf_counter()
-            train(model, pictures, indices, one_step, 1e-9, precision, seed=0)
+            train(engines[precision], pictures, indices, one_step, 1e-9, seed=0)
             times.append(time.perf_counter() - start)
     return {precision: min(times) for precision, times in seconds.items()}
 

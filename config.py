@@ -189,6 +189,7 @@ class Network:
 class Distributed:
     """How the processes of a run work together, see docs/ranks.md."""
 
+    engine: str = one_of("auto", "accelerate", "deepspeed")  # auto: deepspeed under its launcher
     ranks_per_client: int = between(1, 1)  # processes that train one client together
     exchange: str = one_of("gather", "allreduce")  # payloads; or sums, equal to 1e-6
     timeout_seconds: int = between(1800, 1)  # how long a process waits for the slowest

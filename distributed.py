@@ -84,8 +84,12 @@ class Ranks:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device: cuda was asked for and torch sees no GPU; use device=cpu")
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            _init_process_group(on_cpu, timedelta(seconds=settings.timeout_seconds))
+        launched_by_deepspeed = "CROSS_RANK" in os.environ  # set by its launcher and by no other
+        self.use_deepspeed = settings.engine == "deepspeed" or (
+            settings.engine == "auto" and launched_by_deepspeed
+        )
+        timeout = timedelta(seconds=settings.timeout_seconds)
+        _init_process_group(on_cpu, timeout, launched_by_deepspeed or self.use_deepspeed)
         try:
             self.accelerator = Accelerator(
                 cpu=on_cpu, log_with=config.trackers or None, project_dir=config.run_folder
@@ -223,14 +227,26 @@ def _lost_ranks() -> Iterator[None]:
         ) from None
 
 
-def _init_process_group(on_cpu: bool, timeout: timedelta) -> None:
+def _init_process_group(on_cpu: bool, timeout: timedelta, by_deepspeed: bool) -> None:
+    """Join the processes that a launcher started; alone, only DeepSpeed needs a group, of one."""
     backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
-    if "CROSS_RANK" in os.environ:  # set by DeepSpeed's launcher and by no other
+    is_launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if not by_deepspeed:
+        if is_launched:
+            dist.init_process_group(backend, timeout=timeout)
+        return
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
         import deepspeed
-
-        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout)
+    except ImportError:
+        raise ConfigError("distributed.engine: deepspeed is not installed (Linux only)") from None
+    # Only inference on CPUs uses this C++ kernel; building it takes minutes and a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not is_launched:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
 
 
 def _pack_reports(reports: list[Report]) -> bytes:

@@ -60,7 +60,14 @@ class Federation:
         on_device = [torch.from_numpy(indices).to(ranks.device) for indices in self.clients]
         self.homes: dict[int, int] = {}  # client: the team whose leader holds its state
         self.trainer = Trainer(
-            config, self.model, self.pictures, on_device, self.server, self._store(), ranks.team
+            config,
+            self.model,
+            self.pictures,
+            on_device,
+            self.server,
+            self._store(),
+            ranks.team,
+            ranks.use_deepspeed,
         )
         self.link = Link(network.uplink_mbps, network.downlink_mbps, network.latency_ms)
         self.hardware = Device(network.ms_per_example)

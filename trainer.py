@@ -7,15 +7,16 @@ what it owes (residual, velocity), what its algorithm keeps, and perhaps its own
 import torch
 from torch import Tensor
 
-from algorithms import State, reach
+from algorithms import FedAvg, State, reach
 from channel import ErrorFeedback
-from client import Interrupted, local_lr, loss_gradient, num_steps, train
+from client import Engine, Interrupted, local_lr, loss_gradient, num_steps, train
 from client_store import ClientStore
 from cnn_model import FlatModel
 from compression import NotFinite, all_finite, encode
 from config import Config
 from data import Pictures
 from distributed import Report, Team
+from engines import TorchEngine
 from masks import encode_scores
 from server import Broadcast, Server
 
@@ -39,10 +40,12 @@ class Trainer:
         server: Server,
         store: ClientStore,
         team: Team,
+        use_deepspeed: bool,
     ):
         self.config, self.model, self.pictures, self.clients = config, model, pictures, clients
         self.server, self.algorithm, self.store = server, server.algorithm, store
-        self.team = team
+        self.team, self.use_deepspeed = team, use_deepspeed
+        self.engine: Engine | None = None
         self.precision = config.precision
         self.feedback = _error_feedback(config)
         # FedBN (Li et al. 2021, arXiv 2102.07623): the norm layers are each client's own.
@@ -157,21 +160,39 @@ class Trainer:
         """Train the model in the network on the client's pictures; note how it went."""
         local, indices = self.config.local, self.clients[report.client]
         lr = local_lr(local, number, self.config.rounds)
+        if self.engine is None:
+            self.engine = self._make_engine()
         report.loss, report.num_skipped = train(
-            self.model,
+            self.engine,
             self.pictures,
             indices,
             local,
             lr,
-            self.precision,
             self.config.seed_for("training", number, report.client),
             self._stops,
-            self.server.pruned,
-            self.algorithm.gradient,
-            self.team,
+            self._amend if self._amends() else None,
         )
         steps = num_steps(local, len(indices)) - report.num_skipped
         report.reach = reach(lr, steps, local.momentum, local.nesterov)
+
+    def _make_engine(self) -> Engine:
+        """Only now: its precision has been settled since the start."""
+        if self.use_deepspeed:
+            from deepspeed_engine import DeepSpeedEngine  # takes seconds
+
+            folder = self.config.run_folder
+            return DeepSpeedEngine(self.model, self.config, self.precision, self.team, folder)
+        return TorchEngine(self.model, self.config.local, self.precision, self.team)
+
+    def _amends(self) -> bool:
+        corrects = type(self.algorithm).gradient is not FedAvg.gradient
+        return corrects or self.server.pruned is not None
+
+    def _amend(self, x: Tensor, gradient: Tensor) -> None:
+        """The algorithm's correction; weights that are pruned get no gradient and never leave 0."""
+        self.algorithm.gradient(x, gradient)
+        if self.server.pruned is not None:
+            gradient.masked_fill_(self.server.pruned.to(gradient.device), 0.0)
 
     def _gradient(self, purpose: str, number: int, client: int, batches: int | None) -> Tensor:
         """A client's gradient at the weights in the network, float32 [num_parameters]."""

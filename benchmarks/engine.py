@@ -26,11 +26,12 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from client import autocast, batch_bounds, local_lr
+from client import batch_bounds, local_lr
 from cnn_model import build_network
 from command_line import load_config
 from config import Config
 from distributed import Ranks
+from engines import autocast
 from experiment import settle_precision
 from federated import Federation
 from runlog import RunFolder

@@ -28,6 +28,8 @@ from cnn_model import FlatModel, build_network
 from config import Local, Schedule
 from data import Pictures
 from data.datasets import Dataset
+from distributed import Team
+from engines import TorchEngine
 
 CPU = torch.device("cpu")
 PLAIN = Local(epochs=1, batch_size=8, lr=0.1, momentum=0.0, weight_decay=0.0)
@@ -133,11 +135,15 @@ def network(name: str = "lenet", seed: int = 0) -> nn.Module:
 def fit(name: str = "lenet", local: Local = PLAIN, seed: int = 3, **more):
     """Train a fresh model; return it and its mean loss."""
     model = FlatModel(network(name), CPU)
-    settings = dict(lr=local.lr, precision="fp32", seed=seed) | more
-    indices = settings.pop("indices", INDICES)
-    loss, num_skipped = train(model, PICTURES, indices, local, **settings)
+    settings = dict(lr=local.lr, precision="fp32", indices=INDICES, seed=seed) | more
+    loss, num_skipped = run(model, local, **settings)
     assert num_skipped == 0
     return model, loss
+
+
+def run(model, local, lr, precision="fp32", seed=3, indices=INDICES, pictures=None, **more):
+    engine = TorchEngine(model, local, precision, Team())
+    return train(engine, pictures or PICTURES, indices, local, lr, seed, **more)
 
 
 def plain_loop(module: nn.Module, local: Local, lr: float, seed: int, indices=INDICES) -> float:
@@ -220,7 +226,7 @@ def test_the_result_depends_on_the_seed_and_not_on_what_happened_before(name):
     other.parameters.copy_(FlatModel(network(name), CPU).parameters)  # as a rank does
     other.buffers.copy_(FlatModel(network(name), CPU).buffers)
     other.network.eval()  # as evaluate() leaves it
-    again, _ = train(other, PICTURES, INDICES, PLAIN, PLAIN.lr, "fp32", seed=3)
+    again, _ = run(other, PLAIN, PLAIN.lr)
     assert torch.equal(other.parameters, first.parameters) and again == first_loss
     assert torch.equal(other.buffers, first.buffers)
 
@@ -247,7 +253,7 @@ def test_shuffles_come_from_the_clients_own_generator():
             return PICTURES.train_batch(indices, generator)
 
     model = FlatModel(network("cnn"), CPU)
-    train(model, Recorder(), INDICES, replace(PLAIN, epochs=2), 0.1, "fp32", seed=3)
+    run(model, replace(PLAIN, epochs=2), 0.1, pictures=Recorder())
     generator = torch.Generator().manual_seed(3)
     orders = [INDICES[torch.randperm(22, generator=generator)] for _ in range(2)]
     expected = [batch for order in orders for batch in order.split(8)]
@@ -270,16 +276,16 @@ def test_stop_is_asked_before_each_batch(after):
     answers = iter([False] * after + [True])
     model, expected = FlatModel(network(), CPU), FlatModel(network(), CPU)
     with pytest.raises(Interrupted):
-        train(model, PICTURES, INDICES, PLAIN, 0.1, "fp32", 3, stop=lambda: next(answers))
+        run(model, PLAIN, 0.1, stop=lambda: next(answers))
     if after:
-        train(expected, PICTURES, INDICES, replace(PLAIN, steps=after), 0.1, "fp32", 3)
+        run(expected, replace(PLAIN, steps=after), 0.1)
     assert torch.equal(model.parameters, expected.parameters)
 
 
 def test_gradients_of_an_earlier_client_do_not_leak():
     model = FlatModel(network(), CPU)
     model.gradients.fill_(1e3)
-    train(model, PICTURES, INDICES, PLAIN, PLAIN.lr, "fp32", seed=3)
+    run(model, PLAIN, PLAIN.lr)
     assert torch.equal(model.parameters, fit()[0].parameters)
 
 
@@ -301,7 +307,7 @@ def test_fp16_keeps_small_gradients_by_scaling_the_loss():
     for precision in ("fp32", "fp16"):
         model = FlatModel(network(), CPU)
         model.views(model.parameters)[-1][0] = 14.0  # nearly certain, and right
-        train(model, PICTURES, zeros, replace(PLAIN, steps=1), 1.0, precision, seed=3)
+        run(model, replace(PLAIN, steps=1), 1.0, precision, indices=zeros)
         gradients[precision] = model.gradients
     exact = gradients["fp32"]
     assert 0 < exact.norm() < 1e-4
@@ -347,9 +353,9 @@ def test_bf16_is_chosen_where_it_is_clearly_faster():
 def test_the_probe_times_a_step_of_each_precision_in_turn(monkeypatch, batch_size, expected):
     calls = []
 
-    def record(model, pictures, indices, local, lr, precision, seed):
+    def record(engine, pictures, indices, local, lr, seed):
         assert local.steps == 1 and local.batch_size == batch_size and len(indices) == expected
-        calls.append(precision)
+        calls.append(engine.precision)
 
     monkeypatch.setattr(client, "train", record)
     monkeypatch.setattr(client, "PROBE_SECONDS", 0.0)
@@ -377,18 +383,16 @@ def test_pruned_weights_stay_zero_and_have_no_part_in_clipping():
     pruned = torch.rand(len(model.parameters), generator=generator) < 0.3
     model.parameters.masked_fill_(pruned, 0.0)
     start = model.parameters.clone()
-    train(model, PICTURES, INDICES, replace(local, steps=1), 0.1, "fp32", 3, pruned=pruned)
+
+    def keep_zero(x, gradient):
+        gradient.masked_fill_(pruned, 0.0)
+
+    run(model, replace(local, steps=1), 0.1, amend=keep_zero)
     assert not model.parameters[pruned].any()
     moved = model.parameters - (1 - 0.1 * 0.01) * start
     assert float(moved.norm()) == pytest.approx(0.1 * 1e-3, rel=1e-2)  # clipped on the mask alone
-    train(model, PICTURES, INDICES, local, 0.1, "fp32", 4, pruned=pruned)
+    run(model, local, 0.1, seed=4, amend=keep_zero)
     assert not model.parameters[pruned].any() and model.parameters[~pruned].any()
-
-
-def test_training_under_a_mask_of_nothing_is_training():
-    dense, nothing = fit(), torch.zeros(len(fit()[0].parameters), dtype=torch.bool)
-    masked = fit(pruned=nothing)
-    assert torch.equal(dense[0].parameters, masked[0].parameters) and dense[1] == masked[1]
 
 
 @pytest.mark.parametrize("name", ["lenet", "resnet18", "cnn"])
@@ -415,3 +419,28 @@ def test_the_gradient_for_masks_is_that_of_autograd_and_leaves_nothing_behind(na
 def test_a_gradient_for_masks_can_be_interrupted():
     with pytest.raises(Interrupted):
         loss_gradient(FlatModel(network(), CPU), PICTURES, INDICES, 8, 4, 3, lambda: True)
+
+
+def test_momentum_is_sound_where_the_first_step_overflows(monkeypatch):
+    """fp16: torch's fused SGD would go on from uninitialised memory."""
+    monkeypatch.setattr("engines.FIRST_SCALE_POWER", 22)
+    model = FlatModel(network(), CPU)
+    junk = torch.full_like(model.parameters, 1e30)  # what freed memory may hold
+    del junk
+    _, num_skipped = run(model, replace(PLAIN, momentum=0.9, epochs=3), 0.1, "fp16")
+    assert model.parameters.abs().max() < 10 and 0 < num_skipped < 9
+
+
+def test_a_correction_is_applied_to_unscaled_gradients_before_clipping():
+    """A correction of 3 in one weight, with everything else zeroed: clipped to 1, in fp16 too."""
+    for precision in ("fp32", "fp16"):
+        model = FlatModel(network(), CPU)
+        start = model.parameters.clone()
+
+        def amend(x, gradient):
+            gradient.zero_()
+            gradient[5] = 3.0
+
+        run(model, replace(PLAIN, steps=1, clip=1.0), 0.5, precision, amend=amend)
+        moved = model.parameters - start
+        assert moved[5] == pytest.approx(-0.5, rel=1e-5) and moved.count_nonzero() == 1

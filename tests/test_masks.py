@@ -171,10 +171,10 @@ def test_the_global_model_and_all_messages_stay_on_the_mask(tmp_path, monkeypatc
     received, learned = [], []
     original = trainer.train
 
-    def train(model, *rest):
-        received.append(model.parameters.clone())
-        loss = original(model, *rest)
-        learned.append(model.parameters.clone())
+    def train(engine, *rest):
+        received.append(engine.model.parameters.clone())
+        loss = original(engine, *rest)
+        learned.append(engine.model.parameters.clone())
         return loss
 
     monkeypatch.setattr(trainer, "train", train)

@@ -203,11 +203,11 @@ def test_error_feedback_conserves_what_clients_learned(tmp_path):
 
 
 def test_a_client_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypatch):
-    def train(model, pictures, indices, *rest):
+    def train(engine, *rest):
         if calls.append(1) or len(calls) == 2:  # the second client diverges
-            model.parameters.fill_(float("nan"))
+            engine.model.parameters.fill_(float("nan"))
             return float("nan"), 0
-        return original(model, pictures, indices, *rest)
+        return original(engine, *rest)
 
     calls, original = [], trainer.train
     monkeypatch.setattr(trainer, "train", train)
@@ -250,8 +250,8 @@ def test_a_refused_payload_goes_back_into_the_residual(tmp_path, monkeypatch, bu
 
 
 def test_a_round_with_nobody_left_keeps_the_model(tmp_path, monkeypatch):
-    def diverge(model, *_):
-        model.parameters.fill_(float("inf"))
+    def diverge(engine, *_):
+        engine.model.parameters.fill_(float("inf"))
         return float("nan"), 0
 
     monkeypatch.setattr(trainer, "train", diverge)
@@ -280,9 +280,9 @@ def test_clients_train_from_what_they_decoded(tmp_path, monkeypatch):
     starts = []
     original = trainer.train
 
-    def train(model, *rest):
-        starts.append(model.parameters.clone())
-        return original(model, *rest)
+    def train(engine, *rest):
+        starts.append(engine.model.parameters.clone())
+        return original(engine, *rest)
 
     monkeypatch.setattr(trainer, "train", train)
     one = federation(tmp_path, "downlink.values=fp16")

@@ -1,0 +1,77 @@
+"""What turns a batch's loss into a step: plain PyTorch, on the flat vectors of a FlatModel.
+
+deepspeed_engine.py is the other engine, with the same methods; client.train() uses either.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cnn_model import FlatModel
+from config import Local
+from distributed import Team
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+FIRST_SCALE_POWER = 10  # of fp16's loss scale: 2^10
+
+# Corrects the gradient in place, given the weights: after unscaling, before clipping.
+Amend = Callable[[Tensor, Tensor], None]
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, AUTOCAST[precision], enabled=precision != "fp32")
+
+
+class TorchEngine:
+    """forward, backward, step for each batch; begin() before a client's first.
+
+    team: the ranks that share each client's batches; their gradients are added up.
+    """
+
+    def __init__(self, model: FlatModel, local: Local, precision: str, team: Team):
+        self.model, self.precision, self.team, self.clip = model, precision, team, local.clip
+        self.parameters = torch.nn.Parameter(model.parameters)
+        self.parameters.grad = model.gradients
+        self.sgd = torch.optim.SGD(
+            [self.parameters],
+            lr=local.lr,
+            momentum=local.momentum,
+            nesterov=local.nesterov,
+            weight_decay=local.weight_decay,
+            fused=True,
+        )
+
+    def begin(self, lr: float) -> None:
+        """Train from what model.parameters holds, without memory of the client before."""
+        self.sgd.param_groups[0]["lr"] = lr
+        if self.sgd.param_groups[0]["momentum"]:
+            # Fused SGD would leave it uninitialised where the first step overflows (fp16).
+            self.sgd.state[self.parameters]["momentum_buffer"] = torch.zeros_like(self.parameters)
+        device, scale = self.model.device.type, 2.0**FIRST_SCALE_POWER
+        self.scaler = torch.amp.GradScaler(device, scale, enabled=self.precision == "fp16")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, float32 [B, num_classes]."""
+        self.model.gradients.zero_()
+        with autocast(self.model.device, self.precision):
+            return self.model.network(images).float()
+
+    def backward(self, loss: Tensor, share: float) -> None:
+        """The gradient of a mean loss over `share` of the batch; the team has the rest."""
+        self.scaler.scale(loss * share).backward()
+        self.team.sum_(self.model.gradients)
+
+    def step(self, amend: Amend | None) -> Tensor | int:
+        """Amend, clip and apply the gradient; return 1 if fp16 overflowed and skipped the step."""
+        skipped: Tensor | int = 0
+        self.scaler.unscale_(self.sgd)
+        if self.scaler.is_enabled():
+            skipped = ~self.model.gradients.isfinite().all()
+        if amend:
+            amend(self.model.parameters, self.model.gradients)
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_([self.parameters], self.clip)
+        self.scaler.step(self.sgd)
+        self.scaler.update()
+        return skipped
