@@ -50,7 +50,7 @@ class Channel:
         payload, sent = encode(part, layout, link.values, select, link.dense_below, seed)
         return payload, self._lift(sent, support)
 
-    def decode(self, payload: bytes, round: int, client: int = ALL) -> Decoded:
+    def decode(self, payload: bytes | memoryview, round: int, client: int = ALL) -> Decoded:
         """Raises PayloadError."""
         support, layout, _ = self._support(round, client)
         return self._lift(decode(payload, layout), support)

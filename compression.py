@@ -147,7 +147,7 @@ def encode(
     return payload, _joined(layout, large, small, _read_back(payload, body, rest))
 
 
-def decode(payload: bytes, layout: Layout) -> Decoded:
+def decode(payload: bytes | memoryview, layout: Layout) -> Decoded:
     """Decode a stranger's bytes. Raises PayloadError, never anything else."""
     selection, kind, flags, body = unpack(payload, layout)
     if selection not in KINDS:

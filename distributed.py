@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -20,6 +21,7 @@ from torch import Tensor
 from config import Config, ConfigError
 
 T = TypeVar("T")
+Blob = bytes | memoryview
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Report:
     reach: float = 0.0  # see algorithms.py
     num_skipped: int = 0  # steps that fp16 left out
     failure: str = ""
-    payloads: dict[str, bytes] = field(default_factory=dict)  # empty where they stayed elsewhere
+    payloads: dict[str, Blob] = field(default_factory=dict)  # empty where they stayed elsewhere
     lengths: dict[str, int] = field(default_factory=dict)  # of the payloads, in bytes
     numbers: dict[str, int] = field(default_factory=dict)  # how many each payload carries
 
@@ -101,6 +103,7 @@ class Ranks:
         self.size = self.accelerator.num_processes
         self.is_main = self.rank == 0
         self.received = 0
+        self._held = torch.empty(self.size + 1, 0, dtype=torch.uint8)
         self.adds_up = settings.exchange == "allreduce"
         self._make_teams(settings.ranks_per_client)
 
@@ -116,26 +119,38 @@ class Ranks:
             first = self.team_number * size
             self.team = Team(self.rank % size, size, first, groups[self.team_number])
 
-    def gather(self, blob: bytes) -> list[bytes]:
-        """Everybody's bytes, in rank order. Nothing but the bytes and their lengths travels."""
+    def gather(self, *parts: Blob) -> list[memoryview]:
+        """Everybody's bytes, in rank order. Nothing but the bytes and their lengths travels.
+
+        parts: what this rank gives, one after the other. What comes back is overwritten by the next
+        call: a round's payloads are read in place, in memory that is touched once in a run.
+        """
         if self.size == 1:
-            return [blob]
+            return [memoryview(b"".join(parts))]
+        length = sum(map(len, parts))
         with _lost_ranks():
-            lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-            dist.all_gather(lengths, torch.tensor([len(blob)]))
-            longest = max(int(length) for length in lengths)
-            mine = torch.zeros(longest, dtype=torch.uint8)
-            mine[: len(blob)] = torch.frombuffer(bytearray(blob or b" "), dtype=torch.uint8)[
-                : len(blob)
-            ]
-            everybody = [torch.empty_like(mine) for _ in range(self.size)]
-            dist.all_gather(everybody, mine)
+            lengths = torch.empty(self.size, dtype=torch.int64)
+            dist.all_gather_into_tensor(lengths, torch.tensor([length]))
+            longest = int(lengths.max())
+            buffers = self._buffers(longest)
+            mine, at = buffers[self.size].numpy(), 0
+            for part in parts:
+                mine[at : at + len(part)] = np.frombuffer(part, np.uint8)
+                at += len(part)
+            everybody = [buffer[:longest] for buffer in buffers]
+            dist.all_gather(everybody[:-1], everybody[-1])
         self.received += (self.size - 1) * (8 + longest)
-        pairs = zip(everybody, lengths, strict=True)
-        return [tensor[: int(length)].numpy().tobytes() for tensor, length in pairs]
+        pairs = zip(everybody, lengths.tolist(), strict=False)
+        return [memoryview(tensor[:length].numpy()) for tensor, length in pairs]
+
+    def _buffers(self, length: int) -> Tensor:
+        """uint8 [size + 1, at least length]: for what comes from each rank, and what goes."""
+        if self._held.shape[1] < length:
+            self._held = torch.empty(self.size + 1, length, dtype=torch.uint8)
+        return self._held
 
     def gather_json(self, value: Any) -> list[Any]:
-        return [json.loads(blob) for blob in self.gather(json.dumps(value).encode())]
+        return [json.loads(bytes(blob)) for blob in self.gather(json.dumps(value).encode())]
 
     def exchange(self, reports: list[Report] | None) -> list[Report] | None:
         """All reports of all ranks, in client order; None if a rank gave None to stop the run.
@@ -147,7 +162,7 @@ class Ranks:
         sent = reports
         if reports and self.adds_up:
             sent = [replace(report, payloads={}) for report in reports]
-        blobs = self.gather(b"stop" if sent is None else _pack_reports(sent))
+        blobs = self.gather(*([b"stop"] if sent is None else _pack_reports(sent)))
         if b"stop" in blobs:
             return None
         everybody = {r.client: r for blob in blobs for r in _unpack_reports(blob)}
@@ -249,23 +264,25 @@ def _init_process_group(on_cpu: bool, timeout: timedelta, by_deepspeed: bool) ->
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
 
 
-def _pack_reports(reports: list[Report]) -> bytes:
-    """A line of JSON that says what follows, then the payloads one after the other."""
+def _pack_reports(reports: list[Report]) -> list[Blob]:
+    """The length of a head, the head, which says in JSON what follows, and the payloads."""
     heads = [
         dict(vars(r), payloads={kind: len(payload) for kind, payload in r.payloads.items()})
         for r in reports
     ]
     payloads = [payload for r in reports for payload in r.payloads.values()]
-    return b"".join([json.dumps(heads).encode(), b"\n", *payloads])
+    head = json.dumps(heads).encode()
+    return [len(head).to_bytes(8, "little"), head, *payloads]
 
 
-def _unpack_reports(blob: bytes) -> list[Report]:
-    line, _, rest = blob.partition(b"\n")
-    reports, position = [], 0
-    for head in json.loads(line):
+def _unpack_reports(blob: memoryview) -> list[Report]:
+    """The reports; their payloads lie in the blob."""
+    position = 8 + int.from_bytes(blob[:8], "little")
+    reports = []
+    for head in json.loads(bytes(blob[8:position])):
         payloads = {}
         for kind, length in head.pop("payloads").items():
-            payloads[kind] = rest[position : position + length]
+            payloads[kind] = blob[position : position + length]
             position += length
         reports.append(Report(**head, payloads=payloads))
     return reports

@@ -100,7 +100,7 @@ def pack(
     return b"".join((header, *body, CHECKSUM.pack(checksum.intdigest())))
 
 
-def unpack(payload: bytes, layout: Layout) -> tuple[int, int, int, memoryview]:
+def unpack(payload: bytes | memoryview, layout: Layout) -> tuple[int, int, int, memoryview]:
     """Return (selection, kind, flags, body). Raises PayloadError."""
     if len(payload) < OVERHEAD:
         raise PayloadError(f"{len(payload)} bytes are too short for a payload")
@@ -248,7 +248,7 @@ def pack_positions(positions: np.ndarray, layout: Layout) -> bytes:
     return pack(POSITIONS, coder, layout, bodies[coder])
 
 
-def unpack_positions(payload: bytes, layout: Layout) -> np.ndarray:
+def unpack_positions(payload: bytes | memoryview, layout: Layout) -> np.ndarray:
     """The positions of pack_positions(), int64, ascending. Raises PayloadError."""
     selection, coder, flags, body = unpack(payload, layout)
     if selection != POSITIONS or coder not in (RICE, BITMAP) or flags:

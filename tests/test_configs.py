@@ -64,7 +64,9 @@ def test_every_import_is_in_the_list_of_packages():
         "PIL": "torchvision",
         "huggingface_hub": "flwr-datasets",
     }
-    lines = requirement_lines() + requirement_lines("benchmarks/requirements-rivals.txt")
+    lines = requirement_lines()
+    for rivals in ("rivals", "frameworks"):
+        lines += requirement_lines(f"benchmarks/requirements-{rivals}.txt")
     listed = {re.split(r"[\[<>=;!~ ]", line)[0] for line in lines}
     paths = [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("[dbt]*/*.py")]
     ours = {path.stem for path in paths} | {"data", "bandwidth_analysis"}

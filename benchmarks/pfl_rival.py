@@ -1,0 +1,84 @@
+"""pfl-research (Granqvist et al. 2024, arXiv 2404.06430) on the task of rivals.py.
+
+    PYTHON benchmarks/pfl_rival.py TASK.npz ROUNDS PRECISION WEIGHTS.npy
+
+Set up like its own CIFAR-10 benchmark: SimulatedBackend, FederatedAveraging, users in memory as
+Dataset (what its guide calls fastest), no evaluation. Its guide starts several processes by
+torchrun. WEIGHTS.npy gets the final model, float32 [num_parameters]. The last line printed is
+JSON: `seconds` of each round, from the end of the round before.
+"""
+
+import json
+import sys
+import time
+
+import numpy as np
+import torch
+from pfl.aggregate.simulate import SimulatedBackend
+from pfl.aggregate.weighting import WeightByUser
+from pfl.algorithm.base import NNAlgorithmParams
+from pfl.algorithm.federated_averaging import FederatedAveraging
+from pfl.callback.base import TrainingProcessCallback
+from pfl.data.federated_dataset import FederatedDataset
+from pfl.data.sampling import get_user_sampler
+from pfl.hyperparam import NNTrainHyperParams
+from pfl.internal.ops.pytorch_ops import distributed
+from pfl.metrics import Metrics, Weighted
+from pfl.model.pytorch import PyTorchModel
+from rival_task import load_task
+from torch.nn.functional import cross_entropy
+
+NEVER = 10**9
+
+
+class Clock(TrainingProcessCallback):
+    """When training began and when each round ended."""
+
+    def __init__(self):
+        self.times = [time.perf_counter()]
+
+    def after_central_iteration(self, aggregate_metrics, model, *, central_iteration):
+        self.times.append(time.perf_counter())
+        return False, Metrics()
+
+
+def main() -> None:
+    file, rounds, precision, weights = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+    np.random.seed(1)  # the same in every process: they draw the cohort together
+    torch.manual_seed(1)
+    task = load_task(file)
+    network = task.network
+    network.loss = lambda images, labels: cross_entropy(network.train()(images), labels)
+    network.metrics = lambda images, labels: {"loss": Weighted(0, 1)}  # asked for in round 1
+    model = PyTorchModel(
+        network,
+        local_optimizer_create=torch.optim.SGD,
+        central_optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
+        amp_dtype=torch.bfloat16 if precision == "bf16" else None,
+    )
+    users = dict(enumerate(task.clients))
+    sampler = get_user_sampler("minimize_reuse", list(users))
+    backend = SimulatedBackend(FederatedDataset.from_slices(users, sampler), None, [WeightByUser()])
+    clock = Clock()
+    FederatedAveraging().run(
+        NNAlgorithmParams(
+            central_num_iterations=rounds,
+            evaluation_frequency=NEVER,
+            train_cohort_size=task.cohort,
+            val_cohort_size=0,
+        ),
+        backend,
+        model,
+        NNTrainHyperParams(
+            local_learning_rate=task.lr, local_num_epochs=1, local_batch_size=task.batch_size
+        ),
+        callbacks=[clock],
+        send_metrics_to_platform=False,
+    )
+    if distributed.global_rank == 0:
+        np.save(weights, torch.nn.utils.parameters_to_vector(network.parameters()).detach())
+        print(json.dumps({"seconds": np.diff(clock.times).tolist()}))
+
+
+if __name__ == "__main__":
+    main()

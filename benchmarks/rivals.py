@@ -1,0 +1,184 @@
+"""Rounds per second on pfl-research's CIFAR-10 benchmark: ours, pfl-research's and Flower's.
+
+    python benchmarks/rivals.py --pfl-python PYTHON --flower-python PYTHON
+        [--root ../shared/data] [--rounds 100] [--json] [key=value ...]
+
+The rivals run in environments of their own (requirements-frameworks.txt). All three get the same
+pictures, clients, network, initial weights, batch size, learning rate and two cores; each samples
+its cohorts itself. Ours is configs/pfl_benchmark.yaml as a user starts it: torchrun, two ranks of
+one thread, precision `auto`, every message really encoded. Of a rival each of its settings does
+a few rounds, and the fastest does the run; bf16 is among them, since `auto` may take it.
+
+A round's seconds are the median after two rounds of warm-up, without evaluation and start-up. Ours
+are `wall_seconds` of rounds.jsonl, theirs from the end of one round to the end of the next. The
+accuracy is that of the last model, all by the same function in fp32. `--rounds 12` is for speed.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from client import evaluate
+from cnn_model import FlatModel, build_network
+from command_line import load_config
+from config import Config
+from data import Dataset, Pictures, load_dataset, partition_labels
+
+ROOT = Path(__file__).parent.parent
+CONFIG = "configs/pfl_benchmark.yaml"
+CORES = 2
+WARM_UP = 2  # rounds
+TRIAL = 5  # rounds of each setting of a rival, with the warm-up
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(CORES)]
+SETTINGS = [(1, "fp32"), (CORES, "fp32"), (CORES, "bf16")]  # processes, precision
+EVERYBODY = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # as main.py sets
+    "RAY_worker_niceness": "0",  # Ray's own 15 starves Flower's workers on a busy machine
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def launch(command: list, processes: int) -> str:
+    """Run a command on all cores, shared by `processes`; return what it printed."""
+    environment = os.environ | EVERYBODY | {"OMP_NUM_THREADS": str(CORES // processes)}
+    command = [str(word) for word in command]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        tail = f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        raise SystemExit(f"error: {' '.join(command)}\n{tail}")
+    return done.stdout
+
+
+def write_task(config: Config, data: Dataset, network: torch.nn.Module, file: Path) -> None:
+    """The task for the rivals, see rival_task.py."""
+    partition, clients = config.data.partition, config.clients
+    labels = data.train_labels.numpy()
+    seed = config.seed_for("partition")
+    shards = partition_labels(labels, clients.total, partition.name, partition.args, seed)
+    np.savez(
+        file,
+        images=data.train_images.numpy(),
+        labels=labels,
+        clients=np.concatenate(shards),
+        sizes=[len(shard) for shard in shards],
+        initial=parameters_to_vector(network.parameters()).detach().numpy(),
+        num_classes=len(data.class_names),
+        cohort=clients.per_round,
+        batch_size=config.local.batch_size,
+        lr=config.local.lr,
+    )
+
+
+def run_ours(words: list[str], rounds: int, folder: Path) -> dict:
+    """`seconds` of the rounds, final `weights`, and the `setting` that `auto` took."""
+    words = [*words, f"rounds={rounds}", f"evaluation.every={rounds}", f"output_dir={folder}"]
+    launch([sys.executable, *TORCHRUN, "main.py", "--config", CONFIG, *words], CORES)
+    (run,) = folder.glob("*-s*")
+    rows = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    return {
+        "seconds": [row["wall_seconds"] for row in rows if row["test_accuracy"] is None],
+        "weights": torch.load(run / "checkpoint.pt")["parameters"],
+        "setting": (CORES, json.loads((run / "environment.json").read_text())["precision"]),
+    }
+
+
+def run_rival(name: str, python: str, setting: tuple, task: Path, rounds: int) -> dict:
+    """`seconds` of the rounds, final `weights`, and the `setting`."""
+    (processes, precision), weights = setting, task.with_suffix(".npy")
+    words = [ROOT / f"benchmarks/{name}_rival.py", task, rounds, precision, weights]
+    if name == "flower":
+        command = [python, *words, processes, CORES // processes]
+    else:
+        command = [python, *(TORCHRUN if processes > 1 else []), *words]
+    printed = launch(command, processes)
+    seconds = json.loads(printed.splitlines()[-1])["seconds"]
+    return {
+        "seconds": seconds,
+        "weights": torch.from_numpy(np.load(weights)),
+        "setting": setting,
+    }
+
+
+def run_fastest(name: str, python: str, task: Path, rounds: int) -> dict:
+    """The run of the fastest setting, and what each took in its trial."""
+    trials = {s: per_round(run_rival(name, python, s, task, TRIAL)) for s in SETTINGS}
+    for setting, seconds in trials.items():
+        print(f"{name}, {describe(setting)}: {seconds:.2f} s a round", flush=True)
+    run = run_rival(name, python, min(trials, key=trials.get), task, rounds)
+    return run | {"trials": {describe(setting): seconds for setting, seconds in trials.items()}}
+
+
+def per_round(run: dict) -> float:
+    return statistics.median(run["seconds"][WARM_UP:])
+
+
+def describe(setting: tuple) -> str:
+    processes, precision = setting
+    return f"{processes} x {CORES // processes} threads, {precision}"
+
+
+def accuracy(network: torch.nn.Module, weights: torch.Tensor, pictures: Pictures) -> float:
+    """Of the test pictures, in fp32. weights: float32 [num_parameters]."""
+    vector_to_parameters(weights, network.parameters())
+    model, total = FlatModel(network, torch.device("cpu")), len(pictures.labels["test"])
+    parts = [evaluate(model, pictures, "fp32", "test", s, s + 1000) for s in range(0, total, 1000)]
+    return sum(sum(right) for right, _ in parts) / total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pfl-python", metavar="PYTHON", help="an environment that has pfl")
+    parser.add_argument("--flower-python", metavar="PYTHON", help="one that has flwr[simulation]")
+    parser.add_argument("--root", default="../shared/data", help="where CIFAR-10 is")
+    parser.add_argument("--rounds", type=int, default=100, help=f"more than {WARM_UP + 1}")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args()
+    words = [f"data.root={args.root}", "device=cpu", *args.overrides]
+    config = load_config(ROOT / CONFIG, words)
+    data = load_dataset(config.data.name, config.data.root, config.data.fallback)
+    pictures = Pictures(data, torch.device("cpu"), padding=0, flip=False)
+    size, seed = (pictures.num_classes, pictures.image_size), config.seed_for("network")
+    network = build_network(config.model.name, *size, seed)
+    pythons = {"pfl": args.pfl_python, "flower": args.flower_python}
+    with tempfile.TemporaryDirectory() as folder:
+        task = Path(folder) / "task.npz"
+        write_task(config, data, network, task)
+        runs = {"ours": run_ours(words, args.rounds, Path(folder) / "ours")}
+        for name, python in pythons.items():
+            if python:
+                runs[name] = run_fastest(name, python, task, args.rounds)
+    found = {}
+    print(f"\n{'':8} {'s a round':>9} {'ours is':>8} {'accuracy':>9}  after {args.rounds} rounds")
+    for name, run in runs.items():
+        seconds, score = per_round(run), accuracy(network, run["weights"], pictures)
+        faster = seconds / per_round(runs["ours"])
+        found[name] = {"seconds": seconds, "accuracy": score, "setting": describe(run["setting"])}
+        found[name]["trials"] = run.get("trials")
+        print(f"{name:8} {seconds:9.2f} {faster:7.2f}x {score:9.2%}  {found[name]['setting']}")
+    for name, python in pythons.items():
+        if not python:
+            print(f"{name} did NOT run: give --{name}-python, see requirements-frameworks.txt")
+    if args.json:
+        ratios = {
+            f"ours_vs_{name}": found[name]["seconds"] / found["ours"]["seconds"]
+            if name in found
+            else None
+            for name in pythons
+        }
+        print(json.dumps(ratios | {"rounds": args.rounds, "systems": found}))
+
+
+if __name__ == "__main__":
+    main()
