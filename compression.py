@@ -173,7 +173,7 @@ def _encode(
 ) -> Body:
     indices = None if select is None else select(vector, layout)
     if indices is not None:
-        vector = vector[torch.from_numpy(indices).to(vector.device)]
+        vector = vector.index_select(0, torch.from_numpy(indices).to(vector.device))
     numbers = vector.cpu().numpy()
     if coder.name in PLAIN:
         return _encode_plain(numbers, indices, layout, coder)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 Shapes = Sequence[tuple[int, ...]]
 SAMPLE_STRIDE = 61  # a prime, so that the sample does not march in step with any tensor's shape
+COARSE_STRIDE, MANY = 211, 1 << 14  # enough for a k of that many
 BLOCK = 64  # entries that are looked at together; most blocks hold nothing large
 MAGNITUDE_BITS = 0x7FFFFFFF  # a float32 without its sign: as integers these order as magnitudes do
 SPLITMIX64 = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)
@@ -58,9 +59,9 @@ def topk(vector: Tensor, k: int) -> np.ndarray:
     if vector.is_cuda:
         return _topk_cuda(vector, k)
     numbers = np.ascontiguousarray(vector.numpy())
-    survivors = np.empty(len(numbers), np.int64)  # untouched pages cost nothing
+    survivors = np.empty(2 * k + 4096, np.int64)
     survivors = survivors[: _gather(numbers, _floor(numbers, k), survivors)]
-    if len(survivors) < k:  # the sample was unlucky
+    if len(survivors) < k:  # the sample was unlucky, or so many tie that they had no room
         survivors = np.arange(len(numbers))
     candidates = numbers.view(np.int32)[survivors] & MAGNITUDE_BITS
     return survivors[_topk_rows(candidates[None], k)[0]]
@@ -111,7 +112,7 @@ def random(size: int, k: int, seed: int) -> np.ndarray:
 
 def _floor(numbers: np.ndarray, k: int) -> np.float32:
     """A magnitude that at least k entries reach, with high probability, and not many more do."""
-    sample = np.abs(numbers[::SAMPLE_STRIDE])
+    sample = np.abs(numbers[:: SAMPLE_STRIDE if k < MANY else COARSE_STRIDE])
     expected = k * len(sample) / len(numbers)
     rank = min(len(sample), math.ceil(expected + 4 * math.sqrt(expected)) + 1)
     return np.partition(sample, len(sample) - rank)[len(sample) - rank]
@@ -121,8 +122,9 @@ def _floor(numbers: np.ndarray, k: int) -> np.float32:
 def _gather(numbers, floor, out):
     """Write the positions whose magnitude is not below floor (so NaN too); return how many.
 
-    numbers: float32 [n]; out: int64 [n]. A position is written always and counted only if it
-    stays: without branches the compiler takes many entries at once.
+    numbers: float32 [n]; out: int64; where they have no room in it, 0 is returned. A position is
+    written always and counted only if it stays: without branches the compiler takes many entries
+    at once.
     """
     count = 0
     full = len(numbers) - len(numbers) % BLOCK
@@ -131,6 +133,8 @@ def _gather(numbers, floor, out):
         for j in range(BLOCK):
             any_stays |= not abs(numbers[begin + j]) < floor
         if any_stays:
+            if count + 2 * BLOCK > len(out):
+                return 0
             for j in range(begin, begin + BLOCK):
                 out[count] = j
                 count += not abs(numbers[j]) < floor
