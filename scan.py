@@ -7,7 +7,7 @@ tensors, int64 [num_tensors, 7]: offset, rows, columns, kernel, its width, row a
 from functools import lru_cache
 
 import numpy as np
-import xxhash
+from xxhash import xxh3_128_digest
 
 from wire import Layout
 
@@ -74,11 +74,8 @@ def scan_order(tensors: np.ndarray, indices: np.ndarray, levels: np.ndarray):
             indices[part], levels[part] = indices[part][order], levels[part][order]
         shape = rows, columns, kernel
         rank = num_alike[shape] = num_alike.get(shape, 0) + 1
-        content = shape, _digest(indices[part] - offset), _digest(levels[part])
+        places = xxh3_128_digest(indices[part] - offset)
+        content = shape, places, xxh3_128_digest(levels[part])
         copies[t] = rank - last_equal.get(content, rank)
         last_equal[content] = rank
     return indices, levels, copies
-
-
-def _digest(numbers: np.ndarray) -> bytes:
-    return xxhash.xxh3_128_digest(numbers)
