@@ -64,7 +64,8 @@ def topk(vector: Tensor, k: int) -> np.ndarray:
     if len(survivors) < k:  # the sample was unlucky, or so many tie that they had no room
         survivors = np.arange(len(numbers))
     candidates = numbers.view(np.int32)[survivors] & MAGNITUDE_BITS
-    return survivors[_topk_rows(candidates[None], k)[0]]
+    _keep_largest(survivors, candidates, k, np.zeros((2, 1 << 16), np.uint32))
+    return survivors[:k].copy()
 
 
 def topk_per_layer(vector: Tensor, density: float, offsets: Sequence[int]) -> np.ndarray:
@@ -142,6 +143,37 @@ def _gather(numbers, floor, out):
         out[count] = j
         count += not abs(numbers[j]) < floor
     return count
+
+
+@_compiled
+def _keep_largest(positions, magnitudes, k, counts):
+    """Move the positions of the k largest magnitudes to the front, in order; the first of ties.
+
+    positions: int64 [n]; magnitudes: int32 [n], not negative; 0 < k <= n; counts: zeros [2, 65536].
+    The k-th is found by its upper 16 bits and then, of those that have them, by the lower 15.
+    """
+    for magnitude in magnitudes:
+        counts[0, magnitude >> 15] += 1
+    upper, missing = _bin_from_above(counts[0], k)
+    for magnitude in magnitudes:
+        counts[1, magnitude & 32767] += magnitude >> 15 == upper
+    lower, ties = _bin_from_above(counts[1], missing)
+    kth, kept = upper << 15 | lower, 0
+    for i in range(len(positions)):
+        tie = magnitudes[i] == kth
+        positions[kept] = positions[i]
+        kept += magnitudes[i] > kth or tie and ties > 0
+        ties -= tie
+
+
+@_compiled
+def _bin_from_above(counts, k):
+    """The bin in which the k-th from above lies, and which one it is in there."""
+    bin = len(counts) - 1
+    while counts[bin] < k:
+        k -= counts[bin]
+        bin -= 1
+    return bin, k
 
 
 def _topk_rows(magnitudes: np.ndarray, k: int) -> np.ndarray:
