@@ -1,4 +1,4 @@
-.PHONY: help test slow fuzz gpu-check lint bench
+.PHONY: help test slow fuzz gpu-check lint bench kills
 
 help: ## list what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,4 +23,8 @@ lint: ## ruff
 bench: ## engine, codecs and memory (needs CIFAR-10 in ../shared/data, 50 GB of disk, an hour)
 	python benchmarks/engine.py --json
 	python benchmarks/codec.py --json
+	python benchmarks/server_step.py --json
 	python benchmarks/memory.py --json
+
+kills: ## a hundred kills of a run of two ranks, a quarter of an hour
+	python benchmarks/kills.py --json

@@ -105,9 +105,6 @@ def train(
             num_skipped += engine.step(amend)
             total_loss += loss.detach() * share
     team.sum_(total_loss)
-    if team.size > 1:  # each rank's BatchNorm saw its part of the batches
-        team.sum_(model.buffers)
-        model.buffers.div_(team.size)
     return float(total_loss) / steps, int(num_skipped)
 
 

@@ -203,6 +203,12 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     if len(config.pruning.client_densities) > clients.total:
         yield "pruning.client_densities", f"more densities than clients.total={clients.total}"
     yield from _compression_contradictions(config)
+    normalises = model.name.startswith("resnet") and model.norm == "batch"
+    if config.distributed.ranks_per_client > 1 and normalises and model.norm_policy != "frozen":
+        yield (
+            "distributed.ranks_per_client",
+            "each rank's BatchNorm would see a part of the batch; use model.norm=group(2)",
+        )
     if config.server.optimizer == "FedExP" and local.algorithm in ("FedNova", "FedDyn"):
         yield "server.optimizer", f"FedExP extrapolates averages; {local.algorithm} makes others"
     if config.server.scheduler_options and not config.server.scheduler:
