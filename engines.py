@@ -31,6 +31,8 @@ class TorchEngine:
 
     def __init__(self, model: FlatModel, local: Local, precision: str, team: Team):
         self.model, self.precision, self.team, self.clip = model, precision, team, local.clip
+        self.tensors = list(model.network.parameters())
+        self.gradient_views = model.views(model.gradients)
         self.parameters = torch.nn.Parameter(model.parameters)
         self.parameters.grad = model.gradients
         self.sgd = torch.optim.SGD(
@@ -53,13 +55,14 @@ class TorchEngine:
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float32 [B, num_classes]."""
-        self.model.gradients.zero_()
         with autocast(self.model.device, self.precision):
             return self.model.network(images).float()
 
     def backward(self, loss: Tensor, share: float) -> None:
         """The gradient of a mean loss over `share` of the batch; the team has the rest."""
-        self.scaler.scale(loss * share).backward()
+        # Copied into the vector: to zero it and let backward() add to it moves twice the bytes.
+        gradients = torch.autograd.grad(self.scaler.scale(loss * share), self.tensors)
+        torch._foreach_copy_(self.gradient_views, gradients)
         self.team.sum_(self.model.gradients)
 
     def step(self, amend: Amend | None) -> Tensor | int:

@@ -1,4 +1,4 @@
-"""Batches made on the device: random crop, random mirror, normalisation, channels last."""
+"""Batches made on the device: random crop, random mirror, normalisation, memory format."""
 
 import math
 
@@ -30,6 +30,7 @@ class Pictures:
         padding: int = 4,
         flip: bool = True,
         crop: int | None = None,
+        channels_last: bool = True,
     ):
         self.num_train, *side, _ = dataset.train_images.shape
         if crop and crop > min(side):
@@ -40,6 +41,7 @@ class Pictures:
         self.image_size = height, width = (crop, crop) if crop else tuple(side)
         self.train_labels = dataset.train_labels.to(device)
         self._padding, self._flip, self._device = padding, flip, device
+        self._channels_last = channels_last
 
         scale, shift = _normalisation(dataset.train_images)
         # As large as a picture: a CPU multiplies 3,072 numbers by 3,072 numbers five times
@@ -104,8 +106,9 @@ class Pictures:
         return both.index_select(0, torch.arange(count, device=self._device) + mirrored * count)
 
     def _normalise(self, images: Tensor) -> Tensor:
-        """uint8 [B, H, W, 3] to float32 [B, 3, H, W]; in memory the channels stay last."""
-        return images.float().mul_(self._scale).add_(self._shift).permute(0, 3, 1, 2)
+        """uint8 [B, H, W, 3] to float32 [B, 3, H, W]; channels stay last in memory, or do not."""
+        images = images.float().mul_(self._scale).add_(self._shift).permute(0, 3, 1, 2)
+        return images if self._channels_last else images.contiguous()
 
 
 def _normalisation(images: Tensor) -> tuple[Tensor, Tensor]:

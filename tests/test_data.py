@@ -523,6 +523,13 @@ def test_test_batches_are_normalised_and_nothing_else():
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_channels_may_come_first_in_memory():
+    pictures = Pictures(noise(), torch.device("cpu"), channels_last=False)
+    batch, _ = pictures.train_batch(torch.arange(6), generator(5))
+    expected, _ = Pictures(noise(), torch.device("cpu")).train_batch(torch.arange(6), generator(5))
+    assert batch.is_contiguous() and torch.equal(batch, expected)
+
+
 def test_attributes_and_normalisation_of_digits():
     digits = load_dataset("digits", "")
     pictures = Pictures(digits, torch.device("cpu"), padding=0, flip=False)
