@@ -129,9 +129,9 @@ class Ranks:
             return [memoryview(b"".join(parts))]
         length = sum(map(len, parts))
         with _lost_ranks():
-            lengths = torch.empty(self.size, dtype=torch.int64)
-            dist.all_gather_into_tensor(lengths, torch.tensor([length]))
-            longest = int(lengths.max())
+            lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
+            dist.all_gather(lengths, torch.tensor([length]))
+            longest = max(map(int, lengths))
             buffers = self._buffers(longest)
             mine, at = buffers[self.size].numpy(), 0
             for part in parts:
@@ -140,7 +140,7 @@ class Ranks:
             everybody = [buffer[:longest] for buffer in buffers]
             dist.all_gather(everybody[:-1], everybody[-1])
         self.received += (self.size - 1) * (8 + longest)
-        pairs = zip(everybody, lengths.tolist(), strict=False)
+        pairs = zip(everybody[:-1], map(int, lengths), strict=True)
         return [memoryview(tensor[:length].numpy()) for tensor, length in pairs]
 
     def _buffers(self, length: int) -> Tensor:
@@ -236,20 +236,32 @@ def _lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise RankLost(
-            f"another process of this run is gone or does not answer: {reason}"
-        ) from None
+        where, _, what = str(error).partition("] ")  # gloo begins with its source file
+        reason = (what or where).splitlines()[0].partition(". ")[0]
+        gone = "another process of this run is gone or does not answer"
+        raise RankLost(f"{gone} ({reason})") from None
 
 
 def _init_process_group(on_cpu: bool, timeout: timedelta, by_deepspeed: bool) -> None:
     """Join the processes that a launcher started; alone, only DeepSpeed needs a group, of one."""
     backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
-    is_launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if not by_deepspeed:
-        if is_launched:
-            dist.init_process_group(backend, timeout=timeout)
-        return
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        with _lost_ranks():
+            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            # torchrun keeps its store over a restart: addresses in it would be those of the dead.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=timeout
+            )
+    elif by_deepspeed:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if by_deepspeed:
+        _init_deepspeed(on_cpu, backend)
+
+
+def _init_deepspeed(on_cpu: bool, backend: str) -> None:
+    """It takes over the process group that is there."""
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
@@ -258,10 +270,7 @@ def _init_process_group(on_cpu: bool, timeout: timedelta, by_deepspeed: bool) ->
         raise ConfigError("distributed.engine: deepspeed is not installed (Linux only)") from None
     # Only inference on CPUs uses this C++ kernel; building it takes minutes and a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not is_launched:
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
 def _pack_reports(reports: list[Report]) -> list[Blob]:
