@@ -54,9 +54,9 @@ class RankLost(Exception):
 class Team:
     """The ranks that train one client together, each on its part of every batch."""
 
-    def __init__(self, rank: int = 0, size: int = 1, first: int = 0, group: Any = None):
-        """rank: within the team; first: the global rank of its leader."""
-        self.rank, self.size, self._first, self._group = rank, size, first, group
+    def __init__(self, rank: int = 0, size: int = 1, number: int = 0, group: Any = None):
+        """rank: within the team, whose number is counted over all teams."""
+        self.rank, self.size, self.number, self._group = rank, size, number, group
         self.is_leader = rank == 0
 
     def sum_(self, tensor: Tensor) -> None:
@@ -71,7 +71,7 @@ class Team:
             return value
         box = [value]
         with _lost_ranks():
-            dist.broadcast_object_list(box, self._first, group=self._group)
+            dist.broadcast_object_list(box, self.number * self.size, group=self._group)
         return box[0]
 
 
@@ -112,12 +112,11 @@ class Ranks:
             raise ConfigError(
                 f"distributed.ranks_per_client: {size} does not divide the {self.size} processes"
             )
-        self.num_teams, self.team_number = self.size // size, self.rank // size
-        self.team = Team()
+        self.num_teams, number, group = self.size // size, self.rank // size, None
         if size > 1:
             groups = [dist.new_group([*range(f, f + size)]) for f in range(0, self.size, size)]
-            first = self.team_number * size
-            self.team = Team(self.rank % size, size, first, groups[self.team_number])
+            group = groups[number]
+        self.team = Team(self.rank % size, size, number, group)
 
     def gather(self, *parts: Blob) -> list[memoryview]:
         """Everybody's bytes, in rank order. Nothing but the bytes and their lengths travels.

@@ -102,13 +102,13 @@ class Federation:
 
         Returns the reports of this rank's clients as they left it, and all ranks' as they arrived.
         """
-        self.settle_down(cohort)
-        team, mine = self.ranks.team_number, []
+        self.place_cohort(cohort)
+        team, mine = self.ranks.team, []
         try:
             for client in cohort:
-                if self.homes[client] == team:
+                if self.homes[client] == team.number:
                     report = work(client)
-                    mine += [report] if self.ranks.team.is_leader else []
+                    mine += [report] if team.is_leader else []
         except Interrupted:
             mine = None
         reports = self.ranks.exchange(mine)
@@ -117,17 +117,18 @@ class Federation:
             raise Interrupted
         return mine, reports
 
-    def settle_down(self, cohort: list[int]) -> None:
+    def place_cohort(self, cohort: list[int]) -> None:
         """Place the cohort's clients on the teams, and move their states there by the disk."""
         costs = {client: float(self.num_trained(client)) for client in cohort}
         placed = place(costs, self.ranks.num_teams, self.homes)
-        store, team = self.trainer.store, self.ranks.team_number
-        leaves = {c: store.release(c) for c in cohort if c in store.versions and placed[c] != team}
+        store, team = self.trainer.store, self.ranks.team
+        leaving = [c for c in cohort if c in store.versions and placed[c] != team.number]
+        leaves = {client: store.release(client) for client in leaving}
         self.homes |= placed
         if self.ranks.size > 1:
             for moved in self.ranks.gather_json(leaves):
                 for client, (version, changed) in moved.items():
-                    if placed[int(client)] == team and self.ranks.team.is_leader:
+                    if placed[int(client)] == team.number and team.is_leader:
                         store.adopt(int(client), version, changed)
 
     def num_trained(self, client: int) -> int:
@@ -153,7 +154,7 @@ class Federation:
         """Scores of the model, or of the cohort's models with their own norm layers, if due."""
         if number % self.config.evaluation.every and number != self.config.rounds:
             return {"test_accuracy": None, "test_loss": None}
-        server, trainer = self.server, self.trainer
+        server, trainer, team = self.server, self.trainer, self.ranks.team
         scores = evaluate_models(
             [SHARED] if trainer.own_positions is None else cohort,
             lambda c: trainer.load(server.parameters.data, server.buffers, trainer.store.get(c)),
@@ -162,7 +163,7 @@ class Federation:
             trainer.precision,
             self.config.evaluation.batch_size,
             self.ranks,
-            lambda client: client in trainer.store.versions,
+            lambda client: self.homes[client] == team.number and team.is_leader,
             self.labels_per_client,
         )
         self.progress.evaluations.append(scores)
@@ -274,10 +275,10 @@ class Federation:
 
     def _store(self) -> ClientStore:
         budget = self.config.clients.state_memory_gib * 2**30
-        teams, number = self.ranks.num_teams, self.ranks.team_number
-        self.homes = {client: client % teams for client in self.states}
-        owned = {c: version for c, version in self.states.items() if c % teams == number}
-        owned = owned if self.ranks.team.is_leader else {}
+        team, num_teams = self.ranks.team, self.ranks.num_teams
+        self.homes = {client: client % num_teams for client in self.states}
+        here = [c for c, home in self.homes.items() if home == team.number and team.is_leader]
+        owned = {client: self.states[client] for client in here}
         return ClientStore(self.folder.clients, budget, owned)
 
     def _load_data(self) -> Dataset:

@@ -60,12 +60,13 @@ class Trainer:
             raise Interrupted
         if report.failure:
             return report
-        state = self.team.share(self._state(client))
-        self.load(broadcast.parameters, broadcast.buffers, state)
+        state = self._state(client)
+        known = self.team.share({key: t for key, t in state.items() if key not in OWED})
+        self.load(broadcast.parameters, broadcast.buffers, known)
         received = broadcast.parameters if self.own_positions is None else model.parameters.clone()
         self.algorithm.before(
             received,
-            {key: tensor.to(model.device) for key, tensor in state.items()},
+            {key: tensor.to(model.device) for key, tensor in known.items()},
             broadcast.vector,
             lambda: self._gradient("control", number, client, None),
         )

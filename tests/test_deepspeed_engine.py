@@ -156,7 +156,7 @@ def test_deepspeeds_own_launcher(tmp_path_factory):
 def train_case(case: Case) -> dict:
     """With a DeepSpeed engine: a rank's own clients, or its share of each batch."""
     rank, size, k = dist.get_rank(), dist.get_world_size(), case.ranks_per_client
-    team = Team(rank % k, k, rank // k * k, dist.new_group(range(size)) if k > 1 else None)
+    team = Team(rank % k, k, rank // k, dist.new_group(range(size)) if k > 1 else None)
     given = {"zero_optimization": {"stage": case.stage}}
     given["fp16"] = {"initial_scale_power": case.scale_power}
     with tempfile.TemporaryDirectory() as folder:
