@@ -34,15 +34,14 @@ def main(config: Config, dry_run: bool = False) -> int:
     except (ConfigError, DataError, RunFolderError) as error:
         _say(ranks, f"error: {error}", sys.stderr)
         return 2
-    except RankLost as error:  # every rank that is left says so
-        number = os.environ.get("RANK", "0")
-        print(f"rank {number}: error: {error}; the same command goes on", file=sys.stderr)
+    except RankLost as error:
+        _say_on_this_rank(f"error: {error}; the same command goes on")
         return 1
     except (Interrupted, KeyboardInterrupt):
         _say(ranks, "interrupted; the same command goes on from the checkpoint", sys.stderr)
         return 130
     except OSError as error:
-        _say(ranks, f"error: {error.filename or config.run_folder}: {error.strerror}", sys.stderr)
+        _say_on_this_rank(f"error: {error.filename or config.run_folder}: {error.strerror}")
         return 2
     finally:
         if ranks:
@@ -258,3 +257,8 @@ def _request_stop(federation: Federation, number: int) -> None:
 def _say(ranks: Ranks | None, text: str, file: Any = None) -> None:
     if ranks is None or ranks.is_main:
         print(text, file=file or sys.stdout, flush=True)
+
+
+def _say_on_this_rank(text: str) -> None:
+    rank = os.environ.get("RANK")
+    print(text if rank is None else f"rank {rank}: {text}", file=sys.stderr, flush=True)

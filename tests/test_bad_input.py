@@ -1,10 +1,14 @@
 """Bad input ends in one line that says what is wrong and what to do, and exit status 2."""
 
 import json
+import os
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
-from conftest import PYTHON, REPOSITORY, TINY, launch
+import torch
+from conftest import PYTHON, REPOSITORY, TINY, launch, summary, tiny_command
 
 from command_line import read_command_line
 from experiment import main
@@ -92,8 +96,6 @@ def test_a_deepspeed_file_that_contradicts(tmp_path, capsys):
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
-    import torch
-
     def no_space(*_):
         raise OSError(28, "No space left on device", "ledger.csv")
 
@@ -121,3 +123,37 @@ def test_the_command_itself_prints_one_line_and_no_traceback(tmp_path):
     done = launch(PYTHON, "main.py", "data.root=/nowhere", f"output_dir={tmp_path}")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: data.root: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounts file systems")
+def test_a_disk_that_is_really_full_and_then_read_only(tmp_path):
+    """One line, exit 2; the last good checkpoint goes on where there is room again."""
+    disk, words = tmp_path / "disk", ["model.name=resnet18", "model.width=0.25", "rounds=6"]
+    disk.mkdir()
+
+    def mount(*options: str) -> None:
+        subprocess.run(["mount", *options, str(disk)], check=True)
+
+    def start(folder: Path) -> subprocess.CompletedProcess:
+        return launch(PYTHON, *tiny_command(folder, *words))
+
+    mount("-t", "tmpfs", "-o", "size=24m", "tmpfs")  # the second checkpoint does not fit
+    try:
+        full = start(disk)
+        assert full.returncode == 2 and full.stderr.count("\n") == 1, full.stderr
+        assert "No space left on device" in full.stderr
+        saved = torch.load(disk / "tiny-s1" / "checkpoint.pt", weights_only=True)
+        assert saved["progress"]["round"] == 2
+        mount("-o", "remount,ro")
+        read_only = start(disk)
+        assert read_only.returncode == 2 and read_only.stderr.count("\n") == 1, read_only.stderr
+        assert "Read-only file system" in read_only.stderr
+        mount("-o", "remount,rw,size=200m")
+        again = start(disk)
+        assert again.returncode == 0 and "resuming" in again.stdout, again.stderr
+        start(tmp_path)
+        ends = [summary(folder / "tiny-s1")["model_sha256"] for folder in (disk, tmp_path)]
+        assert ends[0] == ends[1]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
