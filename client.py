@@ -33,6 +33,7 @@ class Engine(Protocol):
     def forward(self, images: Tensor) -> Tensor: ...
     def backward(self, loss: Tensor, share: float) -> None: ...
     def step(self, amend: Amend | None) -> Tensor | int: ...
+    def end(self) -> None: ...
 
 
 class Interrupted(Exception):
@@ -104,6 +105,7 @@ def train(
             engine.backward(loss, share)
             num_skipped += engine.step(amend)
             total_loss += loss.detach() * share
+    engine.end()
     team.sum_(total_loss)
     return float(total_loss) / steps, int(num_skipped)
 

@@ -184,8 +184,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     for key, names in ALGORITHM_SETTINGS.items():
         if getattr(local, key) is not None and local.algorithm not in names:
             yield f"local.{key}", f"{local.algorithm} has none; it belongs to {' and '.join(names)}"
-    if local.algorithm == "FedCM" and (local.alpha or 0.0) > 1:
-        yield "local.alpha", f"{local.alpha} is out of range; FedCM needs at most 1"
+    if local.algorithm == "FedCM" and local.alpha is not None and not 0 < local.alpha <= 1:
+        yield "local.alpha", f"{local.alpha} is out of range; FedCM needs above 0, at most 1"
     if local.nesterov and local.momentum == 0:
         yield "local.nesterov", "needs local.momentum above 0"
     if not re.fullmatch(r"batch|group\([1-9]\d*\)", model.norm):
@@ -203,6 +203,14 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     if len(config.pruning.client_densities) > clients.total:
         yield "pruning.client_densities", f"more densities than clients.total={clients.total}"
     yield from _compression_contradictions(config)
+    if config.server.optimizer == "FedExP" and (
+        config.pruning.method == "random" and not config.uplink.error_feedback
+    ):
+        yield "server.optimizer", "FedExP would take the noise of a random choice for progress"
+    if model.norm_policy != "average" and not model.name.startswith("resnet"):
+        yield "model.norm_policy", f"{model.name} has no norm layers"
+    if model.norm_policy == "frozen" and model.norm != "batch":
+        yield "model.norm_policy", f"{model.norm} has no statistics to freeze"
     normalises = model.name.startswith("resnet") and model.norm == "batch"
     if config.distributed.ranks_per_client > 1 and normalises and model.norm_policy != "frozen":
         yield (

@@ -42,9 +42,7 @@ class Data:
     padding: int | None = between(None, 0)  # pixels around a random crop; 0: none; null: side / 8
     flip: bool | None = None  # random horizontal flip; null: yes, but not for digits
     crop: int | None = between(None, 8)  # side of the crop, a central one in tests; null: whole
-    validation: float = between(
-        0.0, 0.0, 0.5
-    )  # share of the training pictures held out, to tune on
+    validation: float = between(0.0, 0.0, 0.5)  # share of the training pictures, to tune on
     partition: Partition = field(default_factory=Partition)
 
 
@@ -63,7 +61,9 @@ class Model:
 class Clients:
     total: int = between(10, 1)
     per_round: int = between(10, 1)  # the cohort
-    state_memory_gib: float = between(2.0, 0.0, open_low=True)  # residuals in a rank's RAM, at most
+    state_memory_gib: float = between(
+        2.0, 0.0, open_low=True
+    )  # clients' states in a rank's RAM, at most
 
 
 @dataclass(frozen=True)

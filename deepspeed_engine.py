@@ -23,6 +23,11 @@ from distributed import Team
 from engines import FIRST_SCALE_POWER, Amend
 
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
+USED = {  # what is looked at of sections that the YAML, too, has a say in
+    "fp16": ("enabled", "initial_scale_power"),
+    "bf16": ("enabled",),
+    "optimizer": ("type", "params"),
+}
 
 
 class Groups:
@@ -102,7 +107,6 @@ class DeepSpeedEngine:
 
     def begin(self, lr: float) -> None:
         """Train from what model.parameters holds, without memory of the client before."""
-        self.logs.end_client()
         for group in self.sgd.param_groups:
             group["lr"] = lr
             for parameter in group["params"] if group["momentum"] else ():
@@ -142,6 +146,10 @@ class DeepSpeedEngine:
             self.scaler.update(scale * self.scaler.get_backoff_factor())
         return int(self.scaler.get_scale() < scale)
 
+    def end(self) -> None:
+        """A client is done."""
+        self.logs.end_client()
+
     def _amend(self, amend: Amend, scale: float) -> None:
         gradients, parameters = self.model.gradients, list(self.model.network.parameters())
         if self.stage:
@@ -156,9 +164,10 @@ class DeepSpeedEngine:
 
 
 def read_config(config: Config) -> dict[str, Any]:
-    """deepspeed_config.json, or {} if there is none. Raises ConfigError for an unknown key.
+    """deepspeed_config.json, or {} if there is none, without what only repeats the YAML.
 
-    command_line.py has compared its values with the YAML's.
+    command_line.py has compared its values with the YAML's. Raises ConfigError for a key that
+    DeepSpeed does not know, or that would do nothing here, or do it behind the YAML's back.
     """
     path = Path(config.deepspeed_config)
     given = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -168,10 +177,24 @@ def read_config(config: Config) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error}") from None
     if unknown:
         raise ConfigError(f"{path}: DeepSpeed has no key {unknown[0]}; it would ignore it")
+    elsewhere = {
+        "scheduler": "local.lr_schedule",
+        "torch_autocast": "precision",
+        "amp": "precision",
+    }
+    for key, home in elsewhere.items():
+        if key in given:
+            raise ConfigError(f"{path}: {key}: set {home} in the YAML instead")
+    for section, known in USED.items():
+        for key in given.get(section, {}):
+            if key not in known:
+                raise ConfigError(f"{path}: {section}.{key} does nothing here; remove it")
+    if given.get("train_batch_size", "auto") != "auto":
+        raise ConfigError(f'{path}: train_batch_size follows from local.batch_size; write "auto"')
     stage = given.get("zero_optimization", {}).get("stage", 0)
     if stage > 2:
         raise ConfigError(f"{path}: zero_optimization.stage is {stage}; there are 0, 1 and 2 here")
-    return given
+    return {key: value for key, value in given.items() if value != "auto"}
 
 
 def resolve(given: dict[str, Any], local: Local, precision: str) -> dict[str, Any]:

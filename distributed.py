@@ -6,6 +6,7 @@ group) and the deepspeed launcher (DeepSpeed does): gloo between CPUs, NCCL betw
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -57,11 +58,12 @@ class Team:
     def __init__(self, rank: int = 0, size: int = 1, number: int = 0, group: Any = None):
         """rank: within the team, whose number is counted over all teams."""
         self.rank, self.size, self.number, self._group = rank, size, number, group
-        self.is_leader = rank == 0
+        self.is_leader, self.received = rank == 0, 0
 
     def sum_(self, tensor: Tensor) -> None:
         """Add up everybody's tensor, in place."""
         if self.size > 1:
+            self.received += tensor.nbytes
             with _lost_ranks():
                 dist.all_reduce(tensor, group=self._group)
 
@@ -76,10 +78,7 @@ class Team:
 
 
 class Ranks:
-    """The processes of a run; every method is called by all of them, in the same order.
-
-    received: bytes that collectives have brought to this process from others.
-    """
+    """The processes of a run; every method is called by all of them, in the same order."""
 
     def __init__(self, config: Config):
         settings = config.distributed
@@ -105,18 +104,24 @@ class Ranks:
         self.received = 0
         self._held = torch.empty(self.size + 1, 0, dtype=torch.uint8)
         self.adds_up = settings.exchange == "allreduce"
-        self._make_teams(settings.ranks_per_client)
+        self._make_teams(settings.ranks_per_client, timeout)
 
-    def _make_teams(self, size: int) -> None:
+    def _make_teams(self, size: int, timeout: timedelta) -> None:
         if self.size % size:
             raise ConfigError(
                 f"distributed.ranks_per_client: {size} does not divide the {self.size} processes"
             )
         self.num_teams, number, group = self.size // size, self.rank // size, None
         if size > 1:
-            groups = [dist.new_group([*range(f, f + size)]) for f in range(0, self.size, size)]
+            firsts = range(0, self.size, size)
+            groups = [dist.new_group([*range(f, f + size)], timeout=timeout) for f in firsts]
             group = groups[number]
         self.team = Team(self.rank % size, size, number, group)
+
+    @property
+    def bytes_received(self) -> int:
+        """What collectives have brought to this process: others' bytes, and once each sum."""
+        return self.received + self.team.received
 
     def gather(self, *parts: Blob) -> list[memoryview]:
         """Everybody's bytes, in rank order. Nothing but the bytes and their lengths travels.
@@ -217,24 +222,31 @@ class Ranks:
 def place(costs: dict[int, float], num_teams: int, homes: dict[int, int]) -> dict[int, int]:
     """Which team trains which client: longest expected time first, to the team that is done first.
 
-    (Graham 1969: at most 4/3 of the best.) costs: by client. Of teams that are done together, the
-    client's home, where its state is, comes first.
+    (Graham 1969: at most 4/3 of the best.) costs: by client; homes: where clients' states are. Of
+    equally long clients and of teams that are done together, those come first that are at home.
     """
     loads, placed = [0.0] * num_teams, {}
-    for client in sorted(costs, key=lambda client: (-costs[client], client)):
+    waiting = sorted(costs, key=lambda client: (-costs[client], client))
+    while waiting:
+        done = [team for team in range(num_teams) if loads[team] == min(loads)]
+        longest = [client for client in waiting if costs[client] == costs[waiting[0]]]
+        at_home = (c for c in longest if homes.get(c, c % num_teams) in done)
+        client = next(at_home, longest[0])
         home = homes.get(client, client % num_teams)
-        team = min(range(num_teams), key=lambda team: (loads[team], team != home, team))
-        placed[client] = team
-        loads[team] += costs[client]
+        placed[client] = home if home in done else done[0]
+        loads[placed[client]] += costs[client]
+        waiting.remove(client)
     return placed
 
 
 @contextmanager
 def _lost_ranks() -> Iterator[None]:
-    """torch raises RuntimeErrors of many kinds where another process is gone."""
+    """torch raises RuntimeErrors of many words where another process is gone."""
     try:
         yield
     except RuntimeError as error:
+        if not re.search(r"connect|clos|peer|reset|tim(e|ed) ?out|broken", str(error), re.I):
+            raise
         where, _, what = str(error).partition("] ")  # gloo begins with its source file
         reason = (what or where).splitlines()[0].partition(". ")[0]
         gone = "another process of this run is gone or does not answer"

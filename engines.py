@@ -78,3 +78,6 @@ class TorchEngine:
         self.scaler.step(self.sgd)
         self.scaler.update()
         return skipped
+
+    def end(self) -> None:
+        """A client is done."""

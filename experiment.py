@@ -171,7 +171,7 @@ def finish(federation: Federation) -> None:
         "density": federation.server.density(),
         "model_sha256": federation.server.sha256(),
     }
-    folder.finish(summary)
+    folder.finish(summary, keep_states=config.model.norm_policy == "local")
     pruned = f"; {summary['density']:.2%} of the parameters are not 0"
     if config.pruning.mask.method == "none":
         pruned = ""

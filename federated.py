@@ -47,6 +47,10 @@ class Federation:
     def __init__(self, config: Config, ranks: Ranks, folder: RunFolder):
         self.config, self.ranks, self.folder = config, ranks, folder
         network = config.network
+        if ranks.use_deepspeed:
+            from deepspeed_engine import read_config
+
+            ranks.together(lambda: read_config(config))  # a mistake in it is answered now
         self.dataset = ranks.together(self._load_data, main_first=True)
         self.pictures = ranks.together(self._pictures)
         self.clients = ranks.together(self._partition)  # client: int64 indices into the pictures
@@ -58,7 +62,6 @@ class Federation:
         self.server = ranks.together(self._make_server)
         self.states: dict[int, int] = {}  # client: version of its saved state, of all ranks
         on_device = [torch.from_numpy(indices).to(ranks.device) for indices in self.clients]
-        self.homes: dict[int, int] = {}  # client: the team whose leader holds its state
         self.trainer = Trainer(
             config,
             self.model,
@@ -134,9 +137,10 @@ class Federation:
     def num_trained(self, client: int) -> int:
         """How many examples a client trains on in a round."""
         local, num_examples = self.config.local, len(self.clients[client])
+        before = num_examples if local.option == 1 else 0  # SCAFFOLD's full gradient
         if local.steps:
-            return local.steps * min(local.batch_size, num_examples)
-        return local.epochs * num_examples
+            return before + local.steps * min(local.batch_size, num_examples)
+        return before + local.epochs * num_examples
 
     def choose_mask(self, cohort: list[int]) -> None:
         """Before round 1 its cohort scores the weights: in the ledger this is round 0."""
@@ -204,11 +208,11 @@ class Federation:
             **scores,
             "bytes_up": up,
             "bytes_down": down,
-            "bytes_between_ranks": self.ranks.received - self.received,
+            "bytes_between_ranks": self.ranks.bytes_received - self.received,
             "simulated_seconds": lasted,
             "wall_seconds": wall,
         }
-        self.received = self.ranks.received
+        self.received = self.ranks.bytes_received
         if self.ranks.is_main:
             self.folder.append(row, messages)
         return row
@@ -244,8 +248,11 @@ class Federation:
         return sum(row.seconds for row in messages) + self.hardware.seconds(trained)
 
     def save(self) -> None:
-        """Write a checkpoint of the last completed round; a finished run needs no residuals."""
-        done = self.progress.round == self.config.rounds
+        """Write a checkpoint of the last completed round.
+
+        A finished run needs no states, but where they hold norm layers: those are a result.
+        """
+        done = self.progress.round == self.config.rounds and self.trainer.own_positions is None
         changed = {} if done else self.trainer.store.save()
         for part in self.ranks.gather_json(changed):
             self.states |= {int(client): version for client, version in part.items()}
@@ -276,6 +283,7 @@ class Federation:
     def _store(self) -> ClientStore:
         budget = self.config.clients.state_memory_gib * 2**30
         team, num_teams = self.ranks.team, self.ranks.num_teams
+        # client: the team whose leader holds its state
         self.homes = {client: client % num_teams for client in self.states}
         here = [c for c, home in self.homes.items() if home == team.number and team.is_leader]
         owned = {client: self.states[client] for client in here}

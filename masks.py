@@ -37,7 +37,9 @@ class SharedMask:
         self.version, self.versions = 0, {}  # client: the version that it has; 0 where missing
         self.toggled = np.arange(0)  # the positions at which the version before differs
         self.kept: np.ndarray | None = None  # int64, ascending; None: all weights
+        self.left_in = np.zeros(0, np.int32)  # dynamic: the round in which each weight last left
         if settings.method == "dynamic":
+            self.left_in = np.zeros(layout.size, np.int32)
             self.kept = pruning.random_mask(layout.shapes, settings.density, seed)
 
     @property
@@ -52,6 +54,13 @@ class SharedMask:
         return torch.ones(self.layout.size, dtype=torch.bool).index_fill_(
             0, torch.from_numpy(self.kept), False
         )
+
+    def gone_since(self, round: int) -> Tensor | None:
+        """Which weights do not exist, or left the mask at the end of `round` or later, bool [n]."""
+        pruned = self.pruned
+        if pruned is None or not len(self.left_in):
+            return pruned
+        return pruned | torch.from_numpy((self.left_in > 0) & (self.left_in >= round))
 
     def choose(self, scores: Tensor) -> None:
         """snip: keep the weights with the best of the averaged scores, float32 [n]."""
@@ -75,7 +84,9 @@ class SharedMask:
     def regrow(self, weights: Tensor, gradient: Tensor, round: int) -> None:
         """dynamic: drop the smallest weights and grow by the clients' averaged gradients."""
         shapes, share = self.layout.shapes, self._share(round)
-        self._change(pruning.drop_and_grow(self.kept, weights, gradient, share, shapes))
+        before = self.kept
+        self._change(pruning.drop_and_grow(before, weights, gradient, share, shapes))
+        self.left_in[np.setdiff1d(before, self.kept, assume_unique=True)] = round
 
     def messages(self, cohort: list[int]) -> dict[int, list[Message]]:
         """What each client lacks: nothing, the last change (or the mask if shorter), the mask."""
@@ -100,12 +111,13 @@ class SharedMask:
         kept = None if self.kept is None else torch.from_numpy(self.kept)
         toggled = torch.from_numpy(self.toggled)
         versions = {"version": self.version, "versions": self.versions}
-        return {"kept": kept, "toggled": toggled, **versions}
+        left_in = torch.from_numpy(self.left_in)
+        return {"kept": kept, "toggled": toggled, "left_in": left_in, **versions}
 
     def load(self, state: dict[str, Any]) -> None:
         self.version, self.versions = state["version"], state["versions"]
         self.kept = None if state["kept"] is None else state["kept"].numpy()
-        self.toggled = state["toggled"].numpy()
+        self.toggled, self.left_in = state["toggled"].numpy(), state["left_in"].numpy()
 
     def _share(self, round: int) -> float:
         return pruning.regrown_share(self.settings.share, round, self.rounds)

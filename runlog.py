@@ -29,6 +29,7 @@ LEDGER_HEADER = "round,client,direction,kind,bytes,dense_bytes,nonzeros,seconds\
 OURS = ("config.yaml", "environment.json", "rounds.jsonl", "ledger.csv", "partition.npz")
 OURS += ("checkpoint.pt", "clients", "plots", "tensorboard")
 NEUTRAL = ("checkpoint", "output_dir", "trackers", "clients.state_memory_gib")
+NEUTRAL += ("distributed.timeout_seconds",)
 PACKAGES = ("torch", "torchvision", "accelerate", "deepspeed", "numpy", "flwr-datasets")
 
 
@@ -147,8 +148,9 @@ class RunFolder:
                 totals[f"dense_bytes_{row['direction']}"] += int(row["dense_bytes"])
         return totals
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        shutil.rmtree(self.clients, ignore_errors=True)
+    def finish(self, summary: dict[str, Any], keep_states: bool) -> None:
+        if not keep_states:
+            shutil.rmtree(self.clients, ignore_errors=True)
         self._write("summary.json", json.dumps(summary, indent=1) + "\n")
 
     def refuse_other_runs(self, config: Config) -> None:
@@ -172,7 +174,8 @@ class RunFolder:
             )
 
     def _clear(self) -> None:
-        for name in OURS:
+        logs = [path.name for path in self.path.glob("deepspeed_*.rank*")]
+        for name in (*OURS, *logs):
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 

@@ -46,6 +46,7 @@ class Trainer:
         self.server, self.algorithm, self.store = server, server.algorithm, store
         self.team, self.use_deepspeed = team, use_deepspeed
         self.engine: Engine | None = None
+        self.pruned: Tensor | None = None  # the server's, on the device
         self.precision = config.precision
         self.feedback = _error_feedback(config)
         # FedBN (Li et al. 2021, arXiv 2102.07623): the norm layers are each client's own.
@@ -73,19 +74,23 @@ class Trainer:
         self._fit(report, number)
         if not self.team.is_leader:
             return report
-        update = model.parameters - received
+        if not report.reach:
+            report.fail("fp16 skipped every step")
+            return report
+        update, own = model.parameters - received, self.own_positions
+        if own is not None:
+            update[own] = 0
         try:
-            if not report.reach:  # fp16 skipped every step
-                raise NotFinite
             kept, extra = self.algorithm.after(update, report.reach)
-            if self.own_positions is not None:
-                kept["norm"] = torch.cat([model.parameters[self.own_positions], model.buffers])
-                update[self.own_positions] = 0
+            if own is not None:
+                kept["norm"] = torch.cat([model.parameters[own], model.buffers])
+                if extra is not None:
+                    extra[own] = 0
             if self.server.sends_buffers:
                 payload, sent = encode(model.buffers.cpu(), model.buffer_layout)
                 report.add("buffers", payload, len(sent.values))
             if self.server.mask.grows_in(number):
-                self._ask_for_growth(report, number, broadcast)
+                self._ask_for_growth(report, number, broadcast, known)
             self._send(report, number, update.cpu(), extra, state, kept)
         except NotFinite:
             report.fail("the update is not finite")
@@ -148,12 +153,13 @@ class Trainer:
         return bool(asked)
 
     def _state(self, client: int) -> State:
-        """What the client kept; of weights that are gone since, nothing."""
-        state, pruned = self.store.get(client), self.server.pruned
-        if pruned is None:
+        """What the client kept; of weights that have left the mask since, nothing."""
+        state = self.store.get(client)
+        gone = self.server.mask.gone_since(self.store.versions.get(client, 0))
+        if gone is None:
             return state
         return {
-            key: tensor.masked_fill(pruned, 0.0) if len(tensor) == len(pruned) else tensor
+            key: tensor.masked_fill(gone, 0.0) if len(tensor) == len(gone) else tensor
             for key, tensor in state.items()
         }
 
@@ -161,6 +167,8 @@ class Trainer:
         """Train the model in the network on the client's pictures; note how it went."""
         local, indices = self.config.local, self.clients[report.client]
         lr = local_lr(local, number, self.config.rounds)
+        pruned = self.server.pruned
+        self.pruned = None if pruned is None else pruned.to(self.model.device)
         if self.engine is None:
             self.engine = self._make_engine()
         report.loss, report.num_skipped = train(
@@ -190,10 +198,17 @@ class Trainer:
         return corrects or self.server.pruned is not None
 
     def _amend(self, x: Tensor, gradient: Tensor) -> None:
-        """The algorithm's correction; weights that are pruned get no gradient and never leave 0."""
+        """The algorithm's correction, but of a client's own norm layers.
+
+        Weights that are pruned get no gradient, and so never leave 0.
+        """
+        own = self.own_positions
+        uncorrected = None if own is None else gradient[own]
         self.algorithm.gradient(x, gradient)
-        if self.server.pruned is not None:
-            gradient.masked_fill_(self.server.pruned.to(gradient.device), 0.0)
+        if own is not None:
+            gradient[own] = uncorrected
+        if self.pruned is not None:
+            gradient.masked_fill_(self.pruned, 0.0)
 
     def _gradient(self, purpose: str, number: int, client: int, batches: int | None) -> Tensor:
         """A client's gradient at the weights in the network, float32 [num_parameters]."""
@@ -207,9 +222,11 @@ class Trainer:
             self._stops,
         )
 
-    def _ask_for_growth(self, report: Report, number: int, broadcast: Broadcast) -> None:
+    def _ask_for_growth(
+        self, report: Report, number: int, broadcast: Broadcast, known: State
+    ) -> None:
         """Say which weights outside the mask the loss at the received model asks for most."""
-        self.load(broadcast.parameters, broadcast.buffers)
+        self.load(broadcast.parameters, broadcast.buffers, known)
         batches = self.config.pruning.mask.batches
         gradient = self._gradient("mask", number, report.client, batches)
         report.add("growth", *self.server.mask.encode_growth(gradient.cpu(), number))

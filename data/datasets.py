@@ -47,7 +47,7 @@ class Dataset:
 
 
 def hold_out(dataset: Dataset, share: float, seed: int) -> Dataset:
-    """Move a random share of the training pictures, the same of each class, to validation.
+    """Move a random share of the training pictures to validation, of each class alike up to one.
 
     Raises DataError if that leaves none on one side.
     """

@@ -191,15 +191,19 @@ def test_scaffold_with_controls_of_zero_is_fedavg(tmp_path):
 
 @pytest.mark.parametrize("weighting", ["examples", "uniform"])
 @pytest.mark.parametrize("values", ["fp32", "topk int8"])
-@pytest.mark.parametrize("downlink", ["model", "change"])
+@pytest.mark.parametrize("downlink", ["model", "change", "dynamic mask"])
 def test_scaffolds_c_is_the_average_of_what_clients_hold(tmp_path, weighting, values, downlink):
     """c = sum of w_i c_i, whatever compression loses, whoever took part."""
-    more = [f"server.weighting={weighting}", f"downlink.mode={downlink}", "local.lr=0.01"]
+    mode = "change" if downlink == "change" else "model"
+    more = [f"server.weighting={weighting}", f"downlink.mode={mode}", "local.lr=0.01"]
     more += ["data.partition.name=dirichlet", "clients.per_round=2"]
     more += ["data.partition.args={alpha: 0.5, min_partition_size: 2}"]
     if values == "topk int8":
         more += ["pruning.method=topk", "pruning.density=0.1", "uplink.values=int8"]
         more += ["uplink.error_feedback=true"]
+    if downlink == "dynamic mask":
+        more += ["pruning.mask.method=dynamic", "pruning.mask.every=1"]
+        more += ["pruning.mask.density=0.3", "pruning.mask.share=0.5", "rounds=100"]
     if downlink == "change":
         more += ["downlink.pruning.method=topk", "downlink.pruning.density=0.2"]
     one = federation(tmp_path, "local.algorithm=SCAFFOLD", *more)
@@ -207,7 +211,7 @@ def test_scaffolds_c_is_the_average_of_what_clients_hold(tmp_path, weighting, va
         one.run_round()
     sizes = np.array([len(indices) for indices in one.clients], float)
     weights = sizes / sizes.sum() if weighting == "examples" else np.full(4, 1 / 4)
-    held = [one.trainer.store.get(client).get("control") for client in range(4)]
+    held = [one.trainer._state(client).get("control") for client in range(4)]
     expected = sum(w * c for w, c in zip(weights, held, strict=True) if c is not None)
     torch.testing.assert_close(one.server.vector, expected.float(), rtol=1e-4, atol=1e-6)
     assert one.server.vector.any()

@@ -6,6 +6,7 @@ import torch
 from test_algorithms import federation, kinds
 from torch import nn
 
+from algorithms import ALGORITHMS
 from cnn_model import FlatModel, build_network
 from compression import encode
 
@@ -79,6 +80,52 @@ def test_the_accuracy_with_local_norm_layers_is_the_mean_of_the_cohorts_models(t
     assert row["test_accuracy"] == pytest.approx(np.mean(accuracies))
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_no_algorithm_reaches_into_local_norm_layers(tmp_path, monkeypatch, name):
+    """Nothing of them is sent, and with all else held still they train as FedAvg's do."""
+    words = [*RESNET, "model.norm_policy=local", "clients.per_round=4", "local.lr=0.01"]
+    norms = []
+    for algorithm in ("FedAvg", name):
+        one = federation(tmp_path, *words, f"local.algorithm={algorithm}", name=f"run{len(norms)}")
+        own = one.trainer.own_positions
+        others = torch.ones(one.model.layout.size, dtype=torch.bool)
+        others[own] = False
+        amend = one.trainer._amend
+        monkeypatch.setattr(one.trainer, "_amends", lambda: True)
+        monkeypatch.setattr(
+            one.trainer,
+            "_amend",
+            lambda x, g, amend=amend, others=others: amend(x, g) or g.masked_fill_(others, 0.0),
+        )
+        for _ in range(3):
+            one.run_round()
+        assert one.server.vector is None or not one.server.vector[own].any()
+        norms.append([one.trainer.store.get(client)["norm"] for client in range(4)])
+    for ours, plain in zip(*norms, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("how", ["no examples", "not finite"])
+def test_local_norm_layers_of_a_client_that_has_kept_nothing(tmp_path, monkeypatch, how):
+    one = federation(tmp_path, *RESNET, "model.norm_policy=local", "clients.per_round=4")
+    if how == "no examples":
+        one.trainer.clients[2] = one.trainer.clients[2][:0]
+    else:
+        monkeypatch.setattr(
+            "trainer.train", lambda e, *_: (e.model.parameters.fill_(np.nan), (0.0, 0))[1]
+        )
+    row = one.run_round()
+    assert row["num_failed"] == (1 if how == "no examples" else 4)
+    assert 0 <= row["test_accuracy"] <= 1
+
+
+def test_a_finished_run_keeps_its_clients_norm_layers(run):
+    _, folder = run(*RESNET, "model.norm_policy=local")
+    states = list((folder / "clients").glob("*.pt"))
+    assert len(states) == 4
+    assert all("norm" in torch.load(path, weights_only=True) for path in states)
+
+
 def test_a_negative_variance_is_refused(tmp_path):
     one = federation(tmp_path, *RESNET)
     cohort = one.sample_cohort(1)
@@ -98,7 +145,7 @@ def test_500_rounds_of_an_adaptive_server_keep_variances_positive(tmp_path, opti
     one = federation(
         tmp_path,
         *("model.name=resnet18", "model.width=0.015625", "local.batch_size=4", "local.steps=1"),
-        *("clients.per_round=1", "clients.total=2", "evaluation.every=1000", "local.momentum=0.9"),
+        *("clients.per_round=2", "clients.total=2", "evaluation.every=1000", "local.momentum=0.9"),
         *("pruning.method=topk", "pruning.density=0.05", "uplink.values=int8"),
         *("uplink.error_feedback=true", f"server.optimizer={optimizer}"),
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -12,6 +13,8 @@ from conftest import PYTHON, REPOSITORY, SCRIPTS, launch, summary, tiny_command
 from hypothesis import given
 from hypothesis import strategies as st
 
+from config import Config, ConfigError
+from deepspeed_engine import read_config
 from distributed import Team, place
 
 # SCAFFOLD's controls and error feedback's residuals move between ranks with their clients, on
@@ -50,6 +53,8 @@ def test_the_longest_goes_first_to_the_team_that_is_done_first():
 def test_a_client_stays_at_home_where_teams_are_done_together():
     assert place({4: 1.0, 5: 1.0}, 3, {4: 2, 5: 1}) == {4: 2, 5: 1}
     assert place({4: 1.0, 5: 1.0}, 3, {}) == {4: 1, 5: 2}  # a home that is not known: client mod 3
+    homes = {0: 0, 1: 0, 2: 1, 3: 1}
+    assert place(dict.fromkeys(homes, 1.0), 2, homes) == homes
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=30), st.integers(1, 8))
@@ -123,11 +128,35 @@ def test_deepspeeds_engine_without_a_launcher(alone, tmp_path):
     one = run_alone(tmp_path, words)
     assert_same(alone, one)
     assert "step" in (one / "deepspeed_wall_clock.rank0.txt").read_text()
-    assert (one / "deepspeed_comms.rank0.jsonl").exists()
+    lines = (one / "deepspeed_comms.rank0.jsonl").read_text().splitlines()
+    assert len(lines) == 4 * 5  # rounds, clients
     config.write_text(json.dumps({"gradient_compression": {"enabled": True}}))
     done = launch(PYTHON, *tiny_command(tmp_path / "refused", *words))
     assert done.returncode == 2 and done.stderr.count("error:") == 1
     assert "DeepSpeed has no key gradient_compression" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler: set local.lr_schedule in the YAML"),
+        ({"train_batch_size": 64}, "train_batch_size follows from local.batch_size"),
+        ({"fp16": {"enabled": "auto", "loss_scale": 128}}, "fp16.loss_scale does nothing here"),
+        ({"zero_optimization": {"stage": 3}}, "stage is 3; there are 0, 1 and 2 here"),
+        ({"zero_optimisation": {"stage": 1}}, "no key zero_optimisation (did you mean 'zero_opt"),
+    ],
+)
+def test_what_deepspeed_would_do_behind_the_yaml_is_refused(tmp_path, given, message):
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps(given))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read_config(Config(deepspeed_config=str(path)))
+
+
+def test_auto_is_left_out(tmp_path):
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps({"train_batch_size": "auto", "wall_clock_breakdown": False}))
+    assert read_config(Config(deepspeed_config=str(path))) == {"wall_clock_breakdown": False}
 
 
 @pytest.mark.slow
