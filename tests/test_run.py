@@ -168,7 +168,7 @@ def test_a_finished_run_is_never_overwritten(run, capsys):
 
 def test_resume_never_starts_again(run, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("runlog.RunFolder.finish", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr("runlog.RunFolder.finish", lambda *_, **__: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             run()
     seen = []
