@@ -6,8 +6,9 @@
 The rivals run in environments of their own (requirements-frameworks.txt). All three get the same
 pictures, clients, network, initial weights, batch size, learning rate and two cores; each samples
 its cohorts itself. Ours is configs/pfl_benchmark.yaml as a user starts it: torchrun, two ranks of
-one thread, precision `auto`, every message really encoded. Of a rival each of its settings does
-a few rounds, and the fastest does the run; bf16 is among them, since `auto` may take it.
+one thread, precision `auto`, every message really encoded; between the ranks sums are added up, as
+pfl-research does. Of a rival each of its settings does a few rounds, and the fastest does the run;
+bf16 is among them, since `auto` may take it.
 
 A round's seconds are the median after two rounds of warm-up, without evaluation and start-up. Ours
 are `wall_seconds` of rounds.jsonl, theirs from the end of one round to the end of the next. The
@@ -66,6 +67,8 @@ def write_task(config: Config, data: Dataset, network: torch.nn.Module, file: Pa
     labels = data.train_labels.numpy()
     seed = config.seed_for("partition")
     shards = partition_labels(labels, clients.total, partition.name, partition.args, seed)
+    # A shard comes sorted by class, and pfl-research does not shuffle: unmixed batches learn badly.
+    shards = [np.random.default_rng(i).permutation(shard) for i, shard in enumerate(shards)]
     np.savez(
         file,
         images=data.train_images.numpy(),
@@ -145,7 +148,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
-    words = [f"data.root={args.root}", "device=cpu", *args.overrides]
+    words = [f"data.root={args.root}", "device=cpu", "distributed.exchange=allreduce"]
+    words += args.overrides
     config = load_config(ROOT / CONFIG, words)
     data = load_dataset(config.data.name, config.data.root, config.data.fallback)
     pictures = Pictures(data, torch.device("cpu"), padding=0, flip=False)
