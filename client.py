@@ -29,10 +29,10 @@ class Engine(Protocol):
     model: FlatModel
     team: Team
 
-    def begin(self, lr: float) -> None: ...
+    def begin(self, lr: float, amend: Amend | None) -> None: ...
     def forward(self, images: Tensor) -> Tensor: ...
     def backward(self, loss: Tensor, share: float) -> None: ...
-    def step(self, amend: Amend | None) -> Tensor | int: ...
+    def step(self) -> Tensor | int: ...
     def end(self) -> None: ...
 
 
@@ -88,7 +88,7 @@ def train(
     steps = num_steps(local, len(indices))
     total_loss = torch.zeros((), device=model.device)
     num_skipped = torch.zeros((), dtype=torch.int64, device=model.device)
-    engine.begin(lr)
+    engine.begin(lr, amend)
     model.train()
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # dropout draws from the global generator
@@ -103,7 +103,7 @@ def train(
             share = len(labels) / len(batch) if team.rank < len(batch) else 0.0
             loss = cross_entropy(engine.forward(images), labels)
             engine.backward(loss, share)
-            num_skipped += engine.step(amend)
+            num_skipped += engine.step()
             total_loss += loss.detach() * share
     engine.end()
     team.sum_(total_loss)

@@ -20,7 +20,7 @@ from cnn_model import FlatModel
 from config import Config, ConfigError, Local
 from deepspeed_keys import unknown_keys
 from distributed import Team
-from engines import FIRST_SCALE_POWER, Amend
+from engines import FIRST_SCALE_POWER, Amend, clip_gradient
 
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 USED = {  # what is looked at of sections that the YAML, too, has a say in
@@ -73,11 +73,8 @@ class DeepSpeedEngine:
         self.stage = given.get("zero_optimization", {}).get("stage", 0)
         power = given.get("fp16", {}).get("initial_scale_power", FIRST_SCALE_POWER)
         self.first_scale = 2.0**power
-        flat = torch.nn.Parameter(model.parameters)
-        flat.grad = model.gradients
-        # ZeRO cuts the network's parameters into shares; without it one kernel steps the vector.
         self.sgd = torch.optim.SGD(
-            list(model.network.parameters()) if self.stage else [flat],
+            list(model.network.parameters()),
             lr=local.lr,
             momentum=local.momentum,
             nesterov=local.nesterov,
@@ -96,8 +93,7 @@ class DeepSpeedEngine:
         if self.stage:  # DeepSpeed moved the parameters, in their order, to a vector of its own
             model.parameters = self.optimizer.bit16_groups_flat[0][: len(model.parameters)]
         else:  # the norm over the vector, not over its tensors: the bits of the other engine
-            clip = torch.nn.utils.clip_grad_norm_
-            self.engine.clip_fp32_gradients = lambda: clip([flat], local.clip)
+            self.engine.clip_fp32_gradients = lambda: clip_gradient(model, local.clip)
         self.gradient_views = model.views(model.gradients)
         owner, name = self.engine, "torch_autocast_z0_gradscaler"
         if self.stage:
@@ -105,8 +101,9 @@ class DeepSpeedEngine:
         self.scaler = getattr(owner, name) if precision == "fp16" else None
         self.logs = EngineLogs(given, folder)
 
-    def begin(self, lr: float) -> None:
+    def begin(self, lr: float, amend: Amend | None) -> None:
         """Train from what model.parameters holds, without memory of the client before."""
+        self.amend = amend
         for group in self.sgd.param_groups:
             group["lr"] = lr
             for parameter in group["params"] if group["momentum"] else ():
@@ -127,11 +124,11 @@ class DeepSpeedEngine:
         """The gradient of a mean loss over `share` of the batch; DeepSpeed averages the team's."""
         self.engine.backward(loss * (share * self.team.size))
 
-    def step(self, amend: Amend | None) -> int:
+    def step(self) -> int:
         """Amend, clip and apply the gradient; return 1 if fp16 overflowed and skipped the step."""
         scale = self.scaler.get_scale() if self.scaler else 1.0
-        if amend:
-            self._amend(amend, scale)
+        if self.amend:
+            self._amend(scale)
         if self.stage and self.scaler:  # ZeRO compares the clip with the scaled norm
             self.optimizer.clip_grad = self.clip * scale
         with self.logs.quiet_step():
@@ -150,13 +147,13 @@ class DeepSpeedEngine:
         """A client is done."""
         self.logs.end_client()
 
-    def _amend(self, amend: Amend, scale: float) -> None:
+    def _amend(self, scale: float) -> None:
         gradients, parameters = self.model.gradients, list(self.model.network.parameters())
         if self.stage:
             for parameter, view in zip(parameters, self.gradient_views, strict=True):
                 view.copy_(deepspeed.utils.safe_get_full_grad(parameter))
         gradients.div_(scale)  # a power of two: exact both ways
-        amend(self.model.parameters, gradients)
+        self.amend(self.model.parameters, gradients)
         gradients.mul_(scale)
         if self.stage:
             for parameter, view in zip(parameters, self.gradient_views, strict=True):

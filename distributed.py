@@ -5,6 +5,7 @@ group) and the deepspeed launcher (DeepSpeed does): gloo between CPUs, NCCL betw
 """
 
 import json
+import mmap
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from config import Config, ConfigError
+
+OUTBOX_CHUNK = 64 << 20  # bytes
 
 T = TypeVar("T")
 Blob = bytes | memoryview
@@ -46,6 +49,35 @@ class Report:
     def fail(self, reason: str) -> None:
         """Send nothing, and say why."""
         self.failure, self.payloads, self.lengths = reason, {}, {}
+
+
+class Outbox:
+    """Holds a round's payloads in memory that the next round takes again.
+
+    One by one among what training takes and frees, they would keep it from finding its memory
+    again: the kernel then zeroes new pages, at ten times the cost of copying a payload here.
+    """
+
+    def __init__(self):
+        self.chunks: list[memoryview] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """What keep() has returned is not valid any more."""
+        self.chunk, self.used = 0, 0
+
+    def keep(self, payload: Blob) -> memoryview:
+        """A copy, read-only, until clear()."""
+        while self.chunk < len(self.chunks):
+            start, end = self.used, self.used + len(payload)
+            if end <= len(self.chunks[self.chunk]):
+                self.used = end
+                self.chunks[self.chunk][start:end] = payload
+                return self.chunks[self.chunk][start:end].toreadonly()
+            self.chunk, self.used = self.chunk + 1, 0
+        # Outside the heap, and its pages are taken only once they are written.
+        self.chunks.append(memoryview(mmap.mmap(-1, max(OUTBOX_CHUNK, len(payload)))))
+        return self.keep(payload)
 
 
 class RankLost(Exception):

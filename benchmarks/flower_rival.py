@@ -1,6 +1,6 @@
 """Flower (Beutel et al. 2020, arXiv 2007.14390) on the task of rivals.py, with Ray.
 
-    PYTHON benchmarks/flower_rival.py TASK.npz ROUNDS PRECISION WEIGHTS.npy WORKERS THREADS
+    PYTHON benchmarks/flower_rival.py TASK.npz ROUNDS PRECISION STYLE WEIGHTS.npy WORKERS THREADS
 
 Set up like its PyTorch quickstart: a ServerApp with FedAvg, a ClientApp that trains, client
 resources so that WORKERS clients train at a time; no evaluation. Beyond the quickstart, a worker
@@ -27,13 +27,13 @@ from rival_task import load_task
 from torch.nn.functional import cross_entropy
 
 
-def make_client(file: str, precision: str, threads: int) -> ClientApp:
+def make_client(file: str, precision: str, style: str, threads: int) -> ClientApp:
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         torch.set_num_threads(threads)
-        task = load_task(file)
+        task = load_task(file, style)
         network = task.network.train()
         network.load_state_dict(message.content["arrays"].to_torch_state_dict())
         optimizer = torch.optim.SGD(network.parameters(), lr=task.lr)
@@ -52,12 +52,12 @@ def make_client(file: str, precision: str, threads: int) -> ClientApp:
     return app
 
 
-def make_server(file: str, rounds: int, weights: str, times: list[float]) -> ServerApp:
+def make_server(file: str, style: str, rounds: int, weights: str, times: list[float]) -> ServerApp:
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        task = load_task(file)
+        task = load_task(file, style)
         strategy = FedAvg(
             fraction_train=task.cohort / len(task.clients),
             fraction_evaluate=0.0,
@@ -77,13 +77,13 @@ def make_server(file: str, rounds: int, weights: str, times: list[float]) -> Ser
 
 
 def main() -> None:
-    file, rounds, precision, weights = sys.argv[1], int(sys.argv[2]), *sys.argv[3:5]
-    workers, threads = map(int, sys.argv[5:])
+    file, rounds, precision, style, weights = sys.argv[1], int(sys.argv[2]), *sys.argv[3:6]
+    workers, threads = map(int, sys.argv[6:])
     times: list[float] = []  # before the first round, and after each
     run_simulation(
-        make_server(file, rounds, weights, times),
-        make_client(file, precision, threads),
-        num_supernodes=len(load_task(file).clients),
+        make_server(file, style, rounds, weights, times),
+        make_client(file, precision, style, threads),
+        num_supernodes=len(load_task(file, style).clients),
         backend_config={
             "init_args": {"num_cpus": workers * threads},
             "client_resources": {"num_cpus": threads, "num_gpus": 0.0},

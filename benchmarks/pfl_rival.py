@@ -1,6 +1,6 @@
 """pfl-research (Granqvist et al. 2024, arXiv 2404.06430) on the task of rivals.py.
 
-    PYTHON benchmarks/pfl_rival.py TASK.npz ROUNDS PRECISION WEIGHTS.npy
+    PYTHON benchmarks/pfl_rival.py TASK.npz ROUNDS PRECISION STYLE WEIGHTS.npy
 
 Set up like its own CIFAR-10 benchmark: SimulatedBackend, FederatedAveraging, users in memory as
 Dataset (what its guide calls fastest), no evaluation. Its guide starts several processes by
@@ -43,10 +43,10 @@ class Clock(TrainingProcessCallback):
 
 
 def main() -> None:
-    file, rounds, precision, weights = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+    file, rounds, precision, style, weights = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
     np.random.seed(1)  # the same in every process: they draw the cohort together
     torch.manual_seed(1)
-    task = load_task(file)
+    task = load_task(file, style)
     network = task.network
     network.loss = lambda images, labels: cross_entropy(network.train()(images), labels)
     network.metrics = lambda images, labels: {"loss": Weighted(0, 1)}  # asked for in round 1

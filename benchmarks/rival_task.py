@@ -22,25 +22,31 @@ class Task:
     lr: float
 
 
-class ChannelsLast(nn.Module):
-    """[B, H, W, 3] -> [B, 3, H, W], where the channels stay last in memory."""
+class Channels(nn.Module):
+    """[B, H, W, 3] -> [B, 3, H, W]; in memory the channels stay last, or come first."""
+
+    def __init__(self, last: bool):
+        super().__init__()
+        self.last = last
 
     def forward(self, images: Tensor) -> Tensor:
-        return images.permute(0, 3, 1, 2)
+        images = images.permute(0, 3, 1, 2)
+        return images if self.last else images.contiguous()
 
 
-def build_network(height: int, width: int, num_classes: int) -> nn.Module:
-    """The network of pfl-research's CIFAR-10 benchmark, but for the pool before the second ReLU.
+def build_network(style: str, height: int, width: int, num_classes: int) -> nn.Module:
+    """The network of pfl-research's CIFAR-10 benchmark.
 
-    The function and its gradient are the same, and the ReLU has a quarter of the work.
+    style: `published`, or `ours`: channels last, and the pool before the second ReLU, which is the
+    same function with the same gradient for a quarter of the work.
     """
+    relu, pool = nn.ReLU(), nn.MaxPool2d(2)
     return nn.Sequential(
-        ChannelsLast(),
+        Channels(last=style == "ours"),
         nn.Conv2d(3, 32, 3),
         nn.ReLU(),
         nn.Conv2d(32, 64, 3),
-        nn.MaxPool2d(2),
-        nn.ReLU(),
+        *((pool, relu) if style == "ours" else (relu, pool)),
         nn.Dropout(0.25),
         nn.Flatten(),
         nn.Linear(64 * ((height - 4) // 2) * ((width - 4) // 2), 128),
@@ -58,10 +64,10 @@ def normalise(images: np.ndarray) -> np.ndarray:
 
 
 @cache  # once in a process, so in each of Flower's workers too
-def load_task(file: str) -> Task:
+def load_task(file: str, style: str) -> Task:
     given = np.load(file)
     images, labels = torch.from_numpy(normalise(given["images"])), torch.from_numpy(given["labels"])
-    network = build_network(*images.shape[1:3], int(given["num_classes"]))
+    network = build_network(style, *images.shape[1:3], int(given["num_classes"]))
     nn.utils.vector_to_parameters(torch.from_numpy(given["initial"]), network.parameters())
     shards = np.split(given["clients"], np.cumsum(given["sizes"])[:-1])
     clients = [(images[indices], labels[indices]) for indices in shards]

@@ -62,7 +62,8 @@ def test_server_step_on_a_small_vector():
     assert found["ratio"] == max(rows["FedYogi"]["compiled"], rows["FedYogi"]["copies"])
 
 
-def test_rivals_get_our_network_and_clients(rival_task, tmp_path):
+@pytest.mark.parametrize("style", ["ours", "published"])
+def test_rivals_get_our_network_and_clients(rival_task, tmp_path, style):
     ours = build_network("cnn", 10, (32, 32), seed=0)
     initial = torch.nn.utils.parameters_to_vector(ours.parameters()).detach()
     assert len(initial) == 1_626_442
@@ -80,7 +81,7 @@ def test_rivals_get_our_network_and_clients(rival_task, tmp_path):
         batch_size=2,
         lr=0.1,
     )
-    task = rival_task.load_task(str(tmp_path / "task.npz"))
+    task = rival_task.load_task(str(tmp_path / "task.npz"), style)
     assert [labels.tolist() for _, labels in task.clients] == [[4, 0], [2, 1, 3]]
     pictures = torch.cat([images for images, _ in task.clients])
     for channel in range(3):
@@ -90,6 +91,8 @@ def test_rivals_get_our_network_and_clients(rival_task, tmp_path):
     with torch.no_grad():
         theirs = task.network.eval()(pictures)
         torch.testing.assert_close(ours.eval()(pictures.permute(0, 3, 1, 2)), theirs)
+    last = task.network[0](pictures).is_contiguous(memory_format=torch.channels_last)
+    assert last == (style == "ours")
 
 
 def test_rivals_without_rivals():
@@ -103,5 +106,6 @@ def test_rivals_without_rivals():
     assert done.returncode == 0, done.stderr
     assert "pfl did NOT run" in done.stdout and "flower did NOT run" in done.stdout
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["ours_vs_pfl"] is None and found["ours_vs_flower"] is None
+    ratios = [f"ours_vs_{name}{end}" for name in ("pfl", "flower") for end in ("", "_tuned")]
+    assert [found[ratio] for ratio in ratios] == [None] * 4
     assert found["systems"]["ours"]["seconds"] > 0 and 0 < found["systems"]["ours"]["accuracy"] < 1

@@ -307,11 +307,24 @@ def test_fp16_keeps_small_gradients_by_scaling_the_loss():
     for precision in ("fp32", "fp16"):
         model = FlatModel(network(), CPU)
         model.views(model.parameters)[-1][0] = 14.0  # nearly certain, and right
-        run(model, replace(PLAIN, steps=1), 1.0, precision, indices=zeros)
+        # a clip, so that the engine gathers the gradient
+        run(model, replace(PLAIN, steps=1, clip=1e6), 1.0, precision, indices=zeros)
         gradients[precision] = model.gradients
     exact = gradients["fp32"]
     assert 0 < exact.norm() < 1e-4
     assert (gradients["fp16"] - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet18"])
+def test_the_step_is_the_same_whether_the_gradient_is_gathered_or_not(name):
+    """Gradients of convolutions come with channels last, which fused SGD would not notice."""
+    local = replace(PLAIN, momentum=0.9, nesterov=True, weight_decay=0.01)
+    fresh, gathered = FlatModel(network(name), CPU), FlatModel(network(name), CPU)
+    run(fresh, local, 0.05)
+    run(gathered, replace(local, clip=1e6), 0.05)
+    assert torch.equal(fresh.parameters, gathered.parameters)
+    for tensor, view in zip(fresh.network.parameters(), fresh.views(fresh.gradients), strict=True):
+        assert tensor.grad.data_ptr() == view.data_ptr()  # as it was before
 
 
 def test_a_client_of_one_example():

@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from cnn_model import FlatModel, build_network
+from cnn_model import Dropout, FlatModel, build_network
 
 CPU = torch.device("cpu")
 
@@ -71,6 +71,30 @@ def test_lenet_pads_pictures_under_16x16(size, expected):
 
 def test_the_cnn_drops_out_as_pfl_research_does():
     assert [m.p for m in build("cnn").modules() if isinstance(m, nn.Dropout)] == [0.25, 0.5]
+
+
+@pytest.mark.parametrize("p", [0.25, 0.5])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_zeroes_its_share_and_scales_the_rest(p, memory_format, dtype):
+    drop = Dropout(p)
+    x = torch.rand(10, 33, 15, 17).add(1).to(dtype).contiguous(memory_format=memory_format)
+    x.requires_grad_()
+    torch.manual_seed(4)
+    y = drop(x)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=memory_format)
+    kept = y != 0
+    scale = torch.tensor(1 / (1 - p), dtype=dtype)
+    assert torch.equal(y[kept], (x * scale)[kept])
+    for part in (kept, kept[:5], kept[:, ::2], kept[..., 1:]):  # six sigma
+        share = part.float().mean().item()
+        assert share == pytest.approx(1 - p, abs=6 * (p * (1 - p) / part.numel()) ** 0.5)
+    y.float().sum().backward()
+    assert torch.equal(x.grad, kept * scale)
+    torch.manual_seed(4)
+    assert torch.equal(drop(x), y)
+    assert not torch.equal(drop(x), y)
+    assert drop.eval()(x) is x
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
