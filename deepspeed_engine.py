@@ -20,7 +20,7 @@ from cnn_model import FlatModel
 from config import Config, ConfigError, Local
 from deepspeed_keys import unknown_keys
 from distributed import Team
-from engines import FIRST_SCALE_POWER, Amend, clip_gradient
+from engines import FIRST_SCALE_POWER, Amend, clip_gradient, make_sgd
 
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 USED = {  # what is looked at of sections that the YAML, too, has a say in
@@ -73,14 +73,7 @@ class DeepSpeedEngine:
         self.stage = given.get("zero_optimization", {}).get("stage", 0)
         power = given.get("fp16", {}).get("initial_scale_power", FIRST_SCALE_POWER)
         self.first_scale = 2.0**power
-        self.sgd = torch.optim.SGD(
-            list(model.network.parameters()),
-            lr=local.lr,
-            momentum=local.momentum,
-            nesterov=local.nesterov,
-            weight_decay=local.weight_decay,
-            fused=True,
-        )
+        self.sgd = make_sgd(list(model.network.parameters()), local)
         if self.stage:
             model.network.zero_grad(set_to_none=True)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
