@@ -56,7 +56,11 @@ class ClientStore:
         self.staged[client] = round
         self.memory[client, round] = state
         self.bytes_in_memory += _num_bytes(state)
-        while self.bytes_in_memory > self.budget:
+        self.make_room(0)
+
+    def make_room(self, num_bytes: int) -> None:
+        """Spill until this much of the budget is free, or all of it: for a state to come."""
+        while self.memory and self.bytes_in_memory + num_bytes > self.budget:
             self._spill(*next(iter(self.memory)))
 
     def release(self, client: int) -> tuple[int, bool]:

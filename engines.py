@@ -103,6 +103,7 @@ class TorchEngine:
         return skipped
 
     def end(self) -> None:
-        """A client is done."""
+        """A client is done: what only training needs makes room for coding its update."""
+        self.sgd.state.clear()
         for tensor, view in zip(self.tensors, self.views, strict=True):
             tensor.grad = view

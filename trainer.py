@@ -80,6 +80,8 @@ class Trainer:
         if not report.reach:
             report.fail("fp16 skipped every step")
             return report
+        if self.feedback:  # the update becomes what is owed, so it counts from now on
+            self.store.make_room(received.nbytes)
         update = torch.sub(model.parameters, received, out=self.update)
         own = self.own_positions
         if own is not None:
