@@ -39,7 +39,7 @@ def make_sgd(parameters: list[torch.nn.Parameter], local: Local) -> torch.optim.
         momentum=local.momentum,
         nesterov=local.nesterov,
         weight_decay=local.weight_decay,
-        # A plain step is one pass without it too, and on a CPU twice as fast.
+        # A plain step is one pass without it too, and measured faster on a CPU (docs/LOG.md).
         fused=not plain or parameters[0].is_cuda,
     )
 

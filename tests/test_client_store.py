@@ -1,5 +1,6 @@
 """client_store.py: states within a budget of memory, whole after a kill at any place."""
 
+import os
 import resource
 import signal
 import subprocess
@@ -288,9 +289,9 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
     assert torch.equal(ClientStore(folder, 1, {1: 1}).get(1)["residual"], torch.zeros(10))
 
 
-def test_memory_stays_within_the_budget(tmp_path):
+def stage_a_hundred_states(folder: Path) -> None:
     """100 states of 4 MB in two rounds, 20 MB of budget: the process grows by little more."""
-    store = ClientStore(tmp_path, 20e6)
+    store = ClientStore(folder, 20e6)
     residual = torch.ones(1_000_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in (1, 2):
@@ -299,8 +300,19 @@ def test_memory_stays_within_the_budget(tmp_path):
             store.stage(client, {"residual": residual + (old["residual"] if old else 0)}, number)
         store.commit()
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    assert store.bytes_in_memory <= 20e6 and grown < 100e6
+    assert store.bytes_in_memory <= 20e6 and grown < 60e6, grown
     assert torch.equal(store.get(31)["residual"], residual * 2)
+
+
+def test_memory_stays_within_the_budget(tmp_path):
+    """In a process of its own, where each state has its pages: glibc's heap may keep holes."""
+    folders = [str(REPOSITORY), str(REPOSITORY / "tests")]
+    script = f"import sys; sys.path[:0] = {folders}; from test_client_store import *; "
+    script += f"stage_a_hundred_states(Path({str(tmp_path)!r}))"
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    command = [PYTHON, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # --- whole runs (slow) ----------------------------------------------------------------------------
