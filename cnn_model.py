@@ -11,9 +11,27 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv2d
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from wire import Layout
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d without the work of weights that meet nothing but padding.
+
+    Where one output is left, as in the last stage for pictures of 8x8, only the part of the kernel
+    that lies on the picture counts: one weight of nine for a 3x3 kernel on one pixel.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel, stride, padding = self.kernel_size[0], self.stride[0], self.padding[0]
+        height, width = x.shape[2:]
+        for side in (height, width):
+            if padding + side > kernel or side + 2 * padding - kernel >= stride:
+                return super().forward(x)
+        inside = slice(padding, padding + height), slice(padding, padding + width)
+        return conv2d(x, self.weight[:, :, *inside], self.bias)
 
 
 class ResNet(nn.Module):
@@ -50,6 +68,7 @@ class ResNet(nn.Module):
         self.head = nn.Linear(channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
+                module.__class__ = Conv2d  # those of torchvision's blocks, too
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:

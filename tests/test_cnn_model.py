@@ -7,8 +7,9 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 
-from cnn_model import Dropout, FlatModel, build_network
+from cnn_model import Conv2d, Dropout, FlatModel, build_network
 
 CPU = torch.device("cpu")
 
@@ -110,6 +111,34 @@ def test_a_resnet_with_the_imagenet_stem_is_torchvisions(name):
         getattr(ours, mode)(), getattr(theirs, mode)()
         with torch.no_grad():
             torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 2), (3, 2), (4, 4), (7, 3), (8, 8)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [(3, 1, 1), (3, 2, 1), (1, 1, 0), (1, 2, 0), (7, 2, 3), (2, 4, 1)],
+)
+def test_a_convolution_on_few_pixels_is_torchs(size, kernel, stride, padding):
+    ours = Conv2d(4, 6, kernel, stride, padding, bias=kernel == 2)
+    theirs = nn.Conv2d(4, 6, kernel, stride, padding, bias=kernel == 2)
+    theirs.load_state_dict(ours.state_dict())
+    results = []
+    for layer in (ours, theirs):
+        images = torch.linspace(-1, 1, 3 * 4 * size[0] * size[1]).reshape(3, 4, *size)
+        out = layer(images.requires_grad_())
+        gradients = torch.autograd.grad(out.square().sum(), [images, *layer.parameters()])
+        results.append([out, *gradients])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_last_stage_on_pictures_of_8x8_needs_one_weight_of_nine():
+    network = build("resnet18", **SMALL)
+    with FlopCounterMode(display=False) as counter:
+        network.eval()(torch.zeros(1, 3, 8, 8))
+    # 3x3 at stride 2 on 2x2: four weights of nine; then three convolutions on one pixel
+    flops = counter.get_flop_counts()["ResNet.stages.3"][torch.ops.aten.convolution]
+    assert flops == 2 * (32 * 64 * 4 + 32 * 64 + 3 * 64 * 64)
 
 
 def test_the_cifar_stem_is_3x3_and_keeps_the_resolution():
