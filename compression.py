@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eden import packed_size, read_eden, write_eden
 from entropy import decode_integers, encode_integers
+from kernels import add_at
 from powersgd import read_powersgd, write_powersgd
 from quantisers import (
     BF16,
@@ -83,8 +84,8 @@ class Decoded:
         """vector += weight * self, in place; vector: float32 [size] on the CPU."""
         if self.indices is None:
             vector.add_(torch.from_numpy(self.values), alpha=weight)
-        else:  # the indices are distinct, so numpy's buffered += loses nothing
-            vector.numpy()[self.indices] += self.values * np.float32(weight)
+        else:
+            add_at(vector.numpy(), self.indices, self.values, np.float32(weight))
 
     def dense(self, copy: bool = True) -> Tensor:
         """The whole vector, float32 [size]; without a copy it may lie in the payload: read only."""

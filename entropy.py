@@ -21,6 +21,7 @@ from rangecoder import (
     code_number,
     decide,
     follow,
+    index,
     inlined,
     log,
     new_model,
@@ -163,24 +164,24 @@ def _nearness(predicted, least):
     a = abs(predicted)
     if a < least:
         return 0 if a == 0 else 1 if 2 * a < least else 2
-    return 2 + NEARNESS[min(a - least + 1, 63)]
+    return 2 + NEARNESS[index(min(a - least + 1, 63))]
 
 
 @inlined
 def _predict(kernel, k, kernel_width):
     """The level at k from those left, above and above left: by their plane, damped by 3/4."""
-    left = kernel[k - 1] if k % kernel_width else 0
-    above = kernel[k - kernel_width] if k >= kernel_width else 0
+    left = kernel[index(k - 1)] if k % kernel_width else 0
+    above = kernel[index(k - kernel_width)] if k >= kernel_width else 0
     if k % kernel_width and k >= kernel_width:
-        return 3 * (left + above) - 2 * kernel[k - kernel_width - 1] >> 2
+        return 3 * (left + above) - 2 * kernel[index(k - kernel_width - 1)] >> 2
     return left + above
 
 
 @inlined
 def _neighbours_after(kernel, k, kernel_size, kernel_width):
     """How many of the positions right of and below k are set; they still hold their mask bit."""
-    right = k % kernel_width < kernel_width - 1 and kernel[k + 1] != 0
-    below = k + kernel_width < kernel_size and kernel[k + kernel_width] != 0
+    right = k % kernel_width < kernel_width - 1 and kernel[index(k + 1)] != 0
+    below = k + kernel_width < kernel_size and kernel[index(k + kernel_width)] != 0
     return (1 if right else 0) + (1 if below else 0)
 
 
@@ -198,10 +199,10 @@ def _alike(tensors, s, t, bounds):
 def _occupied_cells(indices, j, begin, columns, stride, kernel_size):
     """Writing: how many cells of the row that begins at `begin` hold something, from entry j on."""
     cells, cell_end = 0, begin
-    while j < len(indices) and indices[j] < begin + (columns - 1) * stride + kernel_size:
-        if indices[j] >= cell_end:
-            cell_end = begin + (indices[j] - begin) // stride * stride + kernel_size
-            if indices[j] >= cell_end:  # between two columns of a matrix: another row's
+    while j < len(indices) and indices[index(j)] < begin + (columns - 1) * stride + kernel_size:
+        if indices[index(j)] >= cell_end:
+            cell_end = begin + (indices[index(j)] - begin) // stride * stride + kernel_size
+            if indices[index(j)] >= cell_end:  # between two columns of a matrix: another row's
                 break
             cells += 1
         j += 1
@@ -215,14 +216,14 @@ def _mask(reading, indices, j, cell, size, kernel_width, kernel, state, words, m
     for k in range(size):
         bit = 1
         if num_set or k < size - 1:  # a cell holds something: the last one may be implied
-            left = kernel[k - 1] if k % kernel_width else 0
-            above = kernel[k - kernel_width] if k >= kernel_width else 0
+            left = kernel[index(k - 1)] if k % kernel_width else 0
+            above = kernel[index(k - kernel_width)] if k >= kernel_width else 0
             if not reading:
                 next_one = j + num_set
                 bit = 1 if next_one < len(indices) and indices[next_one] == cell + k else 0
             context = MASK + 32 * min(k, 15) + 4 * min(num_set, 7) + 2 * left + above
             bit, state = decide(reading, bit, context, FAST, state, words, model)
-        kernel[k] = bit
+        kernel[index(k)] = bit
         num_set += bit
     return num_set, state
 
@@ -262,7 +263,7 @@ def _build_walk(reading):
 
             # Does it hold anything, and is it the copy of an earlier tensor?
             end = offset + num_rows * num_columns * size
-            bit = 1 if not reading and j < count and indices[j] < end else 0
+            bit = 1 if not reading and j < count and indices[index(j)] < end else 0
             bit, state = decide(reading, bit, TENSORS + flat, FAST, state, words, model)
             if bit == 0:
                 continue
@@ -296,7 +297,7 @@ def _build_walk(reading):
                     continue
 
             for i in range(num_columns):
-                column_cells[i] = column_logs[i] = column_sums[i] = 0
+                column_cells[index(i)] = column_logs[index(i)] = column_sums[index(i)] = 0
             num_cells = 0
             tensor_mean, tensor_count = 0, 0  # running means are of 16 * (magnitude - least) + 1
             for o in range(num_rows):
@@ -317,26 +318,30 @@ def _build_walk(reading):
                 ahead = num_cells  # cells of the rows before, in this column and those to its right
                 log_due = log(due)
                 row_mean, row_count, row_sum, row_signs = tensor_mean, 0, 0, 0
-                for i in range(num_columns):
-                    left = num_columns - i
-                    ratio = log_due + column_logs[i] - log(2 * ahead + left) + 44
-                    ratio = clamp(ratio, 0, 67)
-                    ahead -= column_cells[i]
+                i = -1
+                while due:
+                    # To the next occupied cell: a loop of its own, so that registers hold it all.
+                    occupied = 0
+                    while not occupied:
+                        i += 1
+                        left = num_columns - i
+                        ratio = log_due + column_logs[index(i)] - log(2 * ahead + left) + 44
+                        ratio = clamp(ratio, 0, 67)
+                        ahead -= column_cells[index(i)]
+                        occupied = 1
+                        if due < left:
+                            if not reading:
+                                end_of_cell = row + i * column_stride + size
+                                occupied = 1 if indices[index(j)] < end_of_cell else 0
+                            occupied, state = decide(
+                                reading, occupied, OCCUPIED + ratio, SLOW, state, words, model
+                            )
                     cell = row + i * column_stride
-                    bit = 1
-                    if due < left:
-                        if not reading:
-                            bit = 1 if indices[j] < cell + size else 0
-                        bit, state = decide(
-                            reading, bit, OCCUPIED + ratio, SLOW, state, words, model
-                        )
-                    if bit == 0:
-                        continue
                     due -= 1
                     log_due = log(due)
                     num_cells += 1
-                    column_cells[i] += 1
-                    column_logs[i] = log(2 * column_cells[i] + 1)
+                    column_cells[index(i)] += 1
+                    column_logs[index(i)] = log(2 * column_cells[index(i)] + 1)
                     if not reading and state[2] + 64 + 8 * size > len(words):
                         return NO_ROOM, state
                     num_set, state = _mask(
@@ -347,9 +352,9 @@ def _build_walk(reading):
 
                     first, kernel_mean, kernel_signs = j, tensor_mean, 0
                     for k in range(size):
-                        if kernel[k] == 0:
+                        if kernel[index(k)] == 0:
                             continue
-                        level = np.int64(levels[j])
+                        level = np.int64(levels[index(j)])
                         if size > 1:
                             predicted = _predict(kernel, k, kernel_width)
                             near = _nearness(predicted, least)
@@ -362,7 +367,7 @@ def _build_walk(reading):
                             b = MEANS + 16 * (4 * means + min(num_set // 3, 3))
                         else:
                             row_size = _size_of_sum(row_sum, least)
-                            column_size = _size_of_sum(column_sums[i], least)
+                            column_size = _size_of_sum(column_sums[index(i)], least)
                             sign_context = FLAT_SIGN + 9 * (row_size + 4) + column_size + 4
                             a = NEIGHBOURS + 16 * (36 + ratio // 4)
                             b = MEANS + 16 * (4 * min(log(row_mean) >> 1, 15) + 3)
@@ -376,13 +381,13 @@ def _build_walk(reading):
                             return TOO_LARGE, state
                         level = -(excess + least) if negative else excess + least
                         if reading:
-                            indices[j] = cell + k
-                            levels[j] = level
-                        kernel[k] = level
+                            indices[index(j)] = cell + k
+                            levels[index(j)] = level
+                        kernel[index(k)] = level
                         kernel_signs += 1 - 2 * negative
                         row_signs += 1 - 2 * negative
                         row_sum += level
-                        column_sums[i] += level
+                        column_sums[index(i)] += level
                         value = 16 * excess + 1
                         kernel_mean = follow(kernel_mean, value, j - first, 1)
                         row_mean = follow(row_mean, value, row_count, 4)
@@ -390,8 +395,6 @@ def _build_walk(reading):
                         row_count += 1
                         tensor_count += 1
                         j += 1
-                    if due == 0:
-                        break
             bounds[t + 1] = j
         return DONE if j == count else TOO_FEW, state
 

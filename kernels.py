@@ -1,4 +1,4 @@
-"""Compiled loops that several coders share: random words and streams of bits."""
+"""Compiled loops that several coders share: random words, streams of bits, a sparse sum."""
 
 import hashlib
 from pathlib import Path
@@ -44,6 +44,13 @@ def random_word(seed, k):
 def uniform(seed, k):
     """A number in [0, 1) of 53 random bits."""
     return np.float64(random_word(seed, np.uint64(k)) >> np.uint64(11)) * 2.0**-53
+
+
+@compiled
+def add_at(vector, indices, values, weight):
+    """vector[indices] += weight * values, in one pass; float32, the indices distinct."""
+    for k in range(len(indices)):
+        vector[np.uint64(indices[k])] += weight * values[k]
 
 
 @compiled
