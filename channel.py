@@ -39,7 +39,7 @@ class Channel:
         """From now on only these coordinates exist, int64, ascending; None: all of them."""
         self.mask, self.on_mask = mask, self.layout if mask is None else self.layout.on(mask)
 
-    def encode(self, vector: Tensor, round: int, client: int = ALL) -> tuple[bytes, Decoded]:
+    def encode(self, vector: Tensor, round: int, client: int = ALL) -> tuple[memoryview, Decoded]:
         """The payload of float32 [layout.size] and what decode() makes of it. Raises NotFinite."""
         support, layout, scale = self._support(round, client)
         if support is not None and not all_finite(vector):  # nor may what is owed hold NaN

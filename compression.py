@@ -119,7 +119,7 @@ def encode(
     select: Select | None = None,
     dense_below: int = 0,
     seed: int = 0,
-) -> tuple[bytes, Decoded]:
+) -> tuple[memoryview, Decoded]:
     """Encode float32 [layout.size]; return the payload and exactly what decode() makes of it.
 
     values: a word that parse_values() reads. select: returns the ascending int64 positions to
@@ -312,12 +312,12 @@ def _read_values(reader: Reader, kind: int, flags: int, layout: Layout, count: i
     return values
 
 
-def _read_back(payload: bytes, body: Body, layout: Layout) -> Decoded:
+def _read_back(payload: memoryview, body: Body, layout: Layout) -> Decoded:
     """What was sent, read from the payload: it stays as it is if the vector changes later."""
     values = body.arrives
     if values is None:
         end = len(payload) - CHECKSUM.size
-        reader = Reader(memoryview(payload)[end - len(body.values) : end])
+        reader = Reader(payload[end - len(body.values) : end])
         count = layout.size if body.indices is None else len(body.indices)
         values = _read_values(reader, body.kind, body.flags, layout, count)
     return Decoded(layout.size, body.indices, values)

@@ -20,7 +20,7 @@ class Message:
     """A payload of a kind; it carries `numbers` and stands for `dense` numbers of 4 bytes."""
 
     kind: str
-    payload: bytes
+    payload: bytes | memoryview
     numbers: int
     dense: int
 

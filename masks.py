@@ -20,7 +20,7 @@ from downlink import Message
 from wire import Layout, pack_positions
 
 
-def encode_scores(gradient: Tensor, weights: Tensor, layout: Layout) -> bytes:
+def encode_scores(gradient: Tensor, weights: Tensor, layout: Layout) -> memoryview:
     """snip: what a client sends of every weight, in fp16. Raises NotFinite."""
     return encode(pruning.snip_scores(gradient, weights), layout, "fp16")[0]
 
@@ -71,7 +71,7 @@ class SharedMask:
         due = round % self.settings.every == 0 and round < self.rounds
         return self.settings.method == "dynamic" and due
 
-    def encode_growth(self, gradient: Tensor, round: int) -> tuple[bytes, int]:
+    def encode_growth(self, gradient: Tensor, round: int) -> tuple[memoryview, int]:
         """dynamic: a client's largest gradients outside the mask, and how many; bf16 has the range.
 
         Raises NotFinite.

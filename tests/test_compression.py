@@ -37,7 +37,7 @@ def same_bits(ours, theirs) -> bool:
 
 def read_naively(payload: bytes, layout: Layout):
     tensors = list(zip(layout.names, layout.shapes, strict=True))
-    return naive_decoder.decode(payload, tensors, layout.agreed)
+    return naive_decoder.decode(bytes(payload), tensors, layout.agreed)
 
 
 def check(payload: bytes, layout: Layout) -> Decoded:
@@ -80,8 +80,10 @@ def check_residual(vector: torch.Tensor, sent: Decoded) -> None:
     ratio = vector.double() / torch.where(arrived == 0, 1, arrived.double())
     exact = (arrived == 0) | (ratio >= 0.5) & (ratio <= 2)
     assert torch.equal(again[exact], vector[exact])
+    # In float64: at the largest float32, a sum rounded to float32 can be infinite.
     scale = torch.maximum(vector.abs(), arrived.abs()).double()
-    assert ((again.double() - vector.double()).abs() <= 1e-6 * scale).all()
+    again = residual.double() + arrived.double()
+    assert ((again - vector.double()).abs() <= 1e-6 * scale).all()
 
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -193,7 +195,9 @@ def test_a_sum_that_overflows_is_not_taken_for_infinity():
 def test_encode_leaves_the_vector_alone_and_is_deterministic(word, dense_below):
     for indices in (None, np.array([1, 2, 4])) if word in SELECTING else (None,):
         vector = VECTOR.clone()
-        payloads = {encode(vector, LAYOUT, word, picking(indices), dense_below)[0] for _ in "123"}
+        payloads = {
+            bytes(encode(vector, LAYOUT, word, picking(indices), dense_below)[0]) for _ in "123"
+        }
         assert len(payloads) == 1 and torch.equal(vector, VECTOR)
 
 

@@ -157,7 +157,7 @@ def payloads() -> list[bytes]:
         indices = np.flatnonzero(vector)
         bodies.append(encode_integers(indices, vector[indices], FUZZED))
     scale = np.float32(0.5).tobytes()
-    return [pack(2, 3, FUZZED, scale, body) for body in bodies]
+    return [bytes(pack(2, 3, FUZZED, scale, body)) for body in bodies]
 
 
 @pytest.mark.parametrize("index", range(3))

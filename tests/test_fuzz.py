@@ -47,7 +47,7 @@ def valid(word: str) -> list[tuple[bytes, Layout]]:
             for vector in vectors(layout):
                 for dense_below in (0, 20) if layout is SMALL else (0,):
                     payload, _ = encode(vector, layout, word, picking(indices), dense_below)
-                    found[payload] = layout
+                    found[bytes(payload)] = layout
     return list(found.items())
 
 
@@ -196,7 +196,7 @@ def test_wounded_payloads_take_no_memory_beyond_the_layout():
             attempt(payload, layout)
             tracemalloc.start()
             for _ in range(15):
-                attempt(sealed(wound(payload, draw)), layout)
+                attempt(sealed(wound(bytes(payload), draw)), layout)
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
             assert peak < 64 * layout.size + 10 * len(payload)

@@ -29,7 +29,7 @@ from wire import (
 pytestmark = pytest.mark.filterwarnings("error")
 PAGE = Path(__file__).parents[1] / "docs" / "wire-format.md"
 LAYOUT = Layout(("conv.weight", "scale", "bias"), ((4, 2, 3), (), (3,)))
-PAYLOAD = pack(1, 3, LAYOUT, b"abc", b"de", flags=2)
+PAYLOAD = bytes(pack(1, 3, LAYOUT, b"abc", b"de", flags=2))
 
 
 def seal(payload: bytes) -> bytes:
