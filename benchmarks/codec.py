@@ -1,10 +1,11 @@
 """Bytes and seconds of a sparse update, beside the bounds, NNCodec and plain formats.
 
-    python benchmarks/codec.py [--root ../shared/data] [--rivals PYTHON] [--synthetic] [--json]
+    python benchmarks/codec.py [--root ../shared/data] [--rivals PYTHON] [--json] [NAME ...]
+    python benchmarks/codec.py --synthetic
 
-Cases: the real updates of updates.py (the first run trains them, for some 15 minutes) and three
-made ones, each with its 1% and its 0.1% largest entries as 8-bit levels. All coders get the same
-integers, and every round trip is checked. Rows:
+Cases: the real updates of updates.py, of all its recipes or of those named (the first run trains
+them, for some 15 minutes), and three made ones, each with its 1% and its 0.1% largest entries as
+8-bit levels. All coders get the same integers, and every round trip is checked. Rows:
 
     ours      the payload of compression.encode, container and scale included
     Rice      the same with Rice codes for positions and a byte for each level
@@ -70,9 +71,9 @@ def compress(vector: Tensor, layout: Layout, density: float) -> tuple[bytes, Dec
     return encode(vector, layout, "int8", lambda v, _: topk(v, num_kept(density, len(v))))
 
 
-def cases(root: str, synthetic: bool) -> Iterator[Case]:
+def cases(root: str, recipes: list[str], synthetic: bool) -> Iterator[Case]:
     if not synthetic:
-        for recipe in RECIPES:
+        for recipe in recipes:
             for update in load_updates(recipe, root):
                 vector = torch.from_numpy(update.update)
                 yield Case(f"{recipe} {update.moment}", update.layout, vector)
@@ -286,10 +287,11 @@ def main() -> None:
     parser.add_argument("--synthetic", action="store_true", help="made vectors only, and small")
     parser.add_argument("--repeats", type=int, default=9, help="runs of every timed step")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument("recipes", nargs="*", default=list(RECIPES), metavar="NAME")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for case in cases(args.root, args.synthetic):
+    for case in cases(args.root, args.recipes, args.synthetic):
         print_dense(case)
         rows += [measure(case, density, args.rivals, args.repeats) for density in DENSITIES]
     print_bytes(rows)
