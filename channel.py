@@ -13,7 +13,7 @@ from torch import Tensor
 import pruning
 from compression import Decoded, NotFinite, all_finite, decode, encode
 from config import Downlink, Selection, Uplink
-from wire import Layout
+from wire import Layout, Memory, new_memory
 
 State = dict[str, Tensor]
 ALL = -1  # stands for a client in what goes to all: its random choices are no client's
@@ -39,7 +39,9 @@ class Channel:
         """From now on only these coordinates exist, int64, ascending; None: all of them."""
         self.mask, self.on_mask = mask, self.layout if mask is None else self.layout.on(mask)
 
-    def encode(self, vector: Tensor, round: int, client: int = ALL) -> tuple[memoryview, Decoded]:
+    def encode(
+        self, vector: Tensor, round: int, client: int = ALL, memory: Memory = new_memory
+    ) -> tuple[memoryview, Decoded]:
         """The payload of float32 [layout.size] and what decode() makes of it. Raises NotFinite."""
         support, layout, scale = self._support(round, client)
         if support is not None and not all_finite(vector):  # nor may what is owed hold NaN
@@ -47,7 +49,7 @@ class Channel:
         part = vector if support is None else vector[torch.from_numpy(support)].mul_(scale)
         link, seed = self.link, self.seed_for("values", round, client)
         select = self._select(round, client)
-        payload, sent = encode(part, layout, link.values, select, link.dense_below, seed)
+        payload, sent = encode(part, layout, link.values, select, link.dense_below, seed, memory)
         return payload, self._lift(sent, support)
 
     def decode(self, payload: bytes | memoryview, round: int, client: int = ALL) -> Decoded:

@@ -42,12 +42,14 @@ from quantisers import (
 from wire import (
     CHECKSUM,
     Layout,
+    Memory,
     PayloadError,
     Reader,
     compress,
     decode_positions,
     decompress,
     encode_positions,
+    new_memory,
     pack,
     unpack,
 )
@@ -119,13 +121,15 @@ def encode(
     select: Select | None = None,
     dense_below: int = 0,
     seed: int = 0,
+    memory: Memory = new_memory,
 ) -> tuple[memoryview, Decoded]:
     """Encode float32 [layout.size]; return the payload and exactly what decode() makes of it.
 
     values: a word that parse_values() reads. select: returns the ascending int64 positions to
     send of the vector that it is given; of these, those that would arrive as zero are not sent.
     dense_below: tensors of fewer entries travel whole, as fp32. seed: of the random choices of
-    qsgd, eden and powersgd. Raises NotFinite, and ValueError for a word or mix that is not valid.
+    qsgd, eden and powersgd. memory: gives the bytes that the payload is written on. Raises
+    NotFinite, and ValueError for a word or mix that is not valid.
     """
     coder = parse_values(values)
     if not all_finite(vector):
@@ -133,18 +137,15 @@ def encode(
     large = layout.sizes >= dense_below
     if large.all():
         body = _encode(vector, layout, coder, select, seed)
-        payload = pack(
-            body.selection, body.kind, layout, body.positions, body.values, flags=body.flags
-        )
+        parts = body.positions, body.values
+        payload = pack(body.selection, body.kind, layout, *parts, flags=body.flags, memory=memory)
         return payload, _read_back(payload, body, layout)
     rest = layout.where(large)
     body = _encode(_pick(vector, layout, large), rest, coder, select, seed)
     small = _pick(vector, layout, ~large).cpu().numpy().astype("<f4")
     head = dense_below.to_bytes(4, "little") + small.tobytes()
-    flags = body.flags | SMALL_DENSE
-    payload = pack(
-        body.selection, body.kind, layout, head, body.positions, body.values, flags=flags
-    )
+    parts, flags = (head, body.positions, body.values), body.flags | SMALL_DENSE
+    payload = pack(body.selection, body.kind, layout, *parts, flags=flags, memory=memory)
     return payload, _joined(layout, large, small, _read_back(payload, body, rest))
 
 

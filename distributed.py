@@ -42,7 +42,7 @@ class Report:
     lengths: dict[str, int] = field(default_factory=dict)  # of the payloads, in bytes
     numbers: dict[str, int] = field(default_factory=dict)  # how many each payload carries
 
-    def add(self, kind: str, payload: bytes, numbers: int) -> None:
+    def add(self, kind: str, payload: Blob, numbers: int) -> None:
         self.payloads[kind], self.numbers[kind] = payload, numbers
         self.lengths[kind] = len(payload)
 
@@ -52,10 +52,10 @@ class Report:
 
 
 class Outbox:
-    """Holds a round's payloads in memory that the next round takes again.
+    """Memory for the payloads of a round, which those of the next round take again.
 
     One by one among what training takes and frees, they would keep it from finding its memory
-    again: the kernel then zeroes new pages, at ten times the cost of copying a payload here.
+    again: the kernel then zeroes new pages, at ten times the cost of writing a payload here.
     """
 
     def __init__(self):
@@ -63,21 +63,20 @@ class Outbox:
         self.clear()
 
     def clear(self) -> None:
-        """What keep() has returned is not valid any more."""
+        """What take() has returned is not valid any more."""
         self.chunk, self.used = 0, 0
 
-    def keep(self, payload: Blob) -> memoryview:
-        """A copy, read-only, until clear()."""
+    def take(self, size: int) -> memoryview:
+        """`size` bytes to write on, until clear()."""
         while self.chunk < len(self.chunks):
-            start, end = self.used, self.used + len(payload)
+            start, end = self.used, self.used + size
             if end <= len(self.chunks[self.chunk]):
-                self.used = end
-                self.chunks[self.chunk][start:end] = payload
-                return self.chunks[self.chunk][start:end].toreadonly()
+                self.used = end + -end % 64  # a cache line
+                return self.chunks[self.chunk][start:end]
             self.chunk, self.used = self.chunk + 1, 0
         # Outside the heap, and its pages are taken only once they are written.
-        self.chunks.append(memoryview(mmap.mmap(-1, max(OUTBOX_CHUNK, len(payload)))))
-        return self.keep(payload)
+        self.chunks.append(memoryview(mmap.mmap(-1, max(OUTBOX_CHUNK, size))))
+        return self.take(size)
 
 
 class RankLost(Exception):

@@ -21,7 +21,7 @@ from client_store import ClientStore
 from cnn_model import FlatModel, build_network
 from config import Config, ConfigError
 from data import Dataset, Pictures, hold_out, load_dataset, partition_labels
-from distributed import Outbox, Ranks, Report, place
+from distributed import Ranks, Report, place
 from evaluation import SHARED, evaluate_models
 from network import Device, Link, round_seconds
 from runlog import LedgerRow, RunFolder
@@ -46,7 +46,6 @@ class Federation:
 
     def __init__(self, config: Config, ranks: Ranks, folder: RunFolder):
         self.config, self.ranks, self.folder = config, ranks, folder
-        self.outbox = Outbox()
         network = config.network
         if ranks.use_deepspeed:
             from deepspeed_engine import read_config
@@ -107,13 +106,12 @@ class Federation:
         Returns the reports of this rank's clients as they left it, and all ranks' as they arrived.
         """
         self.place_cohort(cohort)
-        self.outbox.clear()
+        self.trainer.outbox.clear()
         team, mine = self.ranks.team, []
         try:
             for client in cohort:
                 if self.homes[client] == team.number:
                     report = work(client)
-                    report.payloads = {k: self.outbox.keep(p) for k, p in report.payloads.items()}
                     mine += [report] if team.is_leader else []
         except Interrupted:
             mine = None

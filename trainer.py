@@ -15,7 +15,7 @@ from cnn_model import FlatModel
 from compression import NotFinite, all_finite, encode
 from config import Config
 from data import Pictures
-from distributed import Report, Team
+from distributed import Outbox, Report, Team
 from engines import TorchEngine
 from masks import encode_scores
 from server import Broadcast, Server
@@ -45,6 +45,7 @@ class Trainer:
         self.config, self.model, self.pictures, self.clients = config, model, pictures, clients
         self.server, self.algorithm, self.store = server, server.algorithm, store
         self.team, self.use_deepspeed = team, use_deepspeed
+        self.outbox = Outbox()  # of this round's payloads
         self.engine: Engine | None = None
         self.pruned: Tensor | None = None  # the server's, on the device
         self.precision = config.precision
@@ -93,7 +94,9 @@ class Trainer:
                 if extra is not None:
                     extra[own] = 0
             if self.server.sends_buffers:
-                payload, sent = encode(model.buffers.cpu(), model.buffer_layout)
+                payload, sent = encode(
+                    model.buffers.cpu(), model.buffer_layout, memory=self.outbox.take
+                )
                 report.add("buffers", payload, len(sent.values))
             if self.server.mask.grows_in(number):
                 self._ask_for_growth(report, number, broadcast, known)
@@ -249,13 +252,14 @@ class Trainer:
         """Encode an update and what is owed into a report; keep what does not travel."""
         client, uplinks = report.client, self.server.uplinks
         after = self.feedback.add(update, state) if self.feedback else {}
-        payload, sent = uplinks["update"].encode(update, number, client)
+        memory = self.outbox.take
+        payload, sent = uplinks["update"].encode(update, number, client, memory)
         report.add("update", payload, len(sent.values))
         if self.feedback:
             kept |= self.feedback.subtract(update, sent, after)
         if extra is not None:
             kind = self.algorithm.up
-            payload, sent = uplinks[kind].encode(extra.cpu(), number, client)
+            payload, sent = uplinks[kind].encode(extra.cpu(), number, client, memory)
             report.add(kind, payload, len(sent.values))
             kept[kind] = state[kind].clone() if kind in state else torch.zeros_like(update)
             sent.add_to(kept[kind])

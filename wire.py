@@ -6,6 +6,7 @@ ends in PayloadError, before memory beyond the layout is taken, and nothing is e
 
 import hashlib
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +20,7 @@ HEADER = struct.Struct("<4sBBBBQQ")  # magic, version, selection, kind, flags, l
 CHECKSUM = struct.Struct("<Q")
 OVERHEAD = HEADER.size + CHECKSUM.size  # bytes of a payload that are not its body
 LARGEST_WINDOW = 1 << 17  # of a Zstandard frame whose content is smaller
+Memory = Callable[[int], memoryview]  # gives so many bytes to write on
 POSITIONS = 4  # the selection byte of a payload without values, whose next byte is one of:
 RICE, BITMAP = 0, 1
 
@@ -88,14 +90,23 @@ def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=8).digest()
 
 
+def new_memory(size: int) -> memoryview:
+    """`size` bytes of numpy's, which asks for huge pages: new small ones for 45 MB take 20 ms."""
+    return memoryview(np.empty(size, np.uint8))
+
+
 def pack(
-    selection: int, kind: int, layout: Layout, *body: bytes | memoryview, flags: int = 0
+    selection: int,
+    kind: int,
+    layout: Layout,
+    *body: bytes | memoryview,
+    flags: int = 0,
+    memory: Memory = new_memory,
 ) -> memoryview:
-    """Put a body into the container; read-only."""
+    """Put a body into the container, which gets its bytes from `memory`; read-only."""
     length = sum(len(part) for part in body)
     header = HEADER.pack(MAGIC, VERSION, selection, kind, flags, layout.fingerprint, length)
-    # numpy asks for huge pages: a join of 45 MB spends three times as long on small ones.
-    payload = memoryview(np.empty(OVERHEAD + length, np.uint8))
+    payload = memory(OVERHEAD + length)
     end = 0
     for part in (header, *body):
         start, end = end, end + len(part)
