@@ -112,6 +112,7 @@ def main() -> None:
     args = parser.parse_args()
     draw, done, finished, in_checkpoint = random.Random(args.seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as folder:
+        unkilled(Path(folder) / "compiling")
         expected, seconds = unkilled(Path(folder) / "unkilled")
         print(f"a run takes {seconds:.1f} s after its first round", flush=True)
         while done < args.kills:
