@@ -4,7 +4,7 @@
 
 A short run of two ranks (SCAFFOLD, top-k, error feedback, BatchNorm, a compressed downlink; states
 beyond a small budget, so on the disk too; a checkpoint each round) is killed with SIGKILL, either
-rank or both, at a moment drawn from the time between its first round of this start and the end of
+rank or both, at a moment drawn from the time between the first round of this start and the end of
 a rank, so also while it writes a checkpoint. The same command resumes it, and is killed again,
 until a start reaches the end; then its model_sha256 and its ledger must be those of a run
 that nobody killed, and the next begins. Where one rank was killed, the other must end by itself
@@ -25,11 +25,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+ROUNDS = 12
 WORDS = ["data.name=digits", "data.fallback=", "model.name=resnet18", "model.width=0.25"]
 WORDS += ["clients.total=6", "clients.per_round=4", "clients.state_memory_gib=0.001"]
 WORDS += ["local.algorithm=SCAFFOLD", "local.steps=1", "local.batch_size=8", "local.lr=0.05"]
 WORDS += ["downlink.mode=change", "downlink.values=qsgd4", "precision=fp32", "trackers=[]"]
-WORDS += ["rounds=12", "checkpoint.every=1", "evaluation.every=12", "name=run"]
+WORDS += [f"rounds={ROUNDS}", "checkpoint.every=1", f"evaluation.every={ROUNDS}", "name=run"]
 PATIENCE = 60.0  # seconds
 
 
@@ -96,6 +97,11 @@ def start(output: Path) -> Run:
     return run
 
 
+def share_left(run: Run) -> float:
+    """Of the rounds after the first."""
+    return (ROUNDS - (run.folder / "rounds.jsonl").read_text().count("\n")) / (ROUNDS - 1)
+
+
 def unkilled(output: Path) -> tuple[tuple[str, str, int], float]:
     """The outcome of a run that nobody kills, and how long both ranks go on after round 1."""
     output.mkdir()
@@ -123,7 +129,7 @@ def main() -> None:
             output.mkdir()
             while True:
                 run = start(output)
-                deadline = time.monotonic() + draw.uniform(0, seconds)
+                deadline = time.monotonic() + draw.uniform(0, seconds * share_left(run))
                 while run.is_running() and time.monotonic() < deadline:
                     time.sleep(0.001)
                 if run.is_running() and done < args.kills:
