@@ -271,7 +271,8 @@ class Federation:
             }
             self.folder.save(state | self.server.state())
         self.ranks.gather_json(None)  # nobody goes on before the checkpoint stands
-        self.trainer.store.drop_replaced()
+        if not done:  # rank 0 may be deleting all states by now
+            self.trainer.store.drop_replaced()
 
     def load(self, state: dict[str, Any]) -> None:
         self.trainer.precision = state["precision"]

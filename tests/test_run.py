@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 from dataclasses import replace
 
@@ -81,16 +82,18 @@ class Killed(BaseException):
     """Ends a run on the spot, past every except Exception."""
 
 
-# Where a kill may fall: (module attribute to break, which call of it is the last)
+STORE = "client_store.ClientStore."
+
+# Where a kill may fall: (module attribute to break, which call of it is the last, settings)
 KILLS = {
     "in round 1, before any checkpoint": ("trainer.Trainer.train", 2),
     "between two checkpoints": ("trainer.Trainer.train", 8),
     "while a client's state goes to the disk": ("client_store.write_tensors", 3),
     "before the round is logged": ("runlog.RunFolder.append", 3),
-    "before the clients' states are saved": ("client_store.ClientStore.save", 1),
+    "before the clients' states are saved": (STORE + "save", 1),
     "between the clients' states and the checkpoint": ("runlog.RunFolder.save", 1),
     "before the last checkpoint": ("runlog.RunFolder.save", 2),
-    "before old states are removed": ("client_store.ClientStore.drop_replaced", 2),
+    "before old states are removed": (STORE + "drop_replaced", 2, "checkpoint.every=1"),
     "before the summary": ("runlog.RunFolder.finish", 1),
 }
 
@@ -99,7 +102,8 @@ KILLS = {
 @pytest.mark.parametrize("where", KILLS)
 def test_a_run_killed_anywhere_resumes_to_the_same_end(run, monkeypatch, where, budget):
     _, whole = run(name="whole")
-    target, last_call = KILLS[where]
+    target, last_call, *words = KILLS[where]
+    words.append(f"clients.state_memory_gib={budget}")
     calls = 0
 
     def break_at(original):
@@ -115,8 +119,8 @@ def test_a_run_killed_anywhere_resumes_to_the_same_end(run, monkeypatch, where, 
     with monkeypatch.context() as patch:
         patch.setattr(target, break_at(_find(target)))
         with pytest.raises(Killed):
-            run(f"clients.state_memory_gib={budget}", name="killed")
-    status, killed = run(f"clients.state_memory_gib={budget}", name="killed")
+            run(*words, name="killed")
+    status, killed = run(*words, name="killed")
     assert status == 0
     assert summary(killed)["model_sha256"] == summary(whole)["model_sha256"]
     assert (killed / "ledger.csv").read_text() == (whole / "ledger.csv").read_text()
@@ -130,6 +134,21 @@ def _find(target):
     for name in path:
         found = getattr(found, name)
     return found
+
+
+def test_a_rank_that_leaves_the_last_checkpoint_late_misses_no_states(run, monkeypatch):
+    """Once the last checkpoint stands, rank 0 deletes all clients' states without waiting."""
+    save, deleted = RunFolder.save, []
+
+    def save_then_finish(self, state):
+        save(self, state)
+        if state["progress"]["round"] == 4:
+            deleted.extend(self.clients.glob("*.pt"))
+            shutil.rmtree(self.clients)
+
+    monkeypatch.setattr(RunFolder, "save", save_then_finish)
+    status, folder = run("uplink.error_feedback=true")
+    assert status == 0 and deleted and (folder / "summary.json").exists()
 
 
 def test_an_interrupt_writes_a_checkpoint_and_the_same_command_goes_on(run, monkeypatch, capsys):
