@@ -197,8 +197,9 @@ def plain_loop(module: nn.Module, local: Local, lr: float, seed: int, indices=IN
 def test_training_equals_a_plain_loop(name, changes):
     local, module = replace(PLAIN, **changes), network(name)
     lr = 0.07  # that of the round, not local.lr
-    expected_loss = plain_loop(module, local, lr, seed=3)
-    model, loss = fit(name, local, lr=lr)
+    seed = 5  # one of the many at which no ReLU is so near 0 that rounding switches it
+    expected_loss = plain_loop(module, local, lr, seed)
+    model, loss = fit(name, local, seed, lr=lr)
     expected = torch.cat([p.detach().flatten() for p in module.parameters()])
     torch.testing.assert_close(model.parameters, expected, rtol=1e-5, atol=1e-6)
     assert loss == pytest.approx(expected_loss, rel=1e-5)

@@ -27,7 +27,7 @@ METHODS = (
     "algorithms",
     "network",
 )
-MAY_IMPORT = {"compression": {"quantisers", "eden", "powersgd", "entropy", "wire"}}
+MAY_IMPORT = {"compression": {"quantisers", "eden", "powersgd", "entropy", "kernels", "wire"}}
 MAY_IMPORT |= dict.fromkeys(("quantisers", "eden", "powersgd"), {"kernels", "wire"})
 MAY_IMPORT |= {"afo": {"kernels"}, "entropy": {"kernels", "rangecoder", "scan", "wire"}}
 MAY_IMPORT |= {"rangecoder": {"kernels", "wire"}, "kernels": {"wire"}, "scan": {"wire"}}
