@@ -66,7 +66,7 @@ class Integers:
     values: np.ndarray  # float32 [n]: what the levels stand for
 
 
-def compress(vector: Tensor, layout: Layout, density: float) -> tuple[bytes, Decoded]:
+def compress(vector: Tensor, layout: Layout, density: float) -> tuple[memoryview, Decoded]:
     """Vector to bytes, as a client does it."""
     return encode(vector, layout, "int8", lambda v, _: topk(v, num_kept(density, len(v))))
 
