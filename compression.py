@@ -5,6 +5,7 @@ exactly what was lost: vector == sent + residual (error feedback, Seide et al. 2
 et al. 2019, arXiv 1901.09847). What to select and how to write values compose freely.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -368,4 +369,4 @@ def _finite(decoded: Decoded) -> Decoded:
 
 def all_finite(vector: Tensor) -> bool:
     """A finite sum has only finite terms; only a sum that overflowed needs the second look."""
-    return bool(torch.isfinite(vector.sum())) or bool(torch.isfinite(vector).all())
+    return math.isfinite(vector.sum()) or bool(torch.isfinite(vector).all())

@@ -1,9 +1,9 @@
-"""Sparse integers in few bytes: the walk of a range coder through the updates of a network.
+"""Sparse integers in few bytes: a walk through the updates of a network, with two coders.
 
-Positions, signs and magnitudes are coded as yes/no decisions (rangecoder.py) along a walk through
-the layout. Each decision has a context, a probability that follows what was seen before in like
-places: updates cluster by row, column and kernel, and the weights of a kernel mostly share their
-sign.
+Along a walk through the layout, which cells hold something and the signs are coded as yes/no
+decisions (rangecoder.py), the places within a kernel and the magnitudes as symbols (rans.py). Each
+has a context that follows what was seen before in like places: updates cluster by row, column and
+kernel, and the weights of a kernel mostly share their sign.
 
 One routine walks, compiled once to write and once to read, so that both ends make the same choices
 by construction. It computes in integers only, so payloads are equal on every machine.
@@ -12,7 +12,7 @@ docs/wire-format.md specifies every bit.
 
 import numpy as np
 
-from kernels import compiled
+from kernels import compiled, index, inlined
 from rangecoder import (
     FAST,
     SLOW,
@@ -20,9 +20,6 @@ from rangecoder import (
     clamp,
     code_number,
     decide,
-    follow,
-    index,
-    inlined,
     log,
     new_model,
     read_varint,
@@ -31,6 +28,7 @@ from rangecoder import (
     with_ending,
     writing_state,
 )
+from rans import ESCAPE, code_small_number, code_symbol, first_words, is_spent, new_table, push_all
 from scan import as_grids, out_of_order, scan_order, scratch
 from wire import Layout, PayloadError
 
@@ -39,26 +37,29 @@ MAX_LEVEL = 32767
 # How many of these a prediction's excess over the least magnitude reaches.
 NEARNESS = np.digitize(np.arange(64), [1, 2, 3, 5, 7, 10, 16, 26, 51]).astype(np.int64)
 
-# Where each bank of contexts begins.
+# Where each bank of contexts begins: of decisions,
 TENSORS = 0  # any[flat], copy[flat]
 ROWS = 4  # 13 banks of 32: cells of a row; the first is shared by all rows
-OCCUPIED = ROWS + 13 * 32  # 68 ratios of how many cells are due to how many are left
-MASK = OCCUPIED + 68  # position in the kernel, set so far, left, above
-SIGN = MASK + 16 * 8 * 4  # prediction, kernel, row
+ESCAPES = ROWS + 13 * 32  # 3 banks of 32: all, in kernels, in flat tensors
+OCCUPIED = ESCAPES + 3 * 32  # 68 ratios of how many cells are due to how many are left
+SIGN = OCCUPIED + 68  # prediction, kernel, row
 FLAT_SIGN = SIGN + 9 * 5 * 5  # row, column
-NEIGHBOURS = FLAT_SIGN + 9 * 9  # 56 banks of 16: prediction and what follows, or occupancy
-MEANS = NEIGHBOURS + 56 * 16  # 64 banks of 16: running means, size of the kernel's mask
-NUM_CONTEXTS = MEANS + 64 * 16
-ROW_SLOTS, MAGNITUDE_SLOTS = 12, 7  # lengths of a number that have a slot of their own
+NUM_DECISIONS = FLAT_SIGN + 9 * 9
+# and of symbols.
+MASK = 0  # which three positions of the kernel, the three before, how many are set so far
+MAGNITUDE = MASK + 3 * 8 * 4  # prediction, how many of the kernel are set
+FLAT_MAGNITUDE = MAGNITUDE + 12 * 4  # 9 ratios, as above
+NUM_SYMBOLS = FLAT_MAGNITUDE + 9
 
 # What a walk returns: how it ended.
-DONE, BAD_COPY, TOO_MANY, NO_ROOM, BAD_ROW, TOO_LARGE, TOO_FEW = range(7)
+DONE, BAD_COPY, TOO_MANY, NO_ROOM, BAD_ROW, BAD_CELL, TOO_LARGE, TOO_FEW = range(8)
 FAULTS = (
     "",
     "a copy of no tensor",
     "more values than announced",
     "the body ends early",
     "a row with more cells than columns",
+    "a cell with no positions or others than it has",
     "a level that is too large",
     "fewer values than announced",
 )
@@ -71,24 +72,33 @@ def encode_integers(indices: np.ndarray, levels: np.ndarray, layout: Layout) -> 
     most MAX_LEVEL in magnitude. Raises ValueError for other levels.
     """
     if len(indices) == 0:
-        return varint(0) + varint(1)
+        return varint(0)
     magnitudes = np.abs(np.asarray(levels, np.int64))
-    least = int(magnitudes.min())
-    if least == 0 or magnitudes.max() > MAX_LEVEL:
+    least, spread = int(magnitudes.min()), int(np.ptp(magnitudes))
+    if least == 0 or least + spread > MAX_LEVEL:
         raise ValueError(f"levels must lie within 1..{MAX_LEVEL} in magnitude")
     tensors = as_grids(layout)
     scan = scan_order(tensors, indices.astype(np.int64), levels.astype(np.int16))
-    num_words = 256 + len(indices) + 8 * int(tensors[:, 3].max())
+    room = 256 + 4 * len(indices) + 8 * int(tensors[:, 3].max())
     ending = NO_ROOM
     while ending == NO_ROOM:
-        words = np.zeros(num_words, np.uint32)
-        ending, state = _write(
-            tensors, *scan, least, words, writing_state(), CONTEXTS.copy(), *scratch(tensors)
+        words, tape = np.zeros(room, np.uint32), np.empty(room, np.uint64)
+        coders = (
+            words,
+            writing_state(),
+            FIRST_DECISIONS.copy(),
+            tape,
+            HEAD,
+            new_table(FIRST_SYMBOLS),
         )
-        num_words *= 4
+        ending, state, head = _write(tensors, *scan, least, spread, *coders, *scratch(tensors))
+        room *= 4
     if ending != DONE:
         raise ValueError(f"indices must be ascending and within the layout: {FAULTS[ending]}")
-    return varint(len(indices)) + varint(least) + with_ending(words, state)
+    code = with_ending(words, state)
+    x, rest = push_all(tape[: head[1]])
+    numbers = len(indices), least, spread, len(code), x
+    return b"".join(map(varint, numbers)) + code + rest
 
 
 def decode_integers(body: bytes | memoryview, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
@@ -98,53 +108,70 @@ def decode_integers(body: bytes | memoryview, layout: Layout) -> tuple[np.ndarra
     """
     body = bytes(body)
     count, start = read_varint(body, 0)
-    least, start = read_varint(body, start)
     if count > layout.size:
         raise PayloadError(f"{count} levels for a vector of {layout.size}")
-    if not 1 <= least <= MAX_LEVEL:
-        raise PayloadError(f"a least magnitude of {least} is not within 1..{MAX_LEVEL}")
     if count == 0:
         if len(body) > start:
             raise PayloadError("levels: bytes are left over after none")
         return np.zeros(0, np.int64), np.zeros(0, np.int16)
-    body = body[start:]
-    state, words = reading_state(body)
+    least, start = read_varint(body, start)
+    spread, start = read_varint(body, start)
+    if not 1 <= least <= MAX_LEVEL - spread:
+        raise PayloadError(
+            f"magnitudes of {least} to {least + spread} are not within 1..{MAX_LEVEL}"
+        )
+    length, start = read_varint(body, start)
+    x, start = read_varint(body, start)
+    code, rest = body[start : start + length], body[start + length :]
+    if len(code) < length or len(rest) % 4:
+        raise PayloadError("levels: the body ends early, or within a word")
+    state, words = reading_state(code)
+    head, tape = (np.uint64(x), 0), np.frombuffer(rest, ">u4").astype(np.uint32)
     tensors = as_grids(layout)
     indices, levels = np.empty(count, np.int64), np.zeros(count, np.int16)
     copies, bounds = np.zeros(len(tensors), np.int64), np.zeros(len(tensors) + 1, np.int64)
     scan = indices, levels, copies
-    ending, state = _read(
-        tensors, *scan, least, words, state, CONTEXTS.copy(), bounds, *scratch(tensors)[1:]
+    coders = words, state, FIRST_DECISIONS.copy(), tape, head, new_table(FIRST_SYMBOLS)
+    ending, state, head = _read(
+        tensors, *scan, least, spread, *coders, bounds, *scratch(tensors)[1:]
     )
     if ending != DONE:
         raise PayloadError(f"levels: {FAULTS[ending]}")
-    check_end(body, state)
-    for t in out_of_order(tensors):
+    check_end(code, state)
+    if not is_spent(head, tape):
+        raise PayloadError("levels: words are left over, or others than an encoder ends with")
+    for t in out_of_order(layout):
         part = slice(bounds[t], bounds[t + 1])
         order = np.argsort(indices[part])
         indices[part], levels[part] = indices[part][order], levels[part][order]
     return indices, levels
 
 
-def _initial_contexts() -> np.ndarray:
-    """int64 [NUM_CONTEXTS]: what is likely before anything was seen."""
-    probability = np.full(NUM_CONTEXTS, 32768, np.int64)
-    count = np.zeros(NUM_CONTEXTS, np.int64)
+def _first_probabilities() -> tuple[np.ndarray, np.ndarray]:
+    """Of each decision, what is likely before anything was seen: (probabilities, counts)."""
+    probability = np.full(NUM_DECISIONS, 32768, np.int64)
+    count = np.zeros(NUM_DECISIONS, np.int64)
     for ratio in range(68):  # 2^((ratio - 43) / 4), at most 0.8
         octave = (65536, 77936, 92682, 110218)[(ratio - 43) % 4]
         probability[OCCUPIED + ratio] = min(52429, octave >> max(0, (46 - ratio) // 4))
-    count[OCCUPIED:MASK] = 6
-    probability[MASK:SIGN] = np.tile((13107, 29491, 29491, 45875), 16 * 8)
-    count[MASK:SIGN] = 4
+    count[OCCUPIED:SIGN] = 6
     for c in range(9 * 5 * 5):
         score = 2 * (c // 25 - 4) + c // 5 % 5 - 2 + (c % 5 - 2) // 2
         other = 65536 // (1 + 2 ** abs(score))
         probability[SIGN + c] = other if score >= 0 else 65536 - other
     count[SIGN:FLAT_SIGN] = 3
-    return new_model(probability, count)
+    return probability, count
 
 
-CONTEXTS = _initial_contexts()
+# Before anything was seen; of three positions few are set, and magnitudes are near the least.
+FIRST_DECISIONS = new_model(*_first_probabilities())
+FIRST_SYMBOLS = first_words(
+    np.array(
+        [(24, 8, 8, 4, 8, 4, 4, 4, 1)] * MAGNITUDE
+        + [(16, 16, 12, 8, 10, 10, 8, 4, 2)] * (NUM_SYMBOLS - MAGNITUDE)
+    )
+)
+HEAD = np.uint64(0), 0  # of a tape to be written
 
 
 # --- contexts -------------------------------------------------------------------------------------
@@ -168,21 +195,10 @@ def _nearness(predicted, least):
 
 
 @inlined
-def _predict(kernel, k, kernel_width):
-    """The level at k from those left, above and above left: by their plane, damped by 3/4."""
-    left = kernel[index(k - 1)] if k % kernel_width else 0
-    above = kernel[index(k - kernel_width)] if k >= kernel_width else 0
-    if k % kernel_width and k >= kernel_width:
-        return 3 * (left + above) - 2 * kernel[index(k - kernel_width - 1)] >> 2
-    return left + above
-
-
-@inlined
-def _neighbours_after(kernel, k, kernel_size, kernel_width):
-    """How many of the positions right of and below k are set; they still hold their mask bit."""
-    right = k % kernel_width < kernel_width - 1 and kernel[index(k + 1)] != 0
-    below = k + kernel_width < kernel_size and kernel[index(k + kernel_width)] != 0
-    return (1 if right else 0) + (1 if below else 0)
+def _predicted(kernel, slot, kernel_width):
+    """The level at a slot from those left, above and above left: by their plane."""
+    above = slot - kernel_width - 1
+    return kernel[index(slot - 1)] + kernel[index(above)] - kernel[index(above - 1)]
 
 
 # --- the walk -------------------------------------------------------------------------------------
@@ -193,6 +209,13 @@ def _alike(tensors, s, t, bounds):
     """1 if tensor s has the rows, columns and kernel of t and holds something."""
     same = tensors[s, 1] == tensors[t, 1] and tensors[s, 2] == tensors[t, 2]
     return 1 if same and tensors[s, 3] == tensors[t, 3] and bounds[s + 1] > bounds[s] else 0
+
+
+@inlined
+def _is_full(words, state, tape, head, size):
+    """Writing: whether a kernel of that size may need more room than is left."""
+    most = 64 + 8 * size
+    return state[2] + most > len(words) or head[1] + most > len(tape)
 
 
 @inlined
@@ -210,22 +233,27 @@ def _occupied_cells(indices, j, begin, columns, stride, kernel_size):
 
 
 @inlined
-def _mask(reading, indices, j, cell, size, kernel_width, kernel, state, words, model):
-    """Which positions of a cell are set, into kernel as 0 or 1. Returns (how many, state)."""
-    num_set = 0
-    for k in range(size):
-        bit = 1
-        if num_set or k < size - 1:  # a cell holds something: the last one may be implied
-            left = kernel[index(k - 1)] if k % kernel_width else 0
-            above = kernel[index(k - kernel_width)] if k >= kernel_width else 0
-            if not reading:
-                next_one = j + num_set
-                bit = 1 if next_one < len(indices) and indices[next_one] == cell + k else 0
-            context = MASK + 32 * min(k, 15) + 4 * min(num_set, 7) + 2 * left + above
-            bit, state = decide(reading, bit, context, FAST, state, words, model)
-        kernel[index(k)] = bit
-        num_set += bit
-    return num_set, state
+def _mask(reading, indices, j, cell, size, positions, tape, head, table):
+    """The positions of a cell that are set, three of its `size` at a time. Returns (number, head).
+
+    The number is 0 if one is set that is not there.
+    """
+    num_set, above, wrong = 0, 0, 0
+    for group in range((size + 2) // 3):
+        first, pattern = 3 * group, 0
+        if not reading:
+            for k in range(min(size - first, 3)):
+                next_one = j + num_set + (pattern & 1) + (pattern >> 1)
+                if next_one < len(indices) and indices[next_one] == cell + first + k:
+                    pattern |= 1 << k
+        context = MASK + 32 * min(group, 2) + 4 * above + min(num_set, 3)
+        pattern, head = code_symbol(reading, pattern, context, head, tape, table)
+        wrong |= pattern >> min(size - first, 3)
+        for k in range(3):
+            positions[index(num_set)] = first + k
+            num_set += pattern >> k & 1
+        above = pattern & 7
+    return 0 if wrong else num_set, head
 
 
 def _build_walk(reading):
@@ -237,19 +265,25 @@ def _build_walk(reading):
         levels,
         copies,
         least,
+        spread,
         words,
         state,
         model,
+        tape,
+        head,
+        table,
         bounds,
         column_cells,
         column_logs,
         column_sums,
         kernel,
+        slots,
+        positions,
     ):
-        """Writing: indices, levels in scan order -> words. Reading: words -> indices, levels.
+        """Writing: indices, levels in scan order -> words and tape. Reading: the reverse.
 
         bounds gets where each tensor's entries begin; the arrays after it are scratch (scratch).
-        Returns (ending, state).
+        Returns (ending, state, head).
         """
         count, j = len(indices), 0
         for t in range(len(tensors)):
@@ -258,8 +292,8 @@ def _build_walk(reading):
             row_stride, column_stride = tensors[t, 5], tensors[t, 6]
             flat = 1 if num_rows == 1 else 0
             bounds[t] = bounds[t + 1] = j
-            if not reading and state[2] + 64 > len(words):
-                return NO_ROOM, state
+            if not reading and _is_full(words, state, tape, head, 0):
+                return NO_ROOM, state, head
 
             # Does it hold anything, and is it the copy of an earlier tensor?
             end = offset + num_rows * num_columns * size
@@ -277,17 +311,17 @@ def _build_walk(reading):
                 )
                 if bit:
                     back, state = code_number(
-                        reading, back - 1, ROW_SLOTS, ROWS, ROWS + 32, state, words, model
+                        reading, back - 1, ROWS, ROWS + 32, state, words, model
                     )
                     if back < 0 or back >= num_alike:
-                        return BAD_COPY, state
+                        return BAD_COPY, state, head
                     s = t
                     while back >= 0:
                         s -= 1
                         back -= _alike(tensors, s, t, bounds)
                     num_copied = bounds[s + 1] - bounds[s]
                     if j + num_copied > count:
-                        return TOO_MANY, state
+                        return TOO_MANY, state, head
                     if reading:
                         for e in range(num_copied):
                             indices[j + e] = indices[bounds[s] + e] - tensors[s, 0] + offset
@@ -298,26 +332,29 @@ def _build_walk(reading):
 
             for i in range(num_columns):
                 column_cells[index(i)] = column_logs[index(i)] = column_sums[index(i)] = 0
+            for k in range(size):  # a kernel's slots: its levels, with zeros left and above
+                slots[index(k)] = (
+                    (k // kernel_width + 1) * (kernel_width + 1) + k % kernel_width + 1
+                )
             num_cells = 0
-            tensor_mean, tensor_count = 0, 0  # running means are of 16 * (magnitude - least) + 1
             for o in range(num_rows):
                 # The loop's guard: a payload that has ended is not walked to the layout's end.
-                at = state[2]
-                if reading and at > len(words) + 2 or not reading and at + 64 > len(words):
-                    return NO_ROOM, state
+                ended = reading and state[2] > len(words) + 2
+                if ended or not reading and _is_full(words, state, tape, head, 0):
+                    return NO_ROOM, state, head
                 row = offset + o * row_stride
                 due = 0
                 if not reading:
                     due = _occupied_cells(indices, j, row, num_columns, column_stride, size)
                 bank = ROWS + 32 + 32 * min(log((num_cells // o if o else 0) + 1) >> 1, 11)
-                due, state = code_number(reading, due, ROW_SLOTS, ROWS, bank, state, words, model)
+                due, state = code_number(reading, due, ROWS, bank, state, words, model)
                 if due < 0 or due > num_columns:
-                    return BAD_ROW, state
+                    return BAD_ROW, state, head
                 if due == 0:
                     continue
                 ahead = num_cells  # cells of the rows before, in this column and those to its right
                 log_due = log(due)
-                row_mean, row_count, row_sum, row_signs = tensor_mean, 0, 0, 0
+                row_sum, row_signs = 0, 0
                 i = -1
                 while due:
                     # To the next occupied cell: a loop of its own, so that registers hold it all.
@@ -342,61 +379,64 @@ def _build_walk(reading):
                     num_cells += 1
                     column_cells[index(i)] += 1
                     column_logs[index(i)] = log(2 * column_cells[index(i)] + 1)
-                    if not reading and state[2] + 64 + 8 * size > len(words):
-                        return NO_ROOM, state
-                    num_set, state = _mask(
-                        reading, indices, j, cell, size, kernel_width, kernel, state, words, model
-                    )
+                    if not reading and _is_full(words, state, tape, head, size):
+                        return NO_ROOM, state, head
+                    num_set, positions[0] = 1, 0
+                    if size > 1:
+                        num_set, head = _mask(
+                            reading, indices, j, cell, size, positions, tape, head, table
+                        )
+                        if num_set == 0:
+                            return BAD_CELL, state, head
                     if j + num_set > count:
-                        return TOO_MANY, state
+                        return TOO_MANY, state, head
 
-                    first, kernel_mean, kernel_signs = j, tensor_mean, 0
-                    for k in range(size):
-                        if kernel[index(k)] == 0:
-                            continue
-                        level = np.int64(levels[index(j)])
+                    kernel_signs, crowd = 0, min(num_set // 3, 3)
+                    for n in range(num_set):
+                        k = positions[index(n)]
                         if size > 1:
-                            predicted = _predict(kernel, k, kernel_width)
+                            predicted = _predicted(kernel, slots[index(k)], kernel_width)
                             near = _nearness(predicted, least)
-                            after = _neighbours_after(kernel, k, size, kernel_width)
                             side = min(near, 4) if predicted > 0 else -min(near, 4)
                             signs = 5 * clamp(kernel_signs, -2, 2) + clamp(row_signs, -2, 2)
                             sign_context = SIGN + 25 * (side + 4) + signs + 12
-                            a = NEIGHBOURS + 16 * (3 * near + after)
-                            means = min(log(kernel_mean) + log(row_mean) >> 2, 15)
-                            b = MEANS + 16 * (4 * means + min(num_set // 3, 3))
+                            context = MAGNITUDE + 4 * near + crowd
                         else:
                             row_size = _size_of_sum(row_sum, least)
                             column_size = _size_of_sum(column_sums[index(i)], least)
                             sign_context = FLAT_SIGN + 9 * (row_size + 4) + column_size + 4
-                            a = NEIGHBOURS + 16 * (36 + ratio // 4)
-                            b = MEANS + 16 * (4 * min(log(row_mean) >> 1, 15) + 3)
+                            context = FLAT_MAGNITUDE + (ratio >> 3)
+                        level = np.int64(levels[index(j)])
                         negative, state = decide(
                             reading, level < 0, sign_context, FAST, state, words, model
                         )
-                        excess, state = code_number(
-                            reading, abs(level) - least, MAGNITUDE_SLOTS, a, b, state, words, model
-                        )
-                        if excess < 0 or excess > MAX_LEVEL - least:
-                            return TOO_LARGE, state
+                        excess = 0 if reading else abs(level) - least
+                        if spread:
+                            excess, head = code_small_number(
+                                reading, excess, context, head, tape, table
+                            )
+                            if excess >= ESCAPE:
+                                bank = ESCAPES + (32 if size > 1 else 64)
+                                more, state = code_number(
+                                    reading, excess - ESCAPE, ESCAPES, bank, state, words, model
+                                )
+                                excess = ESCAPE + more if more >= 0 else MAX_LEVEL
+                            if excess > spread:
+                                return TOO_LARGE, state, head
                         level = -(excess + least) if negative else excess + least
                         if reading:
                             indices[index(j)] = cell + k
                             levels[index(j)] = level
-                        kernel[index(k)] = level
+                        kernel[index(slots[index(k)])] = level
                         kernel_signs += 1 - 2 * negative
                         row_signs += 1 - 2 * negative
                         row_sum += level
                         column_sums[index(i)] += level
-                        value = 16 * excess + 1
-                        kernel_mean = follow(kernel_mean, value, j - first, 1)
-                        row_mean = follow(row_mean, value, row_count, 4)
-                        tensor_mean = follow(tensor_mean, value, tensor_count, 5)
-                        row_count += 1
-                        tensor_count += 1
                         j += 1
+                    for n in range(num_set):
+                        kernel[index(slots[index(positions[index(n)])])] = 0
             bounds[t + 1] = j
-        return DONE if j == count else TOO_FEW, state
+        return DONE if j == count else TOO_FEW, state, head
 
     return compiled(walk)
 

@@ -12,7 +12,7 @@ from wire import PayloadError, Reader
 # numba keeps machine code by the date of the file a function stands in, and does not see when one
 # that it calls in another file has changed: each state of these files gets a folder of its own.
 HERE = Path(__file__).parent
-FILES = ("kernels", "quantisers", "eden", "powersgd", "rangecoder", "entropy")
+FILES = ("kernels", "quantisers", "eden", "powersgd", "rangecoder", "rans", "entropy")
 STATE = hashlib.blake2b(b"".join((HERE / f"{name}.py").read_bytes() for name in FILES))
 numba.config.CACHE_DIR = numba.config.CACHE_DIR or str(
     HERE / "__pycache__" / f"numba-{STATE.hexdigest()[:16]}"
@@ -29,6 +29,15 @@ def compiled(function, **options):
         return njit(cache=True, **options)(function)
     except RuntimeError:  # neither __pycache__ nor the user's cache folder can be written
         return njit(**options)(function)
+
+
+def inlined(function):
+    """A part of a routine: LLVM inlines it, so that `reading` and the state cost nothing."""
+    return compiled(function, forceinline=True)
+
+
+# numba counts a negative index from the end, and looks for one at each access unless told so.
+index = np.uint64
 
 
 @compiled
@@ -50,7 +59,7 @@ def uniform(seed, k):
 def add_at(vector, indices, values, weight):
     """vector[indices] += weight * values, in one pass; float32, the indices distinct."""
     for k in range(len(indices)):
-        vector[np.uint64(indices[k])] += weight * values[k]
+        vector[index(indices[k])] += weight * values[k]
 
 
 @compiled

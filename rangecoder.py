@@ -12,12 +12,13 @@ uint32 [num_words]. `model` is int64 [num_contexts]: 256 * probability of a one 
 
 import numpy as np
 
-from kernels import compiled
+from kernels import index, inlined
 from wire import PayloadError
 
 EVEN = np.uint64(32768)  # one half, in 1/65536
 LEAST_PROBABILITY, LARGEST_PROBABILITY = 32, 65504
 FAST, SLOW = 62, 126  # where a context's count stops: it then moves by 1/64 or 1/128 a decision
+SLOTS = 12  # lengths of a number that have contexts of their own, in a bank of 32
 RATES = np.array([65536 // (count + 2) for count in range(SLOW + 1)], np.int64)
 
 # 4 * log2(n), rounded down to what the four bits after the leading one tell.
@@ -30,15 +31,6 @@ LOGARITHMS = np.array(
     ],
     np.int64,
 )
-
-
-# numba counts a negative index from the end, and looks for one at each access unless told so.
-index = np.uint64
-
-
-def inlined(function):
-    """A part of a routine: LLVM inlines it, so that `reading` and the state cost nothing."""
-    return compiled(function, forceinline=True)
 
 
 def new_model(probability: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -115,7 +107,7 @@ def decide_by_two(reading, bit, a, b, state, words, model):
 
 
 @inlined
-def code_number(reading, number, slots, a, b, state, words, model):
+def code_number(reading, number, a, b, state, words, model):
     """number >= 0 as Elias' gamma code of number + 1, with contexts from the banks at a and b.
 
     The length is in unary; of the bits below the leading one only the first is modelled. Returns
@@ -127,7 +119,7 @@ def code_number(reading, number, slots, a, b, state, words, model):
             length += 1
     m = 0
     while True:
-        go_on, slot = 1 if m < length else 0, min(m, slots)
+        go_on, slot = 1 if m < length else 0, min(m, SLOTS)
         go_on, state = decide_by_two(reading, go_on, a + slot, b + slot, state, words, model)
         if go_on == 0:
             break
@@ -138,7 +130,7 @@ def code_number(reading, number, slots, a, b, state, words, model):
     for j in range(m - 1, -1, -1):
         bit = number + 1 >> j & 1
         if j == m - 1:
-            slot = slots + min(m, slots)
+            slot = SLOTS + min(m, SLOTS)
             bit, state = decide_by_two(reading, bit, a + slot, b + slot, state, words, model)
         else:
             bit, state = narrow(reading, bit, EVEN, state, words)
@@ -164,12 +156,6 @@ def log(n):
 @inlined
 def clamp(v, low, high):
     return low if v < low else high if v > high else v
-
-
-@inlined
-def follow(mean, value, count, slowest):
-    """A running mean after `count` values: 1 / 2^count of the way, at least 1 / 2^slowest."""
-    return value if count == 0 else mean + (value - mean >> min(count, slowest))
 
 
 # --- the ends of a code ---------------------------------------------------------------------------
@@ -229,12 +215,12 @@ def varint(number: int) -> bytes:
 
 
 def read_varint(body: bytes, start: int) -> tuple[int, int]:
-    """Return (number, where it ends). Raises PayloadError."""
+    """Return (number, where it ends); it has at most 63 bits. Raises PayloadError."""
     number = 0
-    for i, byte in enumerate(body[start : start + 5]):
+    for i, byte in enumerate(body[start : start + 9]):
         number |= (byte & 127) << 7 * i
         if byte < 128:
             return number, start + i + 1
-    if len(body) < start + 5:
+    if len(body) < start + 9:
         raise PayloadError("levels: the body ends within a number")
-    raise PayloadError("levels: a number of more than 5 bytes")
+    raise PayloadError("levels: a number of more than 9 bytes")

@@ -1,6 +1,6 @@
 """The order in which entropy.py walks through a network: tensor, row, column, position in a kernel.
 
-A tensor is seen as rows of columns of kernels; all functions below take the layout so described:
+A tensor is seen as rows of columns of kernels; most functions below take the layout so described:
 tensors, int64 [num_tensors, 7]: offset, rows, columns, kernel, its width, row and column stride.
 """
 
@@ -33,7 +33,7 @@ def _grid(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
     if len(shape) == 2:
         return shape[1], shape[0], 1, 1, 1, shape[1]
     kernel = int(np.prod(shape[2:]))
-    return shape[0], shape[1], kernel, shape[-1], shape[1] * kernel, kernel
+    return shape[0], shape[1], kernel, max(shape[-1], 1), shape[1] * kernel, kernel
 
 
 def by_columns(tensors: np.ndarray) -> np.ndarray:
@@ -41,16 +41,23 @@ def by_columns(tensors: np.ndarray) -> np.ndarray:
     return (tensors[:, 5] < tensors[:, 6]) & (tensors[:, 1] > 1)
 
 
-def out_of_order(tensors: np.ndarray) -> list[int]:
+@lru_cache(maxsize=16)
+def out_of_order(layout: Layout) -> list[int]:
     """Tensors that are walked by columns, and those that could be a copy of one."""
+    tensors = as_grids(layout)
     grids = set(map(tuple, tensors[by_columns(tensors), 1:4].tolist()))
     return [t for t, grid in enumerate(tensors[:, 1:4].tolist()) if tuple(grid) in grids]
 
 
 def scratch(tensors: np.ndarray) -> tuple[np.ndarray, ...]:
-    """What a walk writes on: int64 [num_tensors + 1], three of [columns], one of [kernel]."""
+    """What a walk writes on, int64: one for the tensors and an end, three for the columns; one for
+    a kernel with zeros left and above, two for its positions (the last with room for three more).
+    """
     columns, kernel = int(tensors[:, 2].max(initial=1)), int(tensors[:, 3].max(initial=1))
-    sizes = len(tensors) + 1, columns, columns, columns, kernel
+    framed = int(
+        (tensors[:, 3] + tensors[:, 3] // tensors[:, 4] + tensors[:, 4] + 1).max(initial=4)
+    )
+    sizes = len(tensors) + 1, columns, columns, columns, framed, kernel, kernel + 3
     return tuple(np.zeros(size, np.int64) for size in sizes)
 
 

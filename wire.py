@@ -15,7 +15,7 @@ import xxhash
 import zstandard
 
 MAGIC = b"FLUP"
-VERSION = 2
+VERSION = 3
 HEADER = struct.Struct("<4sBBBBQQ")  # magic, version, selection, kind, flags, layout, body bytes
 CHECKSUM = struct.Struct("<Q")
 OVERHEAD = HEADER.size + CHECKSUM.size  # bytes of a payload that are not its body

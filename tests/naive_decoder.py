@@ -25,7 +25,7 @@ def decode(payload: bytes, tensors: list[tuple[str, tuple[int, ...]]], agreed: b
     """Return (positions or None for all, values): ints and floats that are float32 numbers."""
     demand(len(payload) >= 32, "too short")
     demand(payload[0:4] == b"FLUP", "magic")
-    demand(payload[4] == 2, "version")
+    demand(payload[4] == 3, "version")
     selection, kind, flags = payload[5:8]
     demand(selection in (0, 1, 2, 3), "selection")
     sparse_kinds = (0, 1, 2, 6)
@@ -358,17 +358,11 @@ def size_class(total: int, least: int) -> int:
     return sign(total) * (1 + sum(abs(total) >= edge * least for edge in (1, 3, 8)))
 
 
-def follow(mean: int, value: int, count: int, slowest: int) -> int:
-    return value if count == 0 else mean + ((value - mean) >> min(count, slowest))
-
-
 def initial_context(name: tuple) -> list[int]:
     """[probability, count, largest count]"""
     if name[0] == "occupied":
         start = (65536, 77936, 92682, 110218)[(name[1] - 43) % 4] >> max(0, (46 - name[1]) // 4)
         return [clamp(min(52429, start), 32, 65504), 6, 126]
-    if name[0] == "mask":
-        return [(13107, 29491, 29491, 45875)[2 * name[3] + name[4]], 4, 62]
     if name[0] == "sign":
         score = 2 * name[1] + name[2] + name[3] // 2
         other = 65536 // (1 + 2 ** abs(score))
@@ -420,40 +414,75 @@ class RangeDecoder:
                 break
         return (number % 2**64).to_bytes(8, "big")[:num_bytes]
 
-    def gamma(self, slots: int, *banks: tuple) -> int:
+    def gamma(self, *banks: tuple) -> int:
         length = 0
-        while self.bit(*[(*bank, "length", min(length, slots)) for bank in banks]):
+        while self.bit(*[(*bank, "length", min(length, 12)) for bank in banks]):
             length += 1
             demand(length <= 30, "a number too long")
         value = 1
         for i in range(length):
-            first = [(*bank, "first", min(length, slots)) for bank in banks]
+            first = [(*bank, "first", min(length, 12)) for bank in banks]
             value = 2 * value + (self.bit(*first) if i == 0 else self.decide(32768))
         return value - 1
 
 
 def read_varint(data: bytes) -> tuple[int, bytes]:
     number = 0
-    for i, byte in enumerate(data[:5]):
+    for i, byte in enumerate(data[:9]):
         number += (byte & 127) << (7 * i)
         if byte < 128:
             return number, data[i + 1 :]
     raise Refused("a varint that does not end")
 
 
+class Stack:
+    """The symbols: a number from which they are taken, and words that fill it up."""
+
+    def __init__(self, number: int, data: bytes):
+        demand(len(data) % 4 == 0, "words of the stack")
+        self.number, self.words = number, [data[i : i + 4] for i in range(0, len(data), 4)]
+        self.contexts = {}
+
+    def symbol(self, name: tuple, weights: list[int], bits: list[int]) -> tuple[int, int]:
+        """(symbol, the bits that follow it, of which there are bits[symbol])"""
+        bounds = [32768 * sum(weights[:i]) // sum(weights) for i in range(10)]
+        context = self.contexts.setdefault(name, [bounds, 0])
+        bounds, seen = context
+        place = self.number % 32768
+        symbol = max(i for i in range(9) if bounds[i] <= place)
+        size = bounds[symbol + 1] - bounds[symbol]
+        self.number = size * (self.number // 32768) + place - bounds[symbol]
+        following = self.number % 2 ** bits[symbol]
+        self.number //= 2 ** bits[symbol]
+        if self.number < 2**31 and self.words:
+            self.number = self.number * 2**32 + int.from_bytes(self.words.pop(0), "big")
+        rate = 3 + seen // 16
+        for i in range(1, 9):
+            up = 2 ** (15 - rate) - 9 if i > symbol else 0
+            bounds[i] += i + up - bounds[i] // 2**rate
+        context[1] = min(seen + 1, 48)
+        return symbol, following
+
+
 def read_levels(data: bytes, shapes: list[tuple[int, ...]]) -> dict[int, int]:
     """position -> level"""
     count, data = read_varint(data)
-    least, data = read_varint(data)
     demand(count <= sum(prod(shape) for shape in shapes), "more levels than entries")
-    demand(1 <= least <= 32767, "least magnitude")
     if count == 0:
         demand(data == b"", "bytes left over")
         return {}
-    decoder, levels, earlier, offset = RangeDecoder(data), {}, [], 0
+    least, data = read_varint(data)
+    spread, data = read_varint(data)
+    demand(1 <= least and least + spread <= 32767, "magnitudes")
+    length, data = read_varint(data)
+    number, data = read_varint(data)
+    demand(length <= len(data), "length of the code")
+    code, stack = data[:length], Stack(number, data[length:])
+    decoder, levels, earlier, offset = RangeDecoder(code), {}, [], 0
     for shape in shapes:
         grid = grid_of(shape)
-        inside = read_tensor(decoder, shape, [e[1] for e in earlier if e[0] == grid[:3]], least)
+        alike = [e[1] for e in earlier if e[0] == grid[:3]]
+        inside = read_tensor(decoder, stack, shape, alike, least, spread)
         if inside:
             earlier.append((grid[:3], inside))
         levels |= {offset + place: level for place, level in inside.items()}
@@ -461,7 +490,8 @@ def read_levels(data: bytes, shapes: list[tuple[int, ...]]) -> dict[int, int]:
         offset += prod(shape)
     demand(len(levels) == count, "fewer levels than announced")
     ending, start = decoder.ending(), 4 * decoder.words_read - 8
-    demand(data[start:] == ending and len(data) == start + len(ending), "end of the code")
+    demand(code[start:] == ending and len(code) == start + len(ending), "end of the code")
+    demand(stack.number == 1 and not stack.words, "end of the stack")
     return levels
 
 
@@ -481,25 +511,26 @@ def index_of(shape: tuple[int, ...], row: int, column: int, k: int) -> int:
     return (row * columns + column) * kernel + k
 
 
-def read_tensor(decoder: RangeDecoder, shape, alike: list[dict], least: int) -> dict[int, int]:
+def read_tensor(
+    decoder: RangeDecoder, stack: Stack, shape, alike: list[dict], least: int, spread: int
+) -> dict[int, int]:
     """index within the tensor -> level"""
     grid = grid_of(shape)
     rows, columns, kernel, _ = grid
     if not decoder.bit(("any", rows == 1)):
         return {}
     if alike and decoder.bit(("copy", rows == 1)):
-        back = decoder.gamma(12, ("row", "all"), ("row", 0))
+        back = decoder.gamma(("row", "all"), ("row", 0))
         demand(back < len(alike), "a copy of no tensor")
         return alike[-1 - back]
     levels, num_cells, column_cells = {}, 0, [0] * columns
     column_sums = [0] * columns
-    tensor_mean = tensor_count = 0
     for o in range(rows):
         usual = min(log((num_cells // o if o else 0) + 1) // 2, 11)
-        due = decoder.gamma(12, ("row", "all"), ("row", usual))
+        due = decoder.gamma(("row", "all"), ("row", usual))
         demand(due <= columns, "a row with more cells than columns")
         before = list(column_cells)
-        row_mean, row_count, row_sum, row_signs = tensor_mean, 0, 0, 0
+        row_sum, row_signs = 0, 0
         for i in range(columns):
             left = columns - i
             if due == 0:
@@ -509,57 +540,51 @@ def read_tensor(decoder: RangeDecoder, shape, alike: list[dict], least: int) -> 
             if due < left and not decoder.bit(("occupied", ratio)):
                 continue
             due, num_cells, column_cells[i] = due - 1, num_cells + 1, column_cells[i] + 1
-            mask = read_mask(decoder, grid)
-            cell = [0] * kernel
-            kernel_mean, kernel_count, kernel_signs = tensor_mean, 0, 0
-            for k in [k for k in range(kernel) if mask[k]]:
+            places = read_places(stack, kernel)
+            cell, kernel_signs = [0] * kernel, 0
+            for k in places:
                 if kernel > 1:
-                    predicted, after = neighbourhood(cell, mask, k, grid)
+                    predicted = prediction(cell, k, grid)
                     near = nearness(predicted, least)
                     name = ("sign", sign(predicted) * min(near, 4))
                     name += (clamp(kernel_signs, -2, 2), clamp(row_signs, -2, 2))
-                    a = ("near", near, after)
-                    means = min((log(kernel_mean) + log(row_mean)) // 4, 15)
-                    b = ("means", means, min(sum(mask) // 3, 3))
+                    context = ("near", near, min(len(places) // 3, 3))
                 else:
                     name = ("flat", size_class(row_sum, least), size_class(column_sums[i], least))
-                    a = ("alone", ratio // 4)
-                    b = ("means", min(log(row_mean) // 2, 15), 3)
-                negative = decoder.bit(name)
-                excess = decoder.gamma(7, a, b)
-                demand(excess + least <= 32767, "a level too large")
+                    context = ("alone", ratio // 8)
+                negative, excess = decoder.bit(name), 0
+                if spread > 0:
+                    weights = [16, 16, 12, 8, 10, 10, 8, 4, 2]
+                    symbol, following = stack.symbol(context, weights, [0, 0, 0, 0, 1, 2, 3, 4, 0])
+                    excess = [0, 1, 2, 3, 4, 6, 10, 18, 34][symbol] + following
+                    if symbol == 8:
+                        where = "kernels" if kernel > 1 else "flat tensors"
+                        excess += decoder.gamma(("escape", "all"), ("escape", where))
+                    demand(excess <= spread, "a level too large")
                 level = -(excess + least) if negative else excess + least
                 cell[k] = levels[index_of(shape, o, i, k)] = level
                 row_sum, column_sums[i] = row_sum + level, column_sums[i] + level
                 kernel_signs, row_signs = kernel_signs + sign(level), row_signs + sign(level)
-                kernel_mean = follow(kernel_mean, 16 * excess + 1, kernel_count, 1)
-                row_mean = follow(row_mean, 16 * excess + 1, row_count, 4)
-                tensor_mean = follow(tensor_mean, 16 * excess + 1, tensor_count, 5)
-                kernel_count, row_count = kernel_count + 1, row_count + 1
-                tensor_count += 1
     return levels
 
 
-def read_mask(decoder: RangeDecoder, grid) -> list[int]:
-    _, _, kernel, width = grid
-    mask = [0] * kernel
-    for k in range(kernel):
-        left = mask[k - 1] if k % width else 0
-        above = mask[k - width] if k >= width else 0
-        implied = sum(mask) == 0 and k == kernel - 1
-        name = ("mask", min(k, 15), min(sum(mask), 7), left, above)
-        mask[k] = 1 if implied else decoder.bit(name)
-    return mask
+def read_places(stack: Stack, kernel: int) -> list[int]:
+    """Which positions of a kernel are set."""
+    if kernel == 1:
+        return [0]
+    places, above = [], 0
+    for first in range(0, kernel, 3):
+        name = ("mask", min(first // 3, 2), above, min(len(places), 3))
+        above, _ = stack.symbol(name, [24, 8, 8, 4, 8, 4, 4, 4, 1], [0] * 9)
+        demand(above < 8, "no such pattern")
+        places += [first + i for i in range(3) if above >> i & 1]
+    demand(len(places) > 0 and places[-1] < kernel, "positions of a cell")
+    return places
 
 
-def neighbourhood(cell: list[int], mask: list[int], k: int, grid) -> tuple[int, int]:
-    """The level predicted at k, and how many of the positions right and below are set."""
-    _, _, kernel, width = grid
+def prediction(cell: list[int], k: int, grid) -> int:
+    _, _, _, width = grid
     left = cell[k - 1] if k % width else 0
     above = cell[k - width] if k >= width else 0
-    predicted = left + above
-    if k % width and k >= width:
-        predicted = (3 * (left + above) - 2 * cell[k - width - 1]) // 4
-    right = mask[k + 1] if (k + 1) % width else 0
-    below = mask[k + width] if k + width < kernel else 0
-    return predicted, right + below
+    corner = cell[k - width - 1] if k % width and k >= width else 0
+    return left + above - corner

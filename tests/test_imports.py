@@ -21,6 +21,7 @@ METHODS = (
     "kernels",
     "entropy",
     "rangecoder",
+    "rans",
     "scan",
     "wire",
     "afo",
@@ -29,8 +30,13 @@ METHODS = (
 )
 MAY_IMPORT = {"compression": {"quantisers", "eden", "powersgd", "entropy", "kernels", "wire"}}
 MAY_IMPORT |= dict.fromkeys(("quantisers", "eden", "powersgd"), {"kernels", "wire"})
-MAY_IMPORT |= {"afo": {"kernels"}, "entropy": {"kernels", "rangecoder", "scan", "wire"}}
-MAY_IMPORT |= {"rangecoder": {"kernels", "wire"}, "kernels": {"wire"}, "scan": {"wire"}}
+MAY_IMPORT |= {"afo": {"kernels"}, "entropy": {"kernels", "rangecoder", "rans", "scan", "wire"}}
+MAY_IMPORT |= {
+    "rangecoder": {"kernels", "wire"},
+    "rans": {"kernels"},
+    "kernels": {"wire"},
+    "scan": {"wire"},
+}
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"data", "bandwidth_analysis"}
 
 

@@ -213,7 +213,7 @@ def test_eden_golden_bytes():
     assert payload[24:].hex() == GOLDEN
 
 
-GOLDEN = "020100000000000000b26cba3e5ad853aa00000041442dc12e0d4ac3c4"
+GOLDEN = "020100000000000000b26cba3e5ad853aa000000412f9aeb28ddf746be"
 
 
 # --- PowerSGD -------------------------------------------------------------------------------------

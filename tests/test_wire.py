@@ -79,7 +79,7 @@ def test_the_worked_examples_of_the_page_are_what_the_code_writes():
     payload, _ = encode(vector, LAYOUT, "int8", lambda vector, layout: SELECTED)
     assert payload.hex(" ") == example(1).hex(" ")
     shorter, _ = encode(vector, LAYOUT, "fp16", lambda vector, layout: SELECTED)
-    assert shorter[5] == 3 and len(shorter) == len(sparse) - 8  # as the page says
+    assert shorter[5] == 3 and len(shorter) == len(sparse) - 4  # as the page says
 
 
 def test_the_checksum_of_nothing_is_the_one_that_the_page_and_xxhash_publish():
@@ -165,7 +165,7 @@ def test_the_layout_of_some_tensors():
 
 
 def test_container_bytes():
-    assert PAYLOAD[:8] == b"FLUP\x02\x01\x03\x02"
+    assert PAYLOAD[:8] == b"FLUP\x03\x01\x03\x02"
     assert PAYLOAD[8:16] == LAYOUT.fingerprint.to_bytes(8, "little")
     assert PAYLOAD[16:24] == b"\x05" + bytes(7)
     assert PAYLOAD[24:29] == b"abcde"
@@ -199,8 +199,8 @@ def test_every_flipped_bit_is_refused():
         (b"", "0 bytes are too short"),
         (PAYLOAD[:31], "31 bytes are too short"),
         (seal(changed(PAYLOAD, 0, 0x47)), "byte 0: magic is b'GLUP'"),
-        (seal(changed(PAYLOAD, 4, 1)), "byte 4: version 1 is not 2"),
-        (seal(changed(PAYLOAD, 4, 3)), "byte 4: version 3 is not 2"),
+        (seal(changed(PAYLOAD, 4, 2)), "byte 4: version 2 is not 3"),
+        (seal(changed(PAYLOAD, 4, 4)), "byte 4: version 4 is not 3"),
         (PAYLOAD + b"x", "byte 16: a body of 5 bytes in a payload of 38"),
         (PAYLOAD[:-1], "byte 16: a body of 5 bytes in a payload of 36"),
         (changed(PAYLOAD, 26, 0), "checksum"),
