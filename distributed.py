@@ -5,7 +5,6 @@ group) and the deepspeed launcher (DeepSpeed does): gloo between CPUs, NCCL betw
 """
 
 import json
-import mmap
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -21,8 +20,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from config import Config, ConfigError
-
-OUTBOX_CHUNK = 64 << 20  # bytes
 
 T = TypeVar("T")
 Blob = bytes | memoryview
@@ -49,34 +46,6 @@ class Report:
     def fail(self, reason: str) -> None:
         """Send nothing, and say why."""
         self.failure, self.payloads, self.lengths = reason, {}, {}
-
-
-class Outbox:
-    """Memory for the payloads of a round, which those of the next round take again.
-
-    One by one among what training takes and frees, they would keep it from finding its memory
-    again: the kernel then zeroes new pages, at ten times the cost of writing a payload here.
-    """
-
-    def __init__(self):
-        self.chunks: list[memoryview] = []
-        self.clear()
-
-    def clear(self) -> None:
-        """What take() has returned is not valid any more."""
-        self.chunk, self.used = 0, 0
-
-    def take(self, size: int) -> memoryview:
-        """`size` bytes to write on, until clear()."""
-        while self.chunk < len(self.chunks):
-            start, end = self.used, self.used + size
-            if end <= len(self.chunks[self.chunk]):
-                self.used = end + -end % 64  # a cache line
-                return self.chunks[self.chunk][start:end]
-            self.chunk, self.used = self.chunk + 1, 0
-        # Outside the heap, and its pages are taken only once they are written.
-        self.chunks.append(memoryview(mmap.mmap(-1, max(OUTBOX_CHUNK, size))))
-        return self.take(size)
 
 
 class RankLost(Exception):

@@ -15,10 +15,11 @@ from cnn_model import FlatModel
 from compression import NotFinite, all_finite, encode
 from config import Config
 from data import Pictures
-from distributed import Outbox, Report, Team
+from distributed import Report, Team
 from engines import TorchEngine
 from masks import encode_scores
 from server import Broadcast, Server
+from wire import Outbox
 
 OWED = ("residual", "velocity")  # what error feedback keeps
 

@@ -5,6 +5,7 @@ ends in PayloadError, before memory beyond the layout is taken, and nothing is e
 """
 
 import hashlib
+import mmap
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ CHECKSUM = struct.Struct("<Q")
 OVERHEAD = HEADER.size + CHECKSUM.size  # bytes of a payload that are not its body
 LARGEST_WINDOW = 1 << 17  # of a Zstandard frame whose content is smaller
 Memory = Callable[[int], memoryview]  # gives so many bytes to write on
+OUTBOX_CHUNK = 64 << 20  # bytes
 POSITIONS = 4  # the selection byte of a payload without values, whose next byte is one of:
 RICE, BITMAP = 0, 1
 
@@ -93,6 +95,34 @@ def _digest(data: bytes) -> bytes:
 def new_memory(size: int) -> memoryview:
     """`size` bytes of numpy's, which asks for huge pages: new small ones for 45 MB take 20 ms."""
     return memoryview(np.empty(size, np.uint8))
+
+
+class Outbox:
+    """Memory for the payloads of a round, which those of the next round take again.
+
+    One by one among what training takes and frees, they would keep it from finding its memory
+    again: the kernel then zeroes new pages, at ten times the cost of writing a payload here.
+    """
+
+    def __init__(self):
+        self.chunks: list[memoryview] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """What take() has returned is not valid any more."""
+        self.chunk, self.used = 0, 0
+
+    def take(self, size: int) -> memoryview:
+        """`size` bytes to write on, until clear()."""
+        while self.chunk < len(self.chunks):
+            start, end = self.used, self.used + size
+            if end <= len(self.chunks[self.chunk]):
+                self.used = end + -end % 64  # a cache line
+                return self.chunks[self.chunk][start:end]
+            self.chunk, self.used = self.chunk + 1, 0
+        # Outside the heap, and its pages are taken only once they are written.
+        self.chunks.append(memoryview(mmap.mmap(-1, max(OUTBOX_CHUNK, size))))
+        return self.take(size)
 
 
 def pack(

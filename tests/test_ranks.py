@@ -13,9 +13,8 @@ from conftest import PYTHON, REPOSITORY, SCRIPTS, launch, summary, tiny_command
 from hypothesis import given
 from hypothesis import strategies as st
 
-import distributed
 from config import Config, ConfigError
-from distributed import Outbox, Team, place
+from distributed import Team, place
 
 # SCAFFOLD's controls and error feedback's residuals move between ranks with their clients, on
 # shards from 1 to 300 pictures; GroupNorm and BatchNorm.
@@ -69,38 +68,6 @@ def test_a_team_of_one_does_nothing():
     tensor = torch.ones(3)
     Team().sum_(tensor)
     assert tensor.tolist() == [1, 1, 1] and Team().share("state") == "state"
-
-
-# --- payloads -------------------------------------------------------------------------------------
-
-
-def written(outbox: Outbox, payload: bytes) -> memoryview:
-    memory = outbox.take(len(payload))
-    memory[:] = payload
-    return memory
-
-
-@given(st.lists(st.lists(st.binary(max_size=30), max_size=12), max_size=4))
-def test_an_outbox_keeps_a_rounds_payloads_in_the_same_memory(rounds):
-    sizes, chunk = [], distributed.OUTBOX_CHUNK
-    distributed.OUTBOX_CHUNK = 148  # two payloads or three
-    try:
-        outbox = Outbox()
-        for payloads in [*rounds, *rounds]:
-            outbox.clear()
-            kept = [written(outbox, payload) for payload in payloads]
-            assert kept == payloads
-            sizes.append(len(outbox.chunks))
-    finally:
-        distributed.OUTBOX_CHUNK = chunk
-    assert sizes[len(rounds) :] == [max(sizes, default=0)] * len(rounds)
-
-
-def test_an_outbox_takes_a_payload_larger_than_its_chunks(monkeypatch):
-    monkeypatch.setattr(distributed, "OUTBOX_CHUNK", 8)
-    outbox = Outbox()
-    payloads = [bytes([n]) * n for n in (3, 20, 5)]
-    assert [written(outbox, payload) for payload in payloads] == payloads
 
 
 # --- the same model for any number of ranks -------------------------------------------------------

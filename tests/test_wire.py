@@ -13,9 +13,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import wire
 from compression import decode, encode
 from wire import (
     Layout,
+    Outbox,
     PayloadError,
     Reader,
     compress,
@@ -403,3 +405,35 @@ def test_small_payloads_that_announce_much_take_no_more_memory_than_the_layout_a
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 32 * layout.size
+
+
+# --- memory for payloads --------------------------------------------------------------------------
+
+
+def written(outbox: Outbox, payload: bytes) -> memoryview:
+    memory = outbox.take(len(payload))
+    memory[:] = payload
+    return memory
+
+
+@given(st.lists(st.lists(st.binary(max_size=30), max_size=12), max_size=4))
+def test_an_outbox_keeps_a_rounds_payloads_in_the_same_memory(rounds):
+    sizes, chunk = [], wire.OUTBOX_CHUNK
+    wire.OUTBOX_CHUNK = 148  # two payloads or three
+    try:
+        outbox = Outbox()
+        for payloads in [*rounds, *rounds]:
+            outbox.clear()
+            kept = [written(outbox, payload) for payload in payloads]
+            assert kept == payloads
+            sizes.append(len(outbox.chunks))
+    finally:
+        wire.OUTBOX_CHUNK = chunk
+    assert sizes[len(rounds) :] == [max(sizes, default=0)] * len(rounds)
+
+
+def test_an_outbox_takes_a_payload_larger_than_its_chunks(monkeypatch):
+    monkeypatch.setattr(wire, "OUTBOX_CHUNK", 8)
+    outbox = Outbox()
+    payloads = [bytes([n]) * n for n in (3, 20, 5)]
+    assert [written(outbox, payload) for payload in payloads] == payloads
