@@ -46,8 +46,8 @@ SIGN = OCCUPIED + 68  # prediction, kernel, row
 FLAT_SIGN = SIGN + 9 * 5 * 5  # row, column
 NUM_DECISIONS = FLAT_SIGN + 9 * 9
 # and of symbols.
-MASK = 0  # which three positions of the kernel, the three before, how many are set so far
-MAGNITUDE = MASK + 3 * 8 * 4  # prediction, how many of the kernel are set
+MASK = 0  # first of its row or not, row, the three above, how many are set or two to the left
+MAGNITUDE = MASK + 2 * 3 * 8 * 4  # prediction, how many of the kernel are set
 FLAT_MAGNITUDE = MAGNITUDE + 12 * 4  # 9 ratios, as above
 NUM_SYMBOLS = FLAT_MAGNITUDE + 9
 
@@ -233,26 +233,34 @@ def _occupied_cells(indices, j, begin, columns, stride, kernel_size):
 
 
 @inlined
-def _mask(reading, indices, j, cell, size, positions, tape, head, table):
-    """The positions of a cell that are set, three of its `size` at a time. Returns (number, head).
+def _mask(reading, indices, j, cell, size, width, positions, patterns, tape, head, table):
+    """The positions of a cell that are set, three of a row at a time. Returns (number, head).
 
-    The number is 0 if one is set that is not there.
+    The number is 0 if one is set that is not there. patterns keeps a row's, [width].
     """
-    num_set, above, wrong = 0, 0, 0
-    for group in range((size + 2) // 3):
-        first, pattern = 3 * group, 0
+    num_set, before, wrong, row, column = 0, 0, 0, 0, 0
+    while row * width < size:
+        first, num_there, pattern = row * width + column, min(width - column, 3), 0
         if not reading:
-            for k in range(min(size - first, 3)):
+            for k in range(num_there):
                 next_one = j + num_set + (pattern & 1) + (pattern >> 1)
                 if next_one < len(indices) and indices[next_one] == cell + first + k:
                     pattern |= 1 << k
-        context = MASK + 32 * min(group, 2) + 4 * above + min(num_set, 3)
+        above = before  # it is, in a kernel three wide
+        if width > 3:
+            above = patterns[index(column)] if row else 0
+        context = MASK + 32 * min(row, 2) + 4 * above
+        context += 96 + (before >> 1) if column else min(num_set, 3)
         pattern, head = code_symbol(reading, pattern, context, head, tape, table)
-        wrong |= pattern >> min(size - first, 3)
+        wrong |= pattern >> num_there
         for k in range(3):
             positions[index(num_set)] = first + k
             num_set += pattern >> k & 1
-        above = pattern & 7
+        before = pattern & 7
+        patterns[index(column)] = before
+        column += 3
+        if column >= width:
+            row, column = row + 1, 0
     return 0 if wrong else num_set, head
 
 
@@ -279,6 +287,7 @@ def _build_walk(reading):
         kernel,
         slots,
         positions,
+        patterns,
     ):
         """Writing: indices, levels in scan order -> words and tape. Reading: the reverse.
 
@@ -384,7 +393,17 @@ def _build_walk(reading):
                     num_set, positions[0] = 1, 0
                     if size > 1:
                         num_set, head = _mask(
-                            reading, indices, j, cell, size, positions, tape, head, table
+                            reading,
+                            indices,
+                            j,
+                            cell,
+                            size,
+                            kernel_width,
+                            positions,
+                            patterns,
+                            tape,
+                            head,
+                            table,
                         )
                         if num_set == 0:
                             return BAD_CELL, state, head

@@ -51,13 +51,14 @@ def out_of_order(layout: Layout) -> list[int]:
 
 def scratch(tensors: np.ndarray) -> tuple[np.ndarray, ...]:
     """What a walk writes on, int64: one for the tensors and an end, three for the columns; one for
-    a kernel with zeros left and above, two for its positions (the last with room for three more).
+    a kernel with zeros left and above, two for its positions, one for what is set in a row of it.
     """
     columns, kernel = int(tensors[:, 2].max(initial=1)), int(tensors[:, 3].max(initial=1))
+    width = int(tensors[:, 4].max(initial=1))
     framed = int(
         (tensors[:, 3] + tensors[:, 3] // tensors[:, 4] + tensors[:, 4] + 1).max(initial=4)
     )
-    sizes = len(tensors) + 1, columns, columns, columns, framed, kernel, kernel + 3
+    sizes = len(tensors) + 1, columns, columns, columns, framed, kernel, kernel + 3, width
     return tuple(np.zeros(size, np.int64) for size in sizes)
 
 

@@ -540,7 +540,7 @@ def read_tensor(
             if due < left and not decoder.bit(("occupied", ratio)):
                 continue
             due, num_cells, column_cells[i] = due - 1, num_cells + 1, column_cells[i] + 1
-            places = read_places(stack, kernel)
+            places = read_places(stack, grid)
             cell, kernel_signs = [0] * kernel, 0
             for k in places:
                 if kernel > 1:
@@ -568,17 +568,24 @@ def read_tensor(
     return levels
 
 
-def read_places(stack: Stack, kernel: int) -> list[int]:
+def read_places(stack: Stack, grid) -> list[int]:
     """Which positions of a kernel are set."""
+    _, _, kernel, width = grid
     if kernel == 1:
         return [0]
-    places, above = [], 0
-    for first in range(0, kernel, 3):
-        name = ("mask", min(first // 3, 2), above, min(len(places), 3))
-        above, _ = stack.symbol(name, [24, 8, 8, 4, 8, 4, 4, 4, 1], [0] * 9)
-        demand(above < 8, "no such pattern")
-        places += [first + i for i in range(3) if above >> i & 1]
-    demand(len(places) > 0 and places[-1] < kernel, "positions of a cell")
+    places, symbols = [], {}
+    for row in range(kernel // width):
+        for column in range(0, width, 3):
+            above, left = symbols.get((row - 1, column), 0), symbols.get((row, column - 3), 0)
+            known = left // 2 if column else min(len(places), 3)
+            name = ("mask", column > 0, min(row, 2), above, known)
+            symbol, _ = stack.symbol(name, [24, 8, 8, 4, 8, 4, 4, 4, 1], [0] * 9)
+            demand(symbol < 8, "no such pattern")
+            symbols[row, column] = symbol
+            found = [column + i for i in range(3) if symbol >> i & 1]
+            demand(all(place < width for place in found), "positions of a row")
+            places += [row * width + place for place in found]
+    demand(len(places) > 0, "positions of a cell")
     return places
 
 
