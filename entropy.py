@@ -12,6 +12,17 @@ docs/wire-format.md specifies every bit.
 
 import numpy as np
 
+from contexts import (
+    ESCAPES,
+    FIRST_DECISIONS,
+    FIRST_SYMBOLS,
+    MASK,
+    OCCUPIED,
+    ROWS,
+    TENSORS,
+    of_kernel_level,
+    of_single_level,
+)
 from kernels import compiled, index, inlined
 from rangecoder import (
     FAST,
@@ -21,35 +32,17 @@ from rangecoder import (
     code_number,
     decide,
     log,
-    new_model,
     read_varint,
     reading_state,
     varint,
     with_ending,
     writing_state,
 )
-from rans import ESCAPE, code_small_number, code_symbol, first_words, is_spent, new_table, push_all
-from scan import as_grids, out_of_order, scan_order, scratch
+from rans import ESCAPE, code_small_number, code_symbol, is_spent, new_table, push_all
+from scan import as_grids, new_scratch, out_of_order, scan_order
 from wire import Layout, PayloadError
 
 MAX_LEVEL = 32767
-
-# How many of these a prediction's excess over the least magnitude reaches.
-NEARNESS = np.digitize(np.arange(64), [1, 2, 3, 5, 7, 10, 16, 26, 51]).astype(np.int64)
-
-# Where each bank of contexts begins: of decisions,
-TENSORS = 0  # any[flat], copy[flat]
-ROWS = 4  # 13 banks of 32: cells of a row; the first is shared by all rows
-ESCAPES = ROWS + 13 * 32  # 3 banks of 32: all, in kernels, in flat tensors
-OCCUPIED = ESCAPES + 3 * 32  # 68 ratios of how many cells are due to how many are left
-SIGN = OCCUPIED + 68  # prediction, kernel, row
-FLAT_SIGN = SIGN + 9 * 5 * 5  # row, column
-NUM_DECISIONS = FLAT_SIGN + 9 * 9
-# and of symbols.
-MASK = 0  # first of its row or not, row, the three above, how many are set or two to the left
-MAGNITUDE = MASK + 2 * 3 * 8 * 4  # prediction, how many of the kernel are set
-FLAT_MAGNITUDE = MAGNITUDE + 12 * 4  # 9 ratios, as above
-NUM_SYMBOLS = FLAT_MAGNITUDE + 9
 
 # What a walk returns: how it ended.
 DONE, BAD_COPY, TOO_MANY, NO_ROOM, BAD_ROW, BAD_CELL, TOO_LARGE, TOO_FEW = range(8)
@@ -79,20 +72,16 @@ def encode_integers(indices: np.ndarray, levels: np.ndarray, layout: Layout) -> 
         raise ValueError(f"levels must lie within 1..{MAX_LEVEL} in magnitude")
     tensors = as_grids(layout)
     scan = scan_order(tensors, indices.astype(np.int64), levels.astype(np.int16))
-    room = 256 + 4 * len(indices) + 8 * int(tensors[:, 3].max())
+    num_words = 256 + 4 * len(indices) + 8 * int(tensors[:, 3].max())
     ending = NO_ROOM
     while ending == NO_ROOM:
-        words, tape = np.zeros(room, np.uint32), np.empty(room, np.uint64)
-        coders = (
-            words,
-            writing_state(),
-            FIRST_DECISIONS.copy(),
-            tape,
-            HEAD,
-            new_table(FIRST_SYMBOLS),
+        words, tape = np.zeros(num_words, np.uint32), np.empty(num_words, np.uint64)
+        decisions = words, writing_state(), FIRST_DECISIONS.copy()
+        symbols = tape, (np.uint64(0), 0), new_table(FIRST_SYMBOLS)
+        ending, state, head = _write(
+            tensors, *scan, least, spread, decisions, symbols, new_scratch(tensors)
         )
-        ending, state, head = _write(tensors, *scan, least, spread, *coders, *scratch(tensors))
-        room *= 4
+        num_words *= 4
     if ending != DONE:
         raise ValueError(f"indices must be ascending and within the layout: {FAULTS[ending]}")
     code = with_ending(words, state)
@@ -125,80 +114,27 @@ def decode_integers(body: bytes | memoryview, layout: Layout) -> tuple[np.ndarra
     code, rest = body[start : start + length], body[start + length :]
     if len(code) < length or len(rest) % 4:
         raise PayloadError("levels: the body ends early, or within a word")
-    state, words = reading_state(code)
-    head, tape = (np.uint64(x), 0), np.frombuffer(rest, ">u4").astype(np.uint32)
     tensors = as_grids(layout)
     indices, levels = np.empty(count, np.int64), np.zeros(count, np.int16)
-    copies, bounds = np.zeros(len(tensors), np.int64), np.zeros(len(tensors) + 1, np.int64)
-    scan = indices, levels, copies
-    coders = words, state, FIRST_DECISIONS.copy(), tape, head, new_table(FIRST_SYMBOLS)
+    copies, scratch = np.zeros(len(tensors), np.int64), new_scratch(tensors)
+    state, words = reading_state(code)
+    decisions = words, state, FIRST_DECISIONS.copy()
+    tape = np.frombuffer(rest, ">u4").astype(np.uint32)
+    symbols = tape, (np.uint64(x), 0), new_table(FIRST_SYMBOLS)
     ending, state, head = _read(
-        tensors, *scan, least, spread, *coders, bounds, *scratch(tensors)[1:]
+        tensors, indices, levels, copies, least, spread, decisions, symbols, scratch
     )
     if ending != DONE:
         raise PayloadError(f"levels: {FAULTS[ending]}")
     check_end(code, state)
     if not is_spent(head, tape):
         raise PayloadError("levels: words are left over, or others than an encoder ends with")
+    bounds = scratch[0]
     for t in out_of_order(layout):
         part = slice(bounds[t], bounds[t + 1])
         order = np.argsort(indices[part])
         indices[part], levels[part] = indices[part][order], levels[part][order]
     return indices, levels
-
-
-def _first_probabilities() -> tuple[np.ndarray, np.ndarray]:
-    """Of each decision, what is likely before anything was seen: (probabilities, counts)."""
-    probability = np.full(NUM_DECISIONS, 32768, np.int64)
-    count = np.zeros(NUM_DECISIONS, np.int64)
-    for ratio in range(68):  # 2^((ratio - 43) / 4), at most 0.8
-        octave = (65536, 77936, 92682, 110218)[(ratio - 43) % 4]
-        probability[OCCUPIED + ratio] = min(52429, octave >> max(0, (46 - ratio) // 4))
-    count[OCCUPIED:SIGN] = 6
-    for c in range(9 * 5 * 5):
-        score = 2 * (c // 25 - 4) + c // 5 % 5 - 2 + (c % 5 - 2) // 2
-        other = 65536 // (1 + 2 ** abs(score))
-        probability[SIGN + c] = other if score >= 0 else 65536 - other
-    count[SIGN:FLAT_SIGN] = 3
-    return probability, count
-
-
-# Before anything was seen; of three positions few are set, and magnitudes are near the least.
-FIRST_DECISIONS = new_model(*_first_probabilities())
-FIRST_SYMBOLS = first_words(
-    np.array(
-        [(24, 8, 8, 4, 8, 4, 4, 4, 1)] * MAGNITUDE
-        + [(16, 16, 12, 8, 10, 10, 8, 4, 2)] * (NUM_SYMBOLS - MAGNITUDE)
-    )
-)
-HEAD = np.uint64(0), 0  # of a tape to be written
-
-
-# --- contexts -------------------------------------------------------------------------------------
-
-
-@inlined
-def _size_of_sum(total, least):
-    """A sum of levels as -4..4, in units of the least magnitude."""
-    a = abs(total)
-    size = 0 if a == 0 else 1 if a < least else 2 if a < 3 * least else 3 if a < 8 * least else 4
-    return -size if total < 0 else size
-
-
-@inlined
-def _nearness(predicted, least):
-    """A predicted level as 0..11: far below the least magnitude to far above it."""
-    a = abs(predicted)
-    if a < least:
-        return 0 if a == 0 else 1 if 2 * a < least else 2
-    return 2 + NEARNESS[index(min(a - least + 1, 63))]
-
-
-@inlined
-def _predicted(kernel, slot, kernel_width):
-    """The level at a slot from those left, above and above left: by their plane."""
-    above = slot - kernel_width - 1
-    return kernel[index(slot - 1)] + kernel[index(above)] - kernel[index(above - 1)]
 
 
 # --- the walk -------------------------------------------------------------------------------------
@@ -274,26 +210,19 @@ def _build_walk(reading):
         copies,
         least,
         spread,
-        words,
-        state,
-        model,
-        tape,
-        head,
-        table,
-        bounds,
-        column_cells,
-        column_logs,
-        column_sums,
-        kernel,
-        slots,
-        positions,
-        patterns,
+        decisions,
+        symbols,
+        scratch,
     ):
         """Writing: indices, levels in scan order -> words and tape. Reading: the reverse.
 
-        bounds gets where each tensor's entries begin; the arrays after it are scratch (scratch).
+        decisions are the words, state and model of rangecoder.py, symbols the tape, head and table
+        of rans.py. Of the scratch (scan.py), bounds gets where each tensor's entries begin.
         Returns (ending, state, head).
         """
+        words, state, model = decisions
+        tape, head, table = symbols
+        bounds, column_cells, column_logs, column_sums, kernel, slots, positions, patterns = scratch
         count, j = len(indices), 0
         for t in range(len(tensors)):
             offset, num_rows, num_columns = tensors[t, 0], tensors[t, 1], tensors[t, 2]
@@ -410,29 +339,31 @@ def _build_walk(reading):
                     if j + num_set > count:
                         return TOO_MANY, state, head
 
-                    kernel_signs, crowd = 0, min(num_set // 3, 3)
+                    kernel_signs = 0
                     for n in range(num_set):
                         k = positions[index(n)]
                         if size > 1:
-                            predicted = _predicted(kernel, slots[index(k)], kernel_width)
-                            near = _nearness(predicted, least)
-                            side = min(near, 4) if predicted > 0 else -min(near, 4)
-                            signs = 5 * clamp(kernel_signs, -2, 2) + clamp(row_signs, -2, 2)
-                            sign_context = SIGN + 25 * (side + 4) + signs + 12
-                            context = MAGNITUDE + 4 * near + crowd
+                            sign, magnitude = of_kernel_level(
+                                kernel,
+                                slots[index(k)],
+                                kernel_width,
+                                num_set,
+                                kernel_signs,
+                                row_signs,
+                                least,
+                            )
                         else:
-                            row_size = _size_of_sum(row_sum, least)
-                            column_size = _size_of_sum(column_sums[index(i)], least)
-                            sign_context = FLAT_SIGN + 9 * (row_size + 4) + column_size + 4
-                            context = FLAT_MAGNITUDE + (ratio >> 3)
+                            sign, magnitude = of_single_level(
+                                row_sum, column_sums[index(i)], ratio, least
+                            )
                         level = np.int64(levels[index(j)])
                         negative, state = decide(
-                            reading, level < 0, sign_context, FAST, state, words, model
+                            reading, level < 0, sign, FAST, state, words, model
                         )
                         excess = 0 if reading else abs(level) - least
                         if spread:
                             excess, head = code_small_number(
-                                reading, excess, context, head, tape, table
+                                reading, excess, magnitude, head, tape, table
                             )
                             if excess >= ESCAPE:
                                 bank = ESCAPES + (32 if size > 1 else 64)

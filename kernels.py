@@ -12,7 +12,7 @@ from wire import PayloadError, Reader
 # numba keeps machine code by the date of the file a function stands in, and does not see when one
 # that it calls in another file has changed: each state of these files gets a folder of its own.
 HERE = Path(__file__).parent
-FILES = ("kernels", "quantisers", "eden", "powersgd", "rangecoder", "rans", "entropy")
+FILES = ("kernels", "quantisers", "eden", "powersgd", "rangecoder", "rans", "contexts", "entropy")
 STATE = hashlib.blake2b(b"".join((HERE / f"{name}.py").read_bytes() for name in FILES))
 numba.config.CACHE_DIR = numba.config.CACHE_DIR or str(
     HERE / "__pycache__" / f"numba-{STATE.hexdigest()[:16]}"

@@ -49,7 +49,7 @@ def out_of_order(layout: Layout) -> list[int]:
     return [t for t, grid in enumerate(tensors[:, 1:4].tolist()) if tuple(grid) in grids]
 
 
-def scratch(tensors: np.ndarray) -> tuple[np.ndarray, ...]:
+def new_scratch(tensors: np.ndarray) -> tuple[np.ndarray, ...]:
     """What a walk writes on, int64: one for the tensors and an end, three for the columns; one for
     a kernel with zeros left and above, two for its positions, one for what is set in a row of it.
     """

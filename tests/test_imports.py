@@ -22,6 +22,7 @@ METHODS = (
     "entropy",
     "rangecoder",
     "rans",
+    "contexts",
     "scan",
     "wire",
     "afo",
@@ -30,10 +31,14 @@ METHODS = (
 )
 MAY_IMPORT = {"compression": {"quantisers", "eden", "powersgd", "entropy", "kernels", "wire"}}
 MAY_IMPORT |= dict.fromkeys(("quantisers", "eden", "powersgd"), {"kernels", "wire"})
-MAY_IMPORT |= {"afo": {"kernels"}, "entropy": {"kernels", "rangecoder", "rans", "scan", "wire"}}
+MAY_IMPORT |= {
+    "afo": {"kernels"},
+    "entropy": {"contexts", "kernels", "rangecoder", "rans", "scan", "wire"},
+}
 MAY_IMPORT |= {
     "rangecoder": {"kernels", "wire"},
     "rans": {"kernels"},
+    "contexts": {"kernels", "rangecoder", "rans"},
     "kernels": {"wire"},
     "scan": {"wire"},
 }
