@@ -1,9 +1,9 @@
 """An adaptive coder of symbols, nine to choose from, with asymmetric numeral systems (rANS).
 
-One number holds all symbols, and gives first the one that was pushed last (Duda 2013, section 3.3):
-so an encoder notes its steps and pushes them backwards. A symbol takes one step without a branch,
-where rangecoder.py takes a decision for each bit, which waits for the one before. All is computed
-in integers, so bytes are equal on every machine.
+One number holds all symbols, and gives first the one that was pushed last (Duda 2013, arXiv
+1311.2540): so an encoder notes its steps and pushes them backwards. A symbol takes one step without
+a branch, where rangecoder.py takes a decision for each bit, which waits for the one before. All is
+computed in integers, so bytes are equal on every machine.
 
 A context has eight bounds, which part 32768 among the symbols: symbol s has what lies between
 bounds s and s + 1, bound 0 being 0 and bound 9 being 32768. Its four words of 64 bits are 16 lanes:
