@@ -174,7 +174,7 @@ def _mask(reading, indices, j, cell, size, width, positions, patterns, tape, hea
 
     The number is 0 if one is set that is not there. patterns keeps a row's, [width].
     """
-    num_set, before, wrong, row, column = 0, 0, 0, 0, 0
+    num_set, before, row, column = 0, 0, 0, 0
     while row * width < size:
         first, num_there, pattern = row * width + column, min(width - column, 3), 0
         if not reading:
@@ -188,16 +188,17 @@ def _mask(reading, indices, j, cell, size, width, positions, patterns, tape, hea
         context = MASK + 32 * min(row, 2) + 4 * above
         context += 96 + (before >> 1) if column else min(num_set, 3)
         pattern, head = code_symbol(reading, pattern, context, head, tape, table)
-        wrong |= pattern >> num_there
+        if pattern >> num_there:  # at once: more of them would not fit into positions
+            return 0, head
         for k in range(3):
             positions[index(num_set)] = first + k
             num_set += pattern >> k & 1
-        before = pattern & 7
+        before = pattern
         patterns[index(column)] = before
         column += 3
         if column >= width:
             row, column = row + 1, 0
-    return 0 if wrong else num_set, head
+    return num_set, head
 
 
 def _build_walk(reading):

@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 from test_compression import mutate
 from test_wire import seal
 
 from compression import decode
-from entropy import MAX_LEVEL, decode_integers, encode_integers
+from contexts import FIRST_SYMBOLS
+from entropy import MAX_LEVEL, _mask, decode_integers, encode_integers
 from rangecoder import varint
+from rans import new_table
 from wire import Layout, PayloadError, pack
 
 ROOT = Path(__file__).parents[1]
@@ -206,6 +209,25 @@ def test_fuzz_with_a_right_checksum_agrees_with_the_naive_decoder(index):
 def test_a_wrong_body_is_named(body, message):
     with pytest.raises(PayloadError, match=message):
         decode_integers(body, layout_of((6,)))
+
+
+@njit
+def read_mask(positions, patterns, size, width, tape, head, table):
+    indices = np.zeros(0, np.int64)
+    return _mask(True, indices, 0, 0, size, width, positions, patterns, tape, head, table)[0]
+
+
+@pytest.mark.parametrize(("size", "width"), [(40, 1), (40, 2), (40, 4), (25, 5), (49, 7)])
+def test_a_strangers_mask_stays_within_its_kernel(size, width):
+    """All ones: three of each three, however few are there."""
+    positions, table = np.full(4 * size, -1), new_table(FIRST_SYMBOLS)
+    lanes = table[1].reshape(-1, 16)
+    lanes[:, 4:11] = np.arange(1, 8)  # symbol 7 has nearly all of the 32768
+    lanes[:, 11] = 32767
+    tape = np.full(200, 1 << 20, np.uint32)
+    head = np.uint64((1 << 40) + 16000), 0
+    assert read_mask(positions, np.zeros(width, np.int64), size, width, tape, head, table) == 0
+    assert (positions[size + 3 :] == -1).all()
 
 
 def test_every_truncation_is_refused_or_complete_in_itself():
