@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer, lr_scheduler
 
-from kernels import compiled
+from compiled import compiled
 
 
 class FedAvg(SGD):

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eden import packed_size, read_eden, write_eden
-from entropy import decode_integers, encode_integers
-from kernels import add_at
-from powersgd import read_powersgd, write_powersgd
-from quantisers import (
+from compressors.eden import packed_size, read_eden, write_eden
+from wire.entropy import decode_integers, encode_integers
+from compiled import add_at
+from compressors.powersgd import read_powersgd, write_powersgd
+from compressors.quantisers import (
     BF16,
     BUCKET,
     BUCKET_LEVELS,
@@ -40,7 +40,7 @@ from quantisers import (
     times,
     write_levels,
 )
-from wire import (
+from wire.container import (
     CHECKSUM,
     Layout,
     Memory,

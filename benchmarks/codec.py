@@ -41,7 +41,7 @@ from updates import RECIPES, load_updates
 
 from compression import Decoded, decode, encode
 from pruning import num_kept, topk
-from wire import Layout, encode_positions, pack
+from wire.container import Layout, encode_positions, pack
 
 DENSITIES = (0.01, 0.001)
 LARGEST_LEVEL = 127

@@ -26,15 +26,15 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from client import batch_bounds, local_lr
+from training.local_sgd import batch_bounds, local_lr
 from cnn_model import build_network
 from command_line import load_config
 from config import Config
 from distributed import Ranks
-from engines import autocast
+from training.engines import autocast
 from experiment import settle_precision
-from federated import Federation
-from runlog import RunFolder
+from federation.synchronous import Federation
+from run_folder import RunFolder
 
 # The cohort is a part of the config's, to keep a round short; a client's work is whole.
 CASES = {

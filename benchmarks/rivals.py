@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from client import evaluate
+from training.local_sgd import evaluate
 from cnn_model import FlatModel, build_network
 from command_line import load_config
 from config import Config

@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as main.py does
 import torch
 
 from afo import OURS, make_optimizer
-from kernels import compiled
+from compiled import compiled
 
 # Vectors read and written: x twice, the gradient, each moment twice; FedExP needs ||gradient||
 # before it can step.

@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import REPOSITORY, TINY, summary
 
-import trainer
+from federation import client as trainer
 from algorithms import ALGORITHMS, SCAFFOLD, FedAvg, FedCM, FedDyn, FedNova, FedProx, reach
 from command_line import load_config
 from distributed import Ranks
-from federated import Federation
-from runlog import RunFolder
+from federation.synchronous import Federation
+from run_folder import RunFolder
 
 PLAIN = ["pruning.method=none", "uplink.values=fp32", "uplink.error_feedback=false"]
 PLAIN += ["server.optimizer=FedAvg", "local.momentum=0", "local.weight_decay=0"]

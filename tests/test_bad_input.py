@@ -99,7 +99,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatc
     def no_space(*_):
         raise OSError(28, "No space left on device", "ledger.csv")
 
-    from runlog import RunFolder
+    from run_folder import RunFolder
 
     original = RunFolder.append
     calls = []

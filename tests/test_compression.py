@@ -3,7 +3,7 @@
 import struct
 import tracemalloc
 
-import naive_decoder
+from helpers import naive_decoder
 import numpy as np
 import pytest
 import torch
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from compression import Decoded, NotFinite, decode, encode
-from entropy import encode_integers
-from wire import Layout, PayloadError, pack
+from wire.entropy import encode_integers
+from wire.container import Layout, PayloadError, pack
 
 WORDS = "fp32 fp16 bf16 int2 int4 int8 int16 qsgd2 qsgd4 qsgd8 ternary sign eden1 eden2 eden3 eden4"
 WORDS = [*WORDS.split(), "bounded(0.01)", "bounded(0.3)", "powersgd(1)", "powersgd(2)"]

@@ -11,7 +11,7 @@ import pytest
 
 from command_line import load_config, read_command_line
 from config import Config, ConfigError
-from quantisers import parse_values
+from compressors.quantisers import parse_values
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,7 +11,7 @@ import tracemalloc
 from collections import Counter
 from functools import cache
 
-import naive_decoder
+from helpers import naive_decoder
 import numpy as np
 import pytest
 import torch
@@ -19,7 +19,7 @@ from test_compression import SELECTING, WORDS, picking, read_naively, same_bits
 from test_wire import seal
 
 from compression import Decoded, decode, encode
-from wire import Layout, PayloadError
+from wire.container import Layout, PayloadError
 
 NUM_PAYLOADS = 208_000  # of the test, all words together
 NUM_READ_TWICE = 12  # of a series: one payload in so many goes to the naive decoder too

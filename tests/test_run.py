@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import REPOSITORY, TINY, summary
 
-import channel
-import trainer
+from federation import channel
+from federation import client as trainer
 from command_line import load_config
 from distributed import Ranks
-from federated import Federation
-from runlog import RunFolder
+from federation.synchronous import Federation
+from run_folder import RunFolder
 
 
 def ledger(folder):

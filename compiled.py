@@ -1,0 +1,118 @@
+"""Compiled loops that several coders share: random words, streams of bits, a sparse sum."""
+
+import hashlib
+from pathlib import Path
+
+import numba
+import numpy as np
+from numba import njit
+
+from wire.container import PayloadError, Reader
+
+HERE = Path(__file__).parent
+
+
+def _cache_folder() -> Path:
+    """A folder of its own for each state of the sources, below the user's NUMBA_CACHE_DIR if set.
+
+    numba keeps machine code by the date of the file that a function stands in, and does not see
+    when a function that it calls in another file has changed. So all files that compile anything
+    count, and a new one counts without being named.
+    """
+    sources = [path.read_bytes() for path in sorted([*HERE.glob("*.py"), *HERE.glob("*/*.py")])]
+    compiling = b"".join(source for source in sources if b"from compiled import" in source)
+    state = hashlib.blake2b(Path(__file__).read_bytes() + compiling, digest_size=8).hexdigest()
+    parent = numba.config.CACHE_DIR or HERE / "__pycache__"
+    return Path(parent) / f"numba-{state}"
+
+
+numba.config.CACHE_DIR = str(_cache_folder())
+
+
+def compiled(function, **options):
+    """numba's machine code: compiled in a second at first use, then loaded where it can be kept.
+
+    Without reference counting, which would cost ten times the coding: kernels allocate nothing.
+    """
+    options |= {"_nrt": False, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # neither __pycache__ nor the user's cache folder can be written
+        return njit(**options)(function)
+
+
+def inlined(function):
+    """A part of a routine: LLVM inlines it, so that `reading` and the state cost nothing."""
+    return compiled(function, forceinline=True)
+
+
+# numba counts a negative index from the end, and looks for one at each access unless told so.
+index = np.uint64
+
+
+@compiled
+def random_word(seed, k):
+    """Output k (from 0) of SplitMix64 (Steele et al. 2014) with that seed; both uint64."""
+    z = seed + (k + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@compiled
+def uniform(seed, k):
+    """A number in [0, 1) of 53 random bits."""
+    return np.float64(random_word(seed, np.uint64(k)) >> np.uint64(11)) * 2.0**-53
+
+
+@compiled
+def add_at(vector, indices, values, weight):
+    """vector[indices] += weight * values, in one pass; float32, the indices distinct."""
+    for k in range(len(indices)):
+        vector[index(indices[k])] += weight * values[k]
+
+
+@compiled
+def _pack(fields, bits, out):
+    """The low `bits` of each field, highest first; fields int16 [n], out uint8."""
+    held, num_held, at = 0, 0, 0
+    for i in range(len(fields)):
+        held = held << bits | np.int64(fields[i]) & (1 << bits) - 1
+        num_held += bits
+        while num_held >= 8:
+            num_held -= 8
+            out[at] = held >> num_held & 255
+            at += 1
+        held &= (1 << num_held) - 1
+    if num_held:
+        out[at] = held << (8 - num_held) & 255
+
+
+@compiled
+def _unpack(stream, bits, out):
+    """The reverse. Returns what is left over of the last byte, which must be 0."""
+    held, num_held, at = 0, 0, 0
+    for i in range(len(out)):
+        while num_held < bits:
+            held = held << 8 | np.int64(stream[at])
+            num_held += 8
+            at += 1
+        num_held -= bits
+        out[i] = held >> num_held
+        held &= (1 << num_held) - 1
+    return held
+
+
+def pack_bits(fields: np.ndarray, bits: int) -> bytes:
+    out = np.empty(-(-len(fields) * bits // 8), np.uint8)
+    _pack(fields.astype(np.int16, copy=False), bits, out)
+    return out.tobytes()
+
+
+def unpack_bits(reader: Reader, count: int, bits: int) -> np.ndarray:
+    """int16 [count]: the fields, without a sign unless they have 16 bits. Raises PayloadError."""
+    stream = reader.take("u1", -(-count * bits // 8))
+    fields = np.empty(count, np.int16)
+    if _unpack(stream, bits, fields) != 0:
+        raise PayloadError("the padding after packed values is not zero")
+    return fields

@@ -1,0 +1,235 @@
+"""The run folder: everything a run writes, so that a kill loses nothing and a resume is exact.
+
+rounds.jsonl and ledger.csv only grow; a checkpoint remembers how long they were, and a resume cuts
+them back to that length, so no row is missing or written twice. The clients' states that a
+checkpoint does not name go as well.
+"""
+
+import csv
+import fcntl
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+import yaml
+
+from federation.client_store import remove_old_states, sync, write_tensors
+from config import Config
+
+LEDGER_HEADER = "round,client,direction,kind,bytes,dense_bytes,nonzeros,seconds\n"
+OURS = ("config.yaml", "environment.json", "rounds.jsonl", "ledger.csv", "partition.npz")
+OURS += ("checkpoint.pt", "clients", "plots", "tensorboard")
+NEUTRAL = ("checkpoint", "output_dir", "trackers", "clients.state_memory_gib")
+NEUTRAL += ("distributed.timeout_seconds",)
+PACKAGES = ("torch", "torchvision", "accelerate", "deepspeed", "numpy", "flwr-datasets")
+
+
+class RunFolderError(Exception):
+    """The run folder cannot be used; the message says why and what to do."""
+
+
+class RunFinished(Exception):
+    """The run folder already holds this run, finished; the message is its result."""
+
+
+class LedgerRow(NamedTuple):
+    """One message. seconds: its time on the client's simulated link."""
+
+    round: int  # 0: before the first
+    client: int
+    direction: str  # up or down
+    kind: str  # up: update, buffers, scores, growth; down: model, model_change, buffers, mask,
+    # mask_change; and what a client algorithm sends: control, control_change, momentum, ...
+    bytes: int  # the payload's real length
+    dense_bytes: int  # the same numbers as float32
+    nonzeros: int  # the numbers that the payload carries
+    seconds: float
+
+
+class RunFolder:
+    def __init__(self, path: Path):
+        self.path = path
+        self.clients = path / "clients"
+        self._lock: IO | None = None
+
+    def start(self, config: Config) -> dict[str, Any] | None:
+        """Claim the folder for this run; return the checkpoint to go on from, or None.
+
+        Raises RunFolderError: another process works in it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")
+        except OSError as error:
+            raise RunFolderError(f"output_dir: {self.path}: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunFolderError(f"{self.path}: another process is running this") from None
+        if config.checkpoint.resume == "never":
+            self._clear()
+        state = self.checkpoint()
+        # First make room: the states of a round that was given up may have filled the disk.
+        remove_old_states(self.clients, state["clients"] if state else {})
+        self._write("config.yaml", config.to_yaml())
+        lengths = state["log_bytes"] if state else {"rounds.jsonl": 0, "ledger.csv": 0}
+        for name, length in lengths.items():
+            with open(self.path / name, "ab") as file:
+                file.truncate(length)
+        if not state:
+            (self.path / "ledger.csv").write_text(LEDGER_HEADER)
+        return state
+
+    def close(self) -> None:
+        """Let another process work in the folder."""
+        if self._lock:
+            self._lock.close()
+
+    def checkpoint(self) -> dict[str, Any] | None:
+        path = self.path / "checkpoint.pt"
+        if not path.exists():
+            return None
+        try:
+            return torch.load(path, weights_only=True)
+        except Exception as error:
+            raise RunFolderError(
+                f"{path}: damaged ({type(error).__name__}); remove {self.path} to start again"
+            ) from None
+
+    def environment(self) -> dict[str, Any]:
+        """What was recorded when the run first started; empty before that."""
+        path = self.path / "environment.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def write_environment(self, dataset: dict[str, str], **facts: Any) -> None:
+        """Record machine, versions, commit and data; a resumed run adds a line of its own."""
+        record, before = {"dataset": dataset, **facts, **_machine()}, self.environment()
+        if before:
+            record = before | {"resumed": [*before.get("resumed", []), _machine()]}
+        self._write("environment.json", json.dumps(record, indent=1) + "\n")
+
+    def append(self, row: dict[str, Any], messages: list[LedgerRow]) -> None:
+        """Log a round."""
+        lines = io.StringIO()
+        csv.writer(lines, lineterminator="\n").writerows(messages)
+        with open(self.path / "ledger.csv", "a") as ledger:
+            ledger.write(lines.getvalue())
+        with open(self.path / "rounds.jsonl", "a") as rounds:
+            rounds.write(json.dumps(row) + "\n")
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write checkpoint.pt, all or nothing, with the logs on the disk before it."""
+        lengths = {}
+        for name in ("rounds.jsonl", "ledger.csv"):
+            with open(self.path / name, "ab") as file:
+                os.fsync(file.fileno())
+                lengths[name] = file.tell()
+        temporary = self.path / "checkpoint.tmp"
+        write_tensors(temporary, state | {"log_bytes": lengths})
+        sync(temporary)
+        os.replace(temporary, self.path / "checkpoint.pt")
+        sync(self.path)  # what only the checkpoint before needs may be deleted now
+
+    def ledger_totals(self) -> dict[str, int]:
+        """bytes_up, bytes_down, dense_bytes_up, dense_bytes_down, summed over the ledger's rows."""
+        totals = dict.fromkeys(("bytes_up", "bytes_down", "dense_bytes_up", "dense_bytes_down"), 0)
+        with open(self.path / "ledger.csv", newline="") as file:
+            for row in csv.DictReader(file):
+                totals[f"bytes_{row['direction']}"] += int(row["bytes"])
+                totals[f"dense_bytes_{row['direction']}"] += int(row["dense_bytes"])
+        return totals
+
+    def finish(self, summary: dict[str, Any], keep_states: bool) -> None:
+        if not keep_states:
+            shutil.rmtree(self.clients, ignore_errors=True)
+        self._write("summary.json", json.dumps(summary, indent=1) + "\n")
+
+    def refuse_other_runs(self, config: Config) -> None:
+        """Raises RunFinished if this run is here, done; RunFolderError if another run is."""
+        path = self.path / "config.yaml"
+        if not path.exists():
+            return
+        finished = (self.path / "summary.json").exists()
+        key = _first_difference(asdict(config), yaml.safe_load(path.read_text()) or {})
+        if key and (finished or config.checkpoint.resume == "auto"):
+            state = "a finished" if finished else "an unfinished"
+            raise RunFolderError(
+                f"{self.path}: holds {state} run with another {key}; choose another name= or "
+                f"seed=, or remove that folder"
+            )
+        if finished:
+            summary = json.loads((self.path / "summary.json").read_text())
+            raise RunFinished(
+                f"{self.path} is finished: {summary['test_accuracy']:.2%} test accuracy after "
+                f"{summary['rounds_completed']} rounds; choose another name= or seed= to run again"
+            )
+
+    def _clear(self) -> None:
+        logs = [path.name for path in self.path.glob("deepspeed_*.rank*")]
+        for name in (*OURS, *logs):
+            path = self.path / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def _write(self, name: str, text: str) -> None:
+        temporary = self.path / f"{name}.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, self.path / name)
+
+
+def _first_difference(ours: dict, theirs: dict, prefix: str = "") -> str:
+    """The first dotted key whose values differ, of those that change what a run computes."""
+    for key in ours:
+        if f"{prefix}{key}" in NEUTRAL:
+            continue
+        a, b = ours[key], theirs.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            if found := _first_difference(a, b, f"{prefix}{key}."):
+                return found
+        elif a != b:
+            return f"{prefix}{key} ({b!r} there, {a!r} here)"
+    return next((f"{prefix}{key}" for key in theirs if key not in ours), "")
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "argv": sys.argv,
+        "git": _git(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # DeepSpeed is for Linux only
+        return ""
+
+
+def _git() -> dict[str, Any]:
+    """The commit this code stands at and whether files differ from it; empty outside git."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        result = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
+        return result.stdout.strip() if result.returncode == 0 else ""
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except OSError:
+        return {}

@@ -1,0 +1,183 @@
+"""Channels: support x selection x values, and error feedback around them."""
+
+import numpy as np
+import pytest
+import torch
+
+from federation.channel import Channel, ErrorFeedback
+from compression import NotFinite
+from config import Config, Pruning, Uplink
+from wire.container import OVERHEAD, Layout, PayloadError
+
+LAYOUT = Layout(("conv", "bias"), ((20, 10, 3, 3), (20,)))
+SEED = Config(seed=7).seed_for
+
+
+def channel(link=None, unbiased=False, **selection):
+    return Channel(LAYOUT, Pruning(**selection), link or Uplink(values="fp32"), unbiased, SEED)
+
+
+def vector(seed=0):
+    return torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(seed))
+
+
+SELECTIONS = {
+    "none": {"method": "none"},
+    "topk": {"method": "topk", "density": 0.1},
+    "per layer": {"method": "topk", "density": 0.1, "scope": "layer"},
+    "per chunk": {"method": "topk", "density": 0.1, "scope": "chunk", "chunk": 100},
+    "random": {"method": "random", "density": 0.1},
+    "threshold": {"method": "threshold", "threshold": 1.5},
+    "relative threshold": {"method": "threshold", "threshold": 0.5, "relative": True},
+}
+MASKS = {"all": None, "masked": np.arange(0, LAYOUT.size, 3)}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("values", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_what_is_sent_is_what_arrives(selection, values, mask):
+    link = channel(Uplink(values=values), **SELECTIONS[selection])
+    update = vector()
+    link.use_mask(MASKS[mask])
+    payload, sent = link.encode(update, round=3, client=5)
+    arrived = link.decode(payload, round=3, client=5).dense()
+    assert torch.equal(sent.dense(), arrived)
+    if mask == "masked":
+        outside = np.setdiff1d(np.arange(LAYOUT.size), link.mask)
+        assert not arrived[outside].any()
+    if values == "fp32":
+        carried = arrived != 0
+        assert torch.equal(arrived[carried], update[carried]) and carried.any()
+
+
+def test_a_random_choice_costs_no_positions_and_both_ends_must_agree_on_it():
+    link = channel(method="random", density=0.1)
+    payload, sent = link.encode(vector(), round=1, client=2)
+    assert len(sent.values) == 182 and len(payload) == OVERHEAD + 4 * 182
+    for elsewhere in ({"round": 2, "client": 2}, {"round": 1, "client": 3}):
+        with pytest.raises(PayloadError, match="another layout"):
+            link.decode(payload, **elsewhere)
+
+
+def test_ends_with_different_masks_refuse_each_other():
+    link = channel(method="none")
+    link.use_mask(np.arange(100))
+    payload, _ = link.encode(vector(), 1)
+    link.use_mask(np.arange(1, 101))
+    with pytest.raises(PayloadError, match="another layout"):
+        link.decode(payload, 1)
+
+
+def test_random_is_unbiased_without_error_feedback():
+    link, update = channel(method="random", density=0.25, unbiased=True), vector()
+    draws = 2000
+    total = sum(link.encode(update, round)[1].dense().double() for round in range(1, draws + 1))
+    # One draw's variance is x^2 (1 / p - 1): the mean of 2,000 has a deviation of 0.039 x.
+    errors = (total / draws - update) / (update.abs() * (3 / draws) ** 0.5)
+    assert errors.abs().max() < 5 and errors.square().mean() == pytest.approx(1, abs=0.1)
+
+
+def test_densities_follow_rounds_and_clients():
+    link = channel(density=0.01, warmup=[0.25, 0.0625], client_densities=[0.02, 0.001])
+    assert [link.density(round, 0) for round in (1, 2, 3, 4)] == [0.25, 0.0625, 0.02, 0.02]
+    assert [link.density(9, client) for client in (0, 1, 2, 3)] == [0.02, 0.001, 0.02, 0.001]
+    assert channel(density=0.01).density(1, 3) == 0.01
+    link = channel(density=0.01, warmup=[0.25, 0.0625], warmup_rounds=3)
+    assert [link.density(round, 0) for round in (1, 3, 4, 6, 7)] == [0.25] * 2 + [0.0625] * 2 + [
+        0.01
+    ]
+
+
+# --- error feedback -------------------------------------------------------------------------------
+
+
+def feed(feedback, link, updates):
+    """Send updates one after the other; return what arrived in all and the state at the end."""
+    state, total = {}, torch.zeros(LAYOUT.size, dtype=torch.float64)
+    for round, update in enumerate(updates, 1):
+        owed = update.clone()
+        after = feedback.add(owed, state)
+        _, sent = link.encode(owed, round)
+        state = feedback.subtract(owed, sent, after)
+        total += sent.dense()
+    return total, state
+
+
+@pytest.mark.parametrize("values", ["fp32", "fp16", "int8"])
+def test_what_arrived_and_what_is_owed_is_what_was_learned(values):
+    updates = [vector(seed) for seed in range(20)]
+    link = channel(Uplink(values=values), method="topk", density=0.05)
+    total, state = feed(ErrorFeedback(1.0, 0.0), link, updates)
+    learned = sum(update.double() for update in updates)
+    assert torch.allclose(total + state["residual"], learned, rtol=0, atol=1e-5)
+
+
+def test_decay_forgets_by_its_factor():
+    """Nothing is sent but the largest entry, so the rest is a geometric sum."""
+    update = torch.zeros(LAYOUT.size)
+    update[:2] = torch.tensor([100.0, 1.0])
+    link = channel(method="topk", density=1e-9)
+    _, state = feed(ErrorFeedback(0.5, 0.0), link, [update] * 3)
+    assert state["residual"][:2].tolist() == [0.0, 1.75]
+
+
+def test_momentum_correction_is_dgc_step_by_step():
+    """u = m u + g; v += u; send the largest of v; u and v are zero there (numpy, float64)."""
+    m, u, v = 0.9, np.zeros(LAYOUT.size), np.zeros(LAYOUT.size)
+    link, feedback = channel(method="topk", density=0.05), ErrorFeedback(1.0, m)
+    state = {}
+    for round in range(1, 8):
+        gradient = vector(round)
+        u = m * u + gradient.double().numpy()
+        v += u
+        owed = gradient.clone()
+        after = feedback.add(owed, state)
+        _, sent = link.encode(owed, round)
+        state = feedback.subtract(owed, sent, after)
+        largest = np.argsort(-np.abs(v), kind="stable")[: len(sent.indices)]
+        assert set(largest) == set(sent.indices)
+        np.testing.assert_allclose(sent.dense().double()[largest], v[largest], rtol=1e-5)
+        u[largest] = v[largest] = 0
+        np.testing.assert_allclose(state["velocity"], u, atol=1e-5)
+        np.testing.assert_allclose(state["residual"], v, atol=1e-5)
+
+
+def test_biased_compression_stands_still_and_error_feedback_converges():
+    """Two clients pull one coordinate apart, harder than both pull the other.
+
+    f_i(x) = 10 s_i x_0 + (x_1 - 1)^2 / 2 with s = +1, -1: the mean has its minimum at x_1 = 1.
+    Top-1 always sends the first coordinate, where the clients cancel, so x_1 never moves (the
+    failure of Beznosikov et al. 2020, arXiv 2002.12410, example 1); with error feedback it does.
+    """
+    layout, lr = Layout(("x",), ((2,),)), 0.05
+    link = Channel(layout, Pruning(method="topk", density=0.5), Uplink(values="fp32"), False, SEED)
+
+    def train(feedback):
+        x, states = torch.zeros(2), [{}, {}]
+        for round in range(1, 1501):
+            updates = []
+            for client, sign in enumerate((1.0, -1.0)):
+                owed = -lr * torch.tensor([10 * sign, float(x[1]) - 1])
+                after = feedback.add(owed, states[client]) if feedback else {}
+                _, sent = link.encode(owed, round, client)
+                if feedback:
+                    states[client] = feedback.subtract(owed, sent, after)
+                updates.append(sent.dense())
+            x = x + (updates[0] + updates[1]) / 2
+        return x
+
+    assert train(None).tolist() == [0.0, 0.0]
+    assert train(ErrorFeedback(1.0, 0.0)).tolist() == pytest.approx([0.0, 1.0], abs=0.6)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_what_is_not_finite_is_refused_wherever_it_is(selection, number):
+    """Also outside what travels: it would be owed, and stay in the residual for ever."""
+    for mask in MASKS.values():
+        link, update = channel(**SELECTIONS[selection]), vector()
+        link.use_mask(mask)
+        update[1] = number
+        with pytest.raises(NotFinite):
+            link.encode(update, 1)

@@ -1,0 +1,163 @@
+"""The downlink: what the server holds to be a client's model is what that client can decode."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from conftest import summary
+
+from federation.channel import Channel
+from compression import decode
+from config import Config, Downlink, Selection
+from federation.downlink import Changes, WholeModel
+from run_folder import RunFolder
+from wire.container import Layout
+
+LAYOUT = Layout(("w", "b"), ((30, 20), (30,)))
+SEED = Config(seed=7).seed_for
+
+
+def changes(start, **settings):
+    selection = Selection(**({"method": "topk", "density": 0.05} | settings))
+    link = Downlink(mode="change", values="fp16", pruning=selection)
+    whole = Channel(LAYOUT, Selection(method="none"), Downlink(), False, SEED)
+    return Changes(Channel(LAYOUT, selection, link, False, SEED), whole, start)
+
+
+def moved(parameters, round):
+    generator = torch.Generator().manual_seed(round)
+    return parameters + 0.1 * torch.randn(len(parameters), generator=generator)
+
+
+class Client:
+    """Holds the model that it decoded, and nothing else."""
+
+    def __init__(self):
+        self.model = None
+
+    def receive(self, messages):
+        for message in messages:
+            arrived = decode(message.payload, LAYOUT)
+            if message.kind == "model":
+                self.model = arrived.dense()
+            else:
+                arrived.add_to(self.model)
+
+
+def test_every_client_decodes_the_shared_model_whatever_it_missed():
+    parameters = torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(0))
+    link = changes(parameters)
+    clients = [Client() for _ in range(12)]
+    rng = np.random.default_rng(0)
+    kinds = set()
+    for round in range(1, 41):
+        cohort = sorted(rng.choice(12, 3, replace=False).tolist())
+        received, messages = link.send(parameters, round, cohort)
+        link.commit()
+        for client in cohort:
+            clients[client].receive(messages[client])
+            kinds.add((messages[client][0].kind, len(messages[client]) > 1))
+            assert torch.equal(clients[client].model, received)
+            assert messages[client][-1].dense == LAYOUT.size
+            assert sum(message.dense for message in messages[client]) == LAYOUT.size
+        parameters = moved(parameters, round)
+    assert kinds == {("model", False), ("model_change", False), ("model_change", True)}
+
+
+def test_what_is_missed_goes_in_whichever_form_is_shorter():
+    parameters = torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(0))
+    link, lengths = changes(parameters, density=0.3), []
+    _, messages = link.send(parameters, 1, [0])
+    link.commit()
+    whole = len(messages[0][0].payload)
+    for round in range(2, 10):
+        parameters = moved(parameters, round)
+        _, messages = link.send(parameters, round, [1])
+        link.commit()
+        lengths.append(len(link.changes[round].payload))
+    _, messages = link.send(parameters, 10, [0])  # eight changes behind
+    lengths.append(len(link.sent[1][10].payload))
+    assert sum(lengths) > whole
+    assert [message.kind for message in messages[0]] == ["model"]
+    assert sum(len(change.payload) for change in link.changes.values()) <= whole
+
+
+def test_compression_on_the_way_down_is_made_good():
+    """Once the server's model stands still, what the clients have goes towards it."""
+    parameters = torch.zeros(LAYOUT.size)
+    link = changes(parameters)
+    target = moved(parameters, 0)
+    errors = []
+    for round in range(1, 60):
+        received, _ = link.send(target, round, [0])
+        link.commit()
+        errors.append(float((received - target).norm()))
+    assert all(after <= before for before, after in zip(errors, errors[1:], strict=False))
+    assert errors[-1] < 1e-4 * errors[0]
+
+
+def test_a_round_that_is_given_up_has_sent_nothing():
+    parameters = torch.ones(LAYOUT.size)
+    link = changes(torch.zeros(LAYOUT.size))
+    first, _ = link.send(parameters, 1, [0])
+    again, messages = link.send(parameters, 1, [0])
+    assert torch.equal(first, again)
+    assert link.versions == {} and not link.shared.any()
+
+
+def test_the_whole_model_arrives_as_it_is_rounded():
+    parameters = moved(torch.zeros(LAYOUT.size), 0)
+    channel = Channel(LAYOUT, Selection(method="none"), Downlink(values="fp16"), False, SEED)
+    received, messages = WholeModel(channel).send(parameters, 1, [4, 7])
+    assert torch.equal(received, parameters.half().float())
+    assert messages[4] == messages[7] and messages[4][0].kind == "model"
+
+
+def test_the_servers_random_choices_are_no_clients():
+    link = Channel(LAYOUT, Selection(method="random", density=0.1), Downlink(), False, SEED)
+    vector = torch.ones(LAYOUT.size)
+    _, down = link.encode(vector, round=1)
+    for client in range(5):
+        _, up = link.encode(vector, round=1, client=client)
+        assert not np.array_equal(down.indices, up.indices)
+
+
+COMPRESSED = ["downlink.mode=change", "downlink.pruning.method=topk", "downlink.values=int8"]
+COMPRESSED += ["downlink.pruning.density=0.05", "rounds=6", "clients.total=5"]
+
+
+def test_a_run_with_a_compressed_downlink_says_what_it_sent(run):
+    status, folder = run(*COMPRESSED)
+    assert status == 0
+    with open(folder / "ledger.csv", newline="") as file:
+        down = [row for row in csv.DictReader(file) if row["direction"] == "down"]
+    assert {row["kind"] for row in down} == {"model", "model_change"}
+    result = summary(folder)
+    assert result["bytes_down"] == sum(int(row["bytes"]) for row in down)
+    assert result["dense_bytes_down"] == 6 * 3 * 4 * result["num_parameters"]
+    assert result["bytes_down"] < 0.6 * result["dense_bytes_down"]
+
+
+@pytest.mark.parametrize("last_call", [2, 3])
+def test_a_killed_run_with_a_compressed_downlink_resumes_to_the_same_end(
+    run, monkeypatch, last_call
+):
+    class Killed(BaseException):
+        pass
+
+    def kill(self, *rest):
+        calls.append(1)
+        if len(calls) == last_call:
+            raise Killed
+        return original(self, *rest)
+
+    calls, original = [], RunFolder.save
+    _, whole = run(*COMPRESSED, name="whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save", kill)
+        with pytest.raises(Killed):
+            run(*COMPRESSED, name="killed")
+    _, killed = run(*COMPRESSED, name="killed")
+    assert summary(killed)["model_sha256"] == summary(whole)["model_sha256"]
+    assert (killed / "ledger.csv").read_text() == (whole / "ledger.csv").read_text()

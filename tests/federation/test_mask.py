@@ -1,0 +1,339 @@
+"""masks.py and what hangs on it: whole runs with a mask, against what their payloads say."""
+
+import csv
+from collections import Counter
+
+from helpers import naive_decoder
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, TINY, summary
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pruning
+from federation import client as trainer
+from command_line import load_config
+from compression import decode, encode
+from config import Mask
+from distributed import Ranks
+from federation.synchronous import Federation
+from federation.mask import SharedMask
+from run_folder import RunFolder
+from wire.container import (
+    OVERHEAD,
+    Layout,
+    PayloadError,
+    encode_positions,
+    pack,
+    pack_positions,
+    unpack_positions,
+)
+
+SNIP = ["pruning.mask.method=snip", "pruning.mask.density=0.2", "pruning.mask.batches=2"]
+DYNAMIC = ["pruning.mask.method=dynamic", "pruning.mask.density=0.2", "pruning.mask.every=2"]
+SETTINGS = {
+    "snip": [*SNIP, "pruning.method=none", "uplink.values=fp16"],
+    "dynamic": [*DYNAMIC, "downlink.mode=change", "downlink.values=fp16"],
+}
+LAYOUT = Layout(("w", "b", "v"), ((100, 90), (100,), (10, 100)))  # 10,000 of 10,100 are prunable
+
+
+def federation(tmp_path, *overrides, name="one"):
+    fixed = [*TINY, f"output_dir={tmp_path}", f"name={name}"]
+    config = load_config(REPOSITORY / "configs/default.yaml", [*fixed, *overrides])
+    folder = RunFolder(config.run_folder)
+    folder.start(config)
+    return Federation(config, Ranks(config), folder)
+
+
+def ledger(folder):
+    with open(folder / "ledger.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def outside(kept: np.ndarray, size: int) -> torch.Tensor:
+    return torch.from_numpy(np.setdiff1d(np.arange(size), kept))
+
+
+# --- positions as a payload -----------------------------------------------------------------------
+
+SMALL = Layout(("a", "b", "c"), ((5, 3), (), (21,)))
+TENSORS = list(zip(SMALL.names, SMALL.shapes, strict=True))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sets(st.integers(0, 36)))
+def test_positions_alone_against_the_second_decoder(chosen):
+    payload = pack_positions(np.array(sorted(chosen), np.int64), SMALL)
+    assert len(payload) <= OVERHEAD + 5  # 37 bits
+    assert payload[5] == 4 and payload[7] == 0
+    assert payload[8:16] == naive_decoder.fingerprint(TENSORS)
+    bits = "".join(f"{byte:08b}" for byte in payload[24:-8])
+    assert payload[6] == 1 and [i for i, bit in enumerate(bits) if bit == "1"] == sorted(chosen)
+    assert unpack_positions(payload, SMALL).tolist() == sorted(chosen)
+
+
+def test_few_positions_are_rice_codes():
+    positions = np.array([3, 9000, 9999])
+    payload = pack_positions(positions, LAYOUT)
+    assert payload[6] == 0 and len(payload) == OVERHEAD + len(encode_positions(positions, LAYOUT))
+    sizes = LAYOUT.sizes.tolist()
+    read, _ = naive_decoder.read_positions(naive_decoder.Body(payload[24:-8]), sizes)
+    assert read == unpack_positions(payload, LAYOUT).tolist() == positions.tolist()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_positions_of_a_stranger_are_refused_or_ascending(data):
+    coder, flags = (data.draw(st.sampled_from([0, 0, 0, 1, 2])) for _ in range(2))
+    body = data.draw(st.binary(min_size=4, max_size=40))
+    selection = data.draw(st.sampled_from([4, 4, 4, 0]))
+    try:
+        positions = unpack_positions(pack(selection, coder, SMALL, body, flags=flags), SMALL)
+    except PayloadError:
+        return
+    assert selection == 4 and not flags
+    assert np.array_equal(np.unique(positions), positions)
+    assert not len(positions) or 0 <= positions[0] <= positions[-1] < 37
+
+
+def test_a_payload_of_positions_is_no_update_and_the_other_way_round():
+    with pytest.raises(PayloadError, match="no selection has the number 4"):
+        decode(pack_positions(np.arange(3), SMALL), SMALL)
+    with pytest.raises(PayloadError, match="announces no positions"):
+        unpack_positions(encode(torch.zeros(37), SMALL)[0], SMALL)
+
+
+# --- which client is told what --------------------------------------------------------------------
+
+
+def dynamic_mask(share: float = 0.3) -> SharedMask:
+    settings = Mask(method="dynamic", density=0.2, every=1, share=share)
+    return SharedMask(settings, LAYOUT, rounds=100, seed=3)
+
+
+def regrow(mask: SharedMask, round: int) -> None:
+    mask.regrow(*torch.randn(2, LAYOUT.size, generator=torch.Generator().manual_seed(round)), round)
+
+
+def test_clients_get_the_change_or_the_mask_or_nothing():
+    mask = dynamic_mask()
+    first = mask.kept
+    assert mask.messages([0, 1]) == {0: [], 1: []}  # everybody can draw the first mask
+    regrow(mask, 1)
+    second = mask.kept
+    (change,) = mask.messages([0, 1])[1]
+    assert change.kind == "mask_change" and change.dense == 0
+    toggled = unpack_positions(change.payload, LAYOUT)
+    assert np.setxor1d(first, toggled).tolist() == second.tolist()
+    mask.received([0])
+    assert mask.messages([0]) == {0: []}
+    regrow(mask, 2)
+    told = mask.messages([0, 1])
+    assert [m.kind for m in told[0]] == ["mask_change"]
+    assert [m.kind for m in told[1]] == ["mask"]  # it missed one change: that alone would not do
+    assert unpack_positions(told[1][0].payload, LAYOUT).tolist() == mask.kept.tolist()
+    toggled = unpack_positions(told[0][0].payload, LAYOUT)
+    assert np.setxor1d(second, toggled).tolist() == mask.kept.tolist()
+
+
+def test_a_change_that_is_longer_than_the_mask_is_not_sent():
+    mask = SharedMask(Mask(method="snip", density=0.1), LAYOUT, rounds=1, seed=0)
+    assert mask.awaits_scores and mask.pruned is None
+    mask.choose(torch.rand(LAYOUT.size, generator=torch.Generator().manual_seed(1)))
+    assert not mask.awaits_scores
+    (whole,) = mask.messages([7])[7]
+    assert whole.kind == "mask" and whole.numbers == 1000 + 100
+    assert mask.pruned.sum() == 9000 and not mask.pruned[9000:9100].any()
+
+
+def test_a_mask_comes_back_from_its_checkpoint():
+    mask, again = dynamic_mask(), dynamic_mask()
+    regrow(mask, 1)
+    mask.received([2])
+    regrow(mask, 2)
+    again.load(mask.state())
+    assert again.messages([0, 2]) == mask.messages([0, 2])
+    assert again.kept.tolist() == mask.kept.tolist()
+
+
+def test_the_mask_never_changes_after_the_last_round():
+    mask = SharedMask(Mask(method="dynamic", every=4), LAYOUT, rounds=12, seed=0)
+    assert [n for n in range(1, 13) if mask.grows_in(n)] == [4, 8]
+
+
+# --- whole runs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_the_global_model_and_all_messages_stay_on_the_mask(tmp_path, monkeypatch, method):
+    received, learned = [], []
+    original = trainer.train
+
+    def train(engine, *rest):
+        received.append(engine.model.parameters.clone())
+        loss = original(engine, *rest)
+        learned.append(engine.model.parameters.clone())
+        return loss
+
+    monkeypatch.setattr(trainer, "train", train)
+    one = federation(tmp_path, *SETTINGS[method], "local.clip=0.5", "server.optimizer=FedAvgM")
+    size, counts = one.model.layout.size, set()
+    for number in range(1, 5):
+        before = one.server.mask.kept
+        one.run_round()
+        for vector in (*received, *learned):
+            kept = one.server.mask.kept if before is None else before
+            assert not vector[outside(kept, size)].any() and vector.any()
+        received.clear()
+        learned.clear()
+        assert not one.server.parameters[outside(one.server.mask.kept, size)].any()
+        changed = before is not None and before.tolist() != one.server.mask.kept.tolist()
+        assert changed == (method == "dynamic" and number == 2)
+        counts.add(len(one.server.mask.kept))
+    assert len(counts) == 1
+    assert one.server.density() <= counts.pop() / size
+
+
+def test_snip_keeps_the_weights_with_the_best_averaged_scores(tmp_path, monkeypatch):
+    one = federation(tmp_path, *SNIP, "clients.total=3", "clients.per_round=3")
+    weights, seen = one.server.parameters.detach().clone(), []
+    choose = one.server.choose_mask
+    monkeypatch.setattr(one.server, "choose_mask", lambda r, *rest: seen.extend(r) or choose(r))
+    state = torch.random.get_rng_state()
+    one.choose_mask([0, 1, 2])
+    assert torch.equal(torch.random.get_rng_state(), state)
+    examples = torch.tensor([float(r.num_examples) for r in seen])
+    scores = torch.stack([decode(r.payloads["scores"], one.model.layout).dense() for r in seen])
+    average = (scores * (examples / examples.sum())[:, None]).sum(0)
+    sizes, shapes = one.model.layout.sizes, one.model.layout.shapes
+    prunable = np.repeat([len(shape) >= 2 for shape in shapes], sizes)
+    k = pruning.num_kept(0.2, prunable.sum())
+    best = torch.where(torch.from_numpy(prunable), average, -1.0).topk(k).indices
+    kept = np.union1d(best.numpy(), np.flatnonzero(~prunable))
+    assert len(np.setdiff1d(kept, one.server.mask.kept)) <= 2  # sums in another order, near ties
+    assert torch.equal(
+        one.server.parameters[torch.from_numpy(kept)], weights[torch.from_numpy(kept)]
+    )
+
+
+def test_the_ledger_of_snip(run):
+    status, folder = run(*SETTINGS["snip"])
+    assert status == 0
+    rows = ledger(folder)
+    first = [row for row in rows if row["round"] == "0"]
+    assert Counter((r["direction"], r["kind"]) for r in first) == {
+        ("down", "model"): 3,
+        ("up", "scores"): 3,
+    }
+    assert all(row["dense_bytes"] == "0" for row in first)
+    told = [row["client"] for row in rows if row["kind"] == "mask"]
+    assert sorted(told) == ["0", "1", "2", "3"]  # each once, when it first takes part
+    for row in rows:
+        if row["kind"] == "update":  # two bytes a value on the mask and the container
+            assert int(row["bytes"]) == 2 * int(row["nonzeros"]) + 32
+    result = summary(folder)
+    for direction in ("up", "down"):
+        total = sum(int(row["bytes"]) for row in rows if row["direction"] == direction)
+        assert result[f"bytes_{direction}"] == total
+    assert 0.19 < result["density"] < 0.22
+
+
+def test_the_ledger_of_a_dynamic_mask(run):
+    status, folder = run(*SETTINGS["dynamic"])
+    assert status == 0
+    kinds = Counter((r["round"], r["kind"]) for r in ledger(folder))
+    assert {round for round, kind in kinds if kind == "growth"} == {"2"}
+    assert kinds["2", "growth"] == 3 and kinds["3", "mask_change"] == 3
+    assert summary(folder)["density"] < 0.22
+
+
+class Killed(BaseException):
+    """Ends a run on the spot."""
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("last_call", [2, 9])  # of train: in round 1 and in round 3
+def test_a_killed_run_resumes_to_the_same_end(run, monkeypatch, method, last_call):
+    _, whole = run(*SETTINGS[method], name="whole")
+    original, calls = trainer.train, []
+
+    def train(*args):
+        calls.append(1)
+        if len(calls) == last_call:
+            raise Killed
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train", train)
+        with pytest.raises(Killed):
+            run(*SETTINGS[method], name="killed")
+    assert run(*SETTINGS[method], name="killed")[0] == 0
+    killed = whole.parent / "killed-s1"
+    assert summary(killed)["model_sha256"] == summary(whole)["model_sha256"]
+    assert (killed / "ledger.csv").read_text() == (whole / "ledger.csv").read_text()
+
+
+def test_an_interrupt_between_scoring_and_round_1_loses_nothing(run, monkeypatch):
+    _, whole = run(*SETTINGS["snip"], name="whole")
+    original = Federation.choose_mask
+
+    def stop_after(self, cohort):
+        original(self, cohort)
+        self.trainer.stop_requested = True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Federation, "choose_mask", stop_after)
+        assert run(*SETTINGS["snip"], name="stopped")[0] == 130
+    monkeypatch.setattr(Federation, "choose_mask", None)  # the mask is in the checkpoint
+    status, stopped = run(*SETTINGS["snip"], name="stopped")
+    assert status == 0
+    assert summary(stopped)["model_sha256"] == summary(whole)["model_sha256"]
+    assert (stopped / "ledger.csv").read_text() == (whole / "ledger.csv").read_text()
+    assert summary(stopped)["simulated_seconds"] == summary(whole)["simulated_seconds"]
+
+
+def test_what_was_owed_outside_a_new_mask_is_forgotten(tmp_path):
+    one = federation(tmp_path, *DYNAMIC, "clients.total=3", "clients.per_round=3")
+    one.run_round()
+    one.run_round()  # the mask changes at its end
+    gone = outside(one.server.mask.kept, one.model.layout.size)
+    assert one.trainer.store.get(0)["residual"][gone].any()
+    one.run_round()
+    assert not one.trainer.store.get(0)["residual"][gone].any()
+    assert one.trainer.store.get(0)["residual"].any()
+
+
+def test_ends_with_different_masks_refuse_each_other(tmp_path):
+    one = federation(tmp_path, *DYNAMIC)
+    payload, _ = one.server.uplinks["update"].encode(torch.ones(one.model.layout.size), 1, 0)
+    one.server.uplinks["update"].use_mask(one.server.mask.kept[1:])
+    with pytest.raises(PayloadError, match="another layout"):
+        one.server.uplinks["update"].decode(payload, 1, 0)
+
+
+def test_a_batchnorm_network_with_a_mask_keeps_its_statistics_sane(tmp_path):
+    resnet = ["model.name=resnet18", "model.width=0.125", "rounds=3", "server.optimizer=FedAvg"]
+    one = federation(tmp_path, *DYNAMIC, "pruning.mask.every=1", *resnet)
+    for _ in range(3):
+        one.run_round()
+    assert (one.server.buffers[one.server.is_counter] == 6).all()  # two training steps a round
+    names, offsets = one.model.buffer_layout.names, one.model.buffer_layout.offsets
+    for name, start, stop in zip(names, offsets[:-1], offsets[1:], strict=True):
+        if name.endswith("running_var"):
+            assert (one.server.buffers[start:stop] > 0).all()
+    assert torch.isfinite(one.server.parameters).all()
+
+
+def test_dry_run_counts_the_pruned_model(tmp_path, capsys):
+    from experiment import main
+
+    sizes = []
+    for method in ("none", "snip", "dynamic"):
+        words = [*TINY, f"output_dir={tmp_path}", f"pruning.mask.method={method}"]
+        config = load_config(REPOSITORY / "configs/default.yaml", words)
+        assert main(config, dry_run=True) == 0
+        line = next(li for li in capsys.readouterr().out.splitlines() if "MB down" in li)
+        sizes.append(float(line.split()[1]))
+    assert sizes[1] == sizes[2] < 0.2 * sizes[0]

@@ -1,0 +1,179 @@
+"""deepspeed_engine.py trains as engines.py does; run as a script, this file is the other side."""
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import PYTHON, REPOSITORY, SCRIPTS, launch
+
+from training import local_sgd as client
+import engines
+from cnn_model import FlatModel, build_network
+from config import Config, Local
+from data import Pictures
+from data.datasets import Dataset
+from distributed import Team
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="DeepSpeed is for Linux only"
+)
+LOCAL = Local(epochs=2, batch_size=8, lr=0.1, momentum=0.9, weight_decay=5e-4, clip=0.5)
+CLIENTS = {0: range(0, 22), 1: range(20, 41), 2: range(5, 30)}  # by seed; last batches are smaller
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    network: str
+    precision: str
+    stage: int = 0
+    ranks_per_client: int = 1
+    scale_power: int = 10
+    zeroed: bool = False  # a correction that takes all of the gradient away
+
+
+@pytest.fixture(autouse=True)
+def from_anywhere(monkeypatch):
+    """The other side, a script below tests/, finds the repository's files."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as launch() does: more round differently
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_model(network: str) -> FlatModel:
+    return FlatModel(build_network(network, 3, (8, 8), seed=0, width=0.125), CPU)
+
+
+def make_pictures() -> Pictures:
+    """Three classes of 8x8 noise, shifted and flipped as it is trained."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(count):
+        images = torch.randint(256, (count, 8, 8, 3), generator=generator, dtype=torch.uint8)
+        return images, torch.randint(3, (count,), generator=generator)
+
+    fields = (*noise(43), *noise(17), ("a", "b", "c"), "0" * 64)
+    return Pictures(Dataset("noise", *fields), CPU, padding=1, flip=True)
+
+
+def lr_of(seed: int) -> float:
+    return 0.1 / (seed + 1)
+
+
+def expected(network: str, precision: str, scale_power: int = 10) -> dict[int, torch.Tensor]:
+    """Every client's weights and norm buffers with the other engine, from the same start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "FIRST_SCALE_POWER", scale_power)
+        model = make_model(network)
+        return train_clients(engines.TorchEngine(model, LOCAL, precision, Team()), CLIENTS)["ends"]
+
+
+def train_clients(engine, clients, amend=None) -> dict:
+    """Each client's weights and norm buffers, all from the same start, and the skipped steps."""
+    model, pictures, ends, skipped = engine.model, make_pictures(), {}, 0
+    start = model.parameters.clone(), model.buffers.clone()
+    for seed, indices in clients.items():
+        model.parameters.copy_(start[0])
+        model.buffers.copy_(start[1])
+        skipped += client.train(
+            engine, pictures, torch.tensor(indices), LOCAL, lr_of(seed), seed, amend=amend
+        )[1]
+        ends[seed] = torch.cat([model.parameters, model.buffers])
+    return {"ends": ends, "skipped": skipped}
+
+
+def trained(tmp_path_factory, cases: list[Case], *launcher: str) -> list[list[dict]]:
+    """For each rank, what it saved for each case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    words = [str(folder), json.dumps([vars(case) for case in cases])]
+    done = launch(*(launcher or (PYTHON,)), __file__, *words)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return [torch.load(path) for path in sorted(folder.glob("rank*.pt"))]
+
+
+def two_ranks(name: str) -> tuple[str, ...]:
+    count = {"torchrun": "--nproc_per_node", "deepspeed": "--num_gpus"}[name]
+    return (str(SCRIPTS / name), count, "2", "--master_port", str(20000 + os.getpid() % 20000))
+
+
+ALONE = [Case("resnet18", precision) for precision in ("fp32", "bf16", "fp16")]
+OVERFLOWS = [Case("lenet", "fp16", stage, scale_power=22) for stage in (0, 1, 2)]
+ZEROED = [Case("lenet", "fp16", stage, zeroed=True) for stage in (0, 1, 2)]
+TOGETHER = [Case("lenet", "fp32", stage, ranks_per_client=2) for stage in (0, 1, 2)]
+
+
+def test_one_rank(tmp_path_factory):
+    (results,) = trained(tmp_path_factory, [*ALONE, *OVERFLOWS, *ZEROED])
+    for case, ours in zip(ALONE, results[:3], strict=True):  # to the bit
+        for seed, end in expected(case.network, case.precision).items():
+            assert torch.equal(ours["ends"][seed], end), (case, seed)
+        assert ours["skipped"] == 0
+    for case, ours in zip(OVERFLOWS, results[3:6], strict=True):
+        assert 0 < ours["skipped"] < sum(client.num_steps(LOCAL, len(i)) for i in CLIENTS.values())
+        for seed, end in expected("lenet", "fp16", case.scale_power).items():
+            assert (ours["ends"][seed] - end).abs().max() <= (1e-3 if case.stage else 0), case
+    for case, ours in zip(ZEROED, results[6:], strict=True):
+        for seed, indices in CLIENTS.items():  # no gradient: weight decay alone acts
+            weights = torch.nn.Parameter(make_model("lenet").parameters)
+            weights.grad = torch.zeros_like(weights)
+            sgd = torch.optim.SGD([weights], lr_of(seed), momentum=0.9, weight_decay=5e-4)
+            for _ in range(client.num_steps(LOCAL, len(indices))):
+                sgd.step()
+            assert torch.allclose(ours["ends"][seed], weights.detach(), rtol=1e-6, atol=0), case
+
+
+def test_two_ranks(tmp_path_factory):
+    cases, ends = [Case("lenet", "fp32"), *TOGETHER], expected("lenet", "fp32")
+    first, second = trained(tmp_path_factory, cases, *two_ranks("torchrun"))
+    for seed, end in (first[0]["ends"] | second[0]["ends"]).items():  # a client each
+        assert torch.equal(end, ends[seed])
+    assert [sorted(rank[0]["ends"]) for rank in (first, second)] == [[0, 2], [1]]
+    for case, one, two in zip(TOGETHER, first[1:], second[1:], strict=True):  # a client together
+        for seed, end in ends.items():
+            assert torch.equal(one["ends"][seed], two["ends"][seed])
+            assert (one["ends"][seed] - end).abs().max() <= 1e-5, case
+
+
+def test_deepspeeds_own_launcher(tmp_path_factory):
+    cases, ends = [Case("lenet", "fp32")], expected("lenet", "fp32")
+    for rank in trained(tmp_path_factory, cases, *two_ranks("deepspeed")):
+        for seed, end in rank[0]["ends"].items():
+            assert torch.equal(end, ends[seed])
+
+
+# --- the other side -------------------------------------------------------------------------------
+
+
+def train_case(case: Case) -> dict:
+    """With a DeepSpeed engine: a rank's own clients, or its share of each batch."""
+    rank, size, k = dist.get_rank(), dist.get_world_size(), case.ranks_per_client
+    team = Team(rank % k, k, rank // k, dist.new_group(range(size)) if k > 1 else None)
+    given = {"zero_optimization": {"stage": case.stage}}
+    given["fp16"] = {"initial_scale_power": case.scale_power}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "deepspeed.json")
+        path.write_text(json.dumps(given))
+        config = Config(local=LOCAL, deepspeed_config=str(path))
+        engine = DeepSpeedEngine(make_model(case.network), config, case.precision, team, folder)
+    mine = {seed: part for seed, part in CLIENTS.items() if seed % (size // k) == rank // k}
+    amend = (lambda x, gradient: gradient.zero_()) if case.zeroed else None
+    return train_clients(engine, mine, amend)
+
+
+if __name__ == "__main__":
+    from training.deepspeed_engine import DeepSpeedEngine
+    from distributed import _init_process_group
+
+    _init_process_group(on_cpu=True, timeout=timedelta(minutes=5), by_deepspeed=True)
+    *_, folder, words = sys.argv  # DeepSpeed's launcher puts --local_rank before them
+    results = [train_case(Case(**case)) for case in json.loads(words)]
+    torch.save(results, f"{folder}/rank{dist.get_rank()}.pt")

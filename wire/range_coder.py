@@ -1,0 +1,226 @@
+"""An adaptive binary range coder: yes/no decisions, each with a context that learns.
+
+The range coder is that of Martin 1979, with carries; the binary contexts are as in CABAC (Marpe et
+al. 2003). All is computed in integers, so bytes are equal on every machine. It knows nothing of
+what the decisions mean; entropy.py walks through a network with it.
+
+A routine that codes is compiled once to write and once to read, with `reading` a constant in it.
+Shorthand of the kernels below: `state` is the triple (point, width, at): width is the range; point
+is its low end (writing), or the code minus its low end (reading); at is the next of the `words`,
+uint32 [num_words]. `model` is int64 [num_contexts]: 256 * probability of a one / 65536 + count.
+"""
+
+import numpy as np
+
+from compiled import index, inlined
+from wire.container import PayloadError
+
+EVEN = np.uint64(32768)  # one half, in 1/65536
+LEAST_PROBABILITY, LARGEST_PROBABILITY = 32, 65504
+FAST, SLOW = 62, 126  # where a context's count stops: it then moves by 1/64 or 1/128 a decision
+SLOTS = 12  # lengths of a number that have contexts of their own, in a bank of 32
+RATES = np.array([65536 // (count + 2) for count in range(SLOW + 1)], np.int64)
+
+# 4 * log2(n), rounded down to what the four bits after the leading one tell.
+QUARTERS = (0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3)
+LOGARITHMS = np.array(
+    [0]
+    + [
+        4 * (n.bit_length() - 1) + QUARTERS[n << 4 >> n.bit_length() - 1 & 15]
+        for n in range(1, 4096)
+    ],
+    np.int64,
+)
+
+
+def new_model(probability: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """int64 [num_contexts] from the probability of a one, in 1/65536, and how sure it is."""
+    return 256 * np.clip(probability, LEAST_PROBABILITY, LARGEST_PROBABILITY) + count
+
+
+# --- decisions ------------------------------------------------------------------------------------
+
+
+@inlined
+def narrow(reading, bit, probability, state, words):
+    """One decision, a one having probability / 65536 of the range. Returns (bit, state)."""
+    point, width, at = state
+    ones = (width >> np.uint64(16)) * probability
+    if reading:
+        bit = 1 if point < ones else 0
+    if bit:
+        width = ones
+    else:
+        width -= ones
+        if reading:
+            point -= ones
+        else:
+            point += ones
+            if point < ones:  # a carry into the words already written
+                j = at - 1
+                while words[j] == 0xFFFFFFFF:
+                    words[j] = 0
+                    j -= 1
+                words[j] += np.uint32(1)
+    if width < np.uint64(1 << 32):
+        width <<= np.uint64(32)
+        if reading:  # past the end there are zeros
+            word = np.uint64(words[at]) if at < len(words) else np.uint64(0)
+            point = point << np.uint64(32) | word
+        else:
+            words[at] = np.uint32(point >> np.uint64(32))
+            point <<= np.uint64(32)
+        at += 1
+    return bit, (point, width, at)
+
+
+@inlined
+def learn(bit, context, last, model):
+    """Move the context's probability towards the bit, by 1 / (count + 2)."""
+    count, probability = model[index(context)] & 255, model[index(context)] >> 8
+    goal = LARGEST_PROBABILITY if bit else LEAST_PROBABILITY
+    if count == last:  # the same, with a shift for a product: nearly always, so a free branch
+        probability += goal - probability >> (6 if last == FAST else 7)
+    else:
+        probability += (goal - probability) * RATES[index(count)] >> 16
+        count += 1
+    model[index(context)] = probability << 8 | count
+
+
+@inlined
+def decide(reading, bit, context, last, state, words, model):
+    """A decision in one context. Returns (bit, state)."""
+    probability = np.uint64(model[index(context)] >> 8)
+    bit, state = narrow(reading, bit, probability, state, words)
+    learn(bit, context, last, model)
+    return bit, state
+
+
+@inlined
+def decide_by_two(reading, bit, a, b, state, words, model):
+    """A decision with the mean of two contexts' probabilities. Returns (bit, state)."""
+    probability = np.uint64((model[index(a)] >> 8) + (model[index(b)] >> 8) >> 1)
+    bit, state = narrow(reading, bit, probability, state, words)
+    learn(bit, a, FAST, model)
+    learn(bit, b, FAST, model)
+    return bit, state
+
+
+@inlined
+def code_number(reading, number, a, b, state, words, model):
+    """number >= 0 as Elias' gamma code of number + 1, with contexts from the banks at a and b.
+
+    The length is in unary; of the bits below the leading one only the first is modelled. Returns
+    (number, state); number is -1 if it is longer than any there is.
+    """
+    length = 0
+    if not reading:
+        while number + 1 >> length + 1:
+            length += 1
+    m = 0
+    while True:
+        go_on, slot = 1 if m < length else 0, min(m, SLOTS)
+        go_on, state = decide_by_two(reading, go_on, a + slot, b + slot, state, words, model)
+        if go_on == 0:
+            break
+        m += 1
+        if m > 30:
+            return -1, state
+    value = 1
+    for j in range(m - 1, -1, -1):
+        bit = number + 1 >> j & 1
+        if j == m - 1:
+            slot = SLOTS + min(m, SLOTS)
+            bit, state = decide_by_two(reading, bit, a + slot, b + slot, state, words, model)
+        else:
+            bit, state = narrow(reading, bit, EVEN, state, words)
+        value = value * 2 + bit
+    return value - 1, state
+
+
+# --- numbers that choose contexts -----------------------------------------------------------------
+
+
+@inlined
+def log(n):
+    """4 * log2(n), see LOGARITHMS; 0 for 0. n < 2^36."""
+    if n < 1 << 12:
+        return LOGARITHMS[index(n)]
+    if n < 1 << 20:
+        return LOGARITHMS[index(n >> 8)] + 32
+    if n < 1 << 28:
+        return LOGARITHMS[index(n >> 16)] + 64
+    return LOGARITHMS[index(n >> 24)] + 96
+
+
+@inlined
+def clamp(v, low, high):
+    return low if v < low else high if v > high else v
+
+
+# --- the ends of a code ---------------------------------------------------------------------------
+
+
+def writing_state() -> tuple[np.uint64, np.uint64, int]:
+    return np.uint64(0), np.uint64(2**64 - 1), 0
+
+
+def reading_state(code: bytes) -> tuple[tuple[np.uint64, np.uint64, int], np.ndarray]:
+    """(state, words) to read a code with."""
+    words = np.frombuffer(code + bytes(-len(code) % 4), ">u4").astype(np.uint32)
+    point = int.from_bytes(code[:8].ljust(8, b"\0"), "big")
+    return (np.uint64(point), np.uint64(2**64 - 1), 2), words
+
+
+def with_ending(words: np.ndarray, state: tuple) -> bytes:
+    """The code that was written: its words and the fewest bytes that end it."""
+    point, width, at = map(int, state)
+    number, num_bytes = _ending(point, width)
+    code = (int.from_bytes(words[:at].astype(">u4").tobytes(), "big") << 64) + number
+    return code.to_bytes(4 * at + 8, "big")[: 4 * at + num_bytes]
+
+
+def check_end(code: bytes, state: tuple) -> None:
+    """Raise PayloadError unless the code ends as a writer would have ended it."""
+    point, width, at = map(int, state)
+    start = 4 * (at - 2)
+    low = int.from_bytes(code[start : start + 8].ljust(8, b"\0"), "big") - point & 2**64 - 1
+    number, num_bytes = _ending(low, width)
+    if len(code) < start + num_bytes:
+        raise PayloadError("levels: the body ends early")
+    if len(code) > start + num_bytes or number - low != point:
+        raise PayloadError("levels: bytes are left over, or others than an encoder ends with")
+
+
+def _ending(low: int, width: int) -> tuple[int, int]:
+    """The largest number of the fewest bytes within [low, low + width): (number, num_bytes).
+
+    The number has 64 bits, of which the bytes are the highest, and perhaps a carry above them.
+    """
+    for num_bytes in range(9):
+        shift = 64 - 8 * num_bytes
+        number = low + width - 1 >> shift << shift
+        if number >= low:
+            return number, num_bytes
+    raise AssertionError("the range is empty")
+
+
+def varint(number: int) -> bytes:
+    """7 bits a byte, the lowest first; the high bit says that more follow."""
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+def read_varint(body: bytes, start: int) -> tuple[int, int]:
+    """Return (number, where it ends); it has at most 63 bits. Raises PayloadError."""
+    number = 0
+    for i, byte in enumerate(body[start : start + 9]):
+        number |= (byte & 127) << 7 * i
+        if byte < 128:
+            return number, start + i + 1
+    if len(body) < start + 9:
+        raise PayloadError("levels: the body ends within a number")
+    raise PayloadError("levels: a number of more than 9 bytes")

@@ -1,0 +1,89 @@
+"""The order in which entropy.py walks through a network: tensor, row, column, position in a kernel.
+
+A tensor is seen as rows of columns of kernels; most functions below take the layout so described:
+tensors, int64 [num_tensors, 7]: offset, rows, columns, kernel, its width, row and column stride.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+from xxhash import xxh3_128_digest
+
+from wire.container import Layout
+
+
+@lru_cache(maxsize=16)
+def as_grids(layout: Layout) -> np.ndarray:
+    """The layout as rows of columns of kernels, see above."""
+    return np.array(
+        [
+            (offset, *_grid(shape, int(size)))
+            for offset, shape, size in zip(
+                layout.offsets[:-1], layout.shapes, layout.sizes, strict=True
+            )
+        ],
+        np.int64,
+    ).reshape(-1, 7)
+
+
+def _grid(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """A tensor as rows of columns of kernels; a matrix [outputs, inputs] has a row per input."""
+    if len(shape) < 2:
+        return 1, size, 1, 1, size, 1
+    if len(shape) == 2:
+        return shape[1], shape[0], 1, 1, 1, shape[1]
+    kernel = int(np.prod(shape[2:]))
+    return shape[0], shape[1], kernel, max(shape[-1], 1), shape[1] * kernel, kernel
+
+
+def by_columns(tensors: np.ndarray) -> np.ndarray:
+    """bool [num_tensors]: the walk goes through it in another order than the vector's."""
+    return (tensors[:, 5] < tensors[:, 6]) & (tensors[:, 1] > 1)
+
+
+@lru_cache(maxsize=16)
+def out_of_order(layout: Layout) -> list[int]:
+    """Tensors that are walked by columns, and those that could be a copy of one."""
+    tensors = as_grids(layout)
+    grids = set(map(tuple, tensors[by_columns(tensors), 1:4].tolist()))
+    return [t for t, grid in enumerate(tensors[:, 1:4].tolist()) if tuple(grid) in grids]
+
+
+def new_scratch(tensors: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What a walk writes on, int64: one for the tensors and an end, three for the columns; one for
+    a kernel with zeros left and above, two for its positions, one for what is set in a row of it.
+    """
+    columns, kernel = int(tensors[:, 2].max(initial=1)), int(tensors[:, 3].max(initial=1))
+    width = int(tensors[:, 4].max(initial=1))
+    framed = int(
+        (tensors[:, 3] + tensors[:, 3] // tensors[:, 4] + tensors[:, 4] + 1).max(initial=4)
+    )
+    sizes = len(tensors) + 1, columns, columns, columns, framed, kernel, kernel + 3, width
+    return tuple(np.zeros(size, np.int64) for size in sizes)
+
+
+def scan_order(tensors: np.ndarray, indices: np.ndarray, levels: np.ndarray):
+    """Return (indices, levels, copies): the first two as the walk meets them, sorted in place.
+
+    copies[t], int64 [num_tensors], is 0, or tensor t equals that of its shape which lies so many
+    back, not counting empty ones. (Shortcuts and the layers beside them get equal biases.)
+    """
+    bounds = [*np.searchsorted(indices, tensors[:, 0]).tolist(), len(indices)]
+    columns_first = by_columns(tensors)
+    copies = np.zeros(len(tensors), np.int64)
+    num_alike, last_equal = {}, {}
+    for t, (offset, rows, columns, kernel, _, _, stride) in enumerate(tensors.tolist()):
+        part = slice(bounds[t], bounds[t + 1])
+        if part.start == part.stop:
+            continue
+        if columns_first[t]:
+            inside = indices[part] - offset
+            order = np.argsort(inside % stride * columns + inside // stride)
+            indices[part], levels[part] = indices[part][order], levels[part][order]
+        shape = rows, columns, kernel
+        rank = num_alike[shape] = num_alike.get(shape, 0) + 1
+        places = xxh3_128_digest(indices[part] - offset)
+        content = shape, places, xxh3_128_digest(levels[part])
+        copies[t] = rank - last_equal.get(content, rank)
+        last_equal[content] = rank
+    return indices, levels, copies
