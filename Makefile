@@ -10,7 +10,7 @@ slow: ## the tests that take too long for the suite
 	python -m pytest -m slow
 
 fuzz: ## four million wounded payloads of every codec, several minutes
-	PYTHONPATH=. python tests/test_fuzz.py 4000000
+	PYTHONPATH=.:tests python tests/test_fuzz.py 4000000
 
 gpu-check: ## the tests and the engine benchmark on a CUDA device, where there is one
 	@if python -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then \

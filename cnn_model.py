@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from wire.container import Layout
+from layout import Layout
 
 
 class Conv2d(nn.Conv2d):

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressors.eden import packed_size, read_eden, write_eden
-from wire.entropy import decode_integers, encode_integers
 from compiled import add_at
+from compressors.eden import packed_size, read_eden, write_eden
 from compressors.powersgd import read_powersgd, write_powersgd
 from compressors.quantisers import (
     BF16,
@@ -40,20 +39,20 @@ from compressors.quantisers import (
     times,
     write_levels,
 )
+from layout import Layout
 from wire.container import (
     CHECKSUM,
-    Layout,
     Memory,
     PayloadError,
     Reader,
     compress,
-    decode_positions,
     decompress,
-    encode_positions,
     new_memory,
     pack,
     unpack,
 )
+from wire.entropy import decode_integers, encode_integers
+from wire.positions import decode_positions, encode_positions
 
 Select = Callable[[Tensor, Layout], np.ndarray]
 DENSE, SPARSE, CODED, SPARSE_CODED = range(4)  # the selection byte of the container

@@ -14,12 +14,12 @@ import torch
 from tqdm import tqdm
 
 from bandwidth_analysis import AnalysisError, read_run, write_plots
-from training.local_sgd import Interrupted, choose_precision, num_steps, probe_precision
 from config import Config, ConfigError
 from data import DataError, save_partition
 from distributed import RankLost, Ranks
 from federation.synchronous import Federation
 from run_folder import RunFinished, RunFolder, RunFolderError
+from training.local_sgd import Interrupted, choose_precision, num_steps, probe_precision
 
 
 def main(config: Config, dry_run: bool = False) -> int:

@@ -22,8 +22,8 @@ from typing import IO, Any, NamedTuple
 import torch
 import yaml
 
-from federation.client_store import remove_old_states, sync, write_tensors
 from config import Config
+from federation.client_store import remove_old_states, sync, write_tensors
 
 LEDGER_HEADER = "round,client,direction,kind,bytes,dense_bytes,nonzeros,seconds\n"
 OURS = ("config.yaml", "environment.json", "rounds.jsonl", "ledger.csv", "partition.npz")

@@ -40,8 +40,10 @@ from torch import Tensor
 from updates import RECIPES, load_updates
 
 from compression import Decoded, decode, encode
+from layout import Layout
 from pruning import num_kept, topk
-from wire.container import Layout, encode_positions, pack
+from wire.container import pack
+from wire.positions import encode_positions
 
 DENSITIES = (0.01, 0.001)
 LARGEST_LEVEL = 127

@@ -26,15 +26,15 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from training.local_sgd import batch_bounds, local_lr
 from cnn_model import build_network
 from command_line import load_config
 from config import Config
 from distributed import Ranks
-from training.engines import autocast
 from experiment import settle_precision
 from federation.synchronous import Federation
 from run_folder import RunFolder
+from training.engines import autocast
+from training.local_sgd import batch_bounds, local_lr
 
 # The cohort is a part of the config's, to keep a round short; a client's work is whole.
 CASES = {

@@ -33,11 +33,11 @@ import numpy as np
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from training.local_sgd import evaluate
 from cnn_model import FlatModel, build_network
 from command_line import load_config
 from config import Config
 from data import Dataset, Pictures, load_dataset, partition_labels
+from training.local_sgd import evaluate
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/pfl_benchmark.yaml"

@@ -26,12 +26,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as main.py does
 import numpy as np
 import torch
 
-from federation.channel import Channel
 from command_line import load_config
 from distributed import Ranks
+from federation.channel import Channel
 from federation.synchronous import Federation
+from layout import Layout
 from run_folder import RunFolder
-from wire.container import Layout
 
 CACHE = Path.home() / ".cache/federated-bytes/updates"
 VECTORS = ("update", "weights", "change")

@@ -8,7 +8,8 @@ import math
 
 import numpy as np
 
-from compiled import compiled, pack_bits, random_word, unpack_bits
+from compiled import compiled, random_word
+from wire.bits import pack_bits, unpack_bits
 from wire.container import PayloadError, Reader
 
 LARGEST = float(np.finfo(np.float32).max)

@@ -5,7 +5,8 @@ import math
 import numpy as np
 
 from compiled import compiled, uniform
-from wire.container import Layout, PayloadError, Reader
+from layout import Layout
+from wire.container import PayloadError, Reader
 
 LARGEST = float(np.finfo(np.float32).max)
 

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from compiled import compiled, pack_bits, uniform, unpack_bits
-from wire.container import Layout, Reader
+from compiled import compiled, uniform
+from layout import Layout
+from wire.bits import pack_bits, unpack_bits
+from wire.container import Reader
 
 Buffer = bytes | memoryview
 FP32, FP16, BF16, LEVELS, TENSOR_LEVELS, BUCKET_LEVELS, EDEN, POWERSGD = range(8)  # kinds

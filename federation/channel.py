@@ -13,7 +13,8 @@ from torch import Tensor
 import pruning
 from compression import Decoded, NotFinite, all_finite, decode, encode
 from config import Downlink, Selection, Uplink
-from wire.container import Layout, Memory, new_memory
+from layout import Layout
+from wire.container import Memory, new_memory
 
 State = dict[str, Tensor]
 ALL = -1  # stands for a client in what goes to all: its random choices are no client's

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from algorithms import FedAvg, State, reach
-from federation.channel import ErrorFeedback
-from training.local_sgd import Engine, Interrupted, local_lr, loss_gradient, num_steps, train
-from federation.client_store import ClientStore
 from cnn_model import FlatModel
 from compression import NotFinite, all_finite, encode
 from config import Config
 from data import Pictures
 from distributed import Report, Team
-from training.engines import TorchEngine
+from federation.channel import ErrorFeedback
+from federation.client_store import ClientStore
 from federation.mask import encode_scores
 from federation.server import Broadcast, Server
+from training.engines import TorchEngine
+from training.local_sgd import Engine, Interrupted, local_lr, loss_gradient, num_steps, train
 from wire.container import Outbox
 
 OWED = ("residual", "velocity")  # what error feedback keeps

@@ -17,7 +17,8 @@ import pruning
 from compression import encode
 from config import Mask
 from federation.downlink import Message
-from wire.container import Layout, pack_positions
+from layout import Layout
+from wire.positions import pack_positions
 
 
 def encode_scores(gradient: Tensor, weights: Tensor, layout: Layout) -> memoryview:

@@ -15,14 +15,14 @@ from torch import Tensor
 import pruning
 from afo import make_optimizer, make_scheduler
 from algorithms import FedAvg
-from federation.channel import Channel
 from cnn_model import FlatModel
 from compression import Decoded, all_finite, decode, encode
+from compressors.quantisers import parse_values
 from config import Config, ConfigError, Downlink, Selection
 from distributed import Report
+from federation.channel import Channel
 from federation.downlink import Changes, Message, WholeModel
 from federation.mask import SharedMask
-from compressors.quantisers import parse_values
 from wire.container import PayloadError
 
 AddUp = Callable[[dict[str, Tensor], Tensor, list[Report]], None]

@@ -16,17 +16,17 @@ import numpy as np
 import torch
 
 from algorithms import ALGORITHMS
-from training.local_sgd import Interrupted, local_lr
-from federation.client_store import ClientStore
 from cnn_model import FlatModel, build_network
 from config import Config, ConfigError
 from data import Dataset, Pictures, hold_out, load_dataset, partition_labels
 from distributed import Ranks, Report, place
-from training.evaluation import SHARED, evaluate_models
+from federation.client import Trainer
+from federation.client_store import ClientStore
+from federation.server import Broadcast, Server
 from network.clock import Device, Link, round_seconds
 from run_folder import LedgerRow, RunFolder
-from federation.server import Broadcast, Server
-from federation.client import Trainer
+from training.evaluation import SHARED, evaluate_models
+from training.local_sgd import Interrupted, local_lr
 
 
 @dataclass

@@ -1,34 +1,11 @@
-"""What the tests of whole runs share: a federation small enough to train in a second."""
+"""What all tests share: how OpenMP waits, and a tiny run in this process."""
 
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from helpers.runs import REPOSITORY, TINY
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as main.py does, before torch is imported
-
-REPOSITORY = Path(__file__).parent.parent
-CIFAR10 = REPOSITORY.parent / "shared" / "data"  # the real pictures, where there are any
-
-TINY = [
-    "data.name=digits",
-    "data.fallback=",
-    "model.name=lenet",
-    "clients.total=4",
-    "clients.per_round=3",
-    "local.steps=2",
-    "local.batch_size=16",
-    "local.lr=0.05",
-    "pruning.density=0.05",
-    "server.optimizer=FedYogi",
-    "precision=fp32",
-    "rounds=4",
-    "checkpoint.every=2",
-    "trackers=[]",
-]
 
 
 @pytest.fixture
@@ -43,24 +20,3 @@ def run(tmp_path):
         return main(config), config.run_folder
 
     return run
-
-
-def launch(*command: str, timeout: float = 240) -> subprocess.CompletedProcess:
-    """Run a command of the repository with one thread per process."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=timeout
-    )
-
-
-def tiny_command(folder: Path, *overrides: str) -> list[str]:
-    """The words after `python` for a tiny run below `folder`."""
-    return ["main.py", *TINY, f"output_dir={folder}", "name=tiny", *overrides]
-
-
-def summary(folder: Path) -> dict:
-    return json.loads((folder / "summary.json").read_text())
-
-
-PYTHON = sys.executable
-SCRIPTS = Path(sys.executable).parent  # torchrun, accelerate and deepspeed of this environment

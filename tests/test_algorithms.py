@@ -5,26 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, summary
+from helpers.runs import kinds, make_plain_federation, summary
 
-from federation import client as trainer
 from algorithms import ALGORITHMS, SCAFFOLD, FedAvg, FedCM, FedDyn, FedNova, FedProx, reach
-from command_line import load_config
 from distributed import Ranks
-from federation.synchronous import Federation
-from run_folder import RunFolder
-
-PLAIN = ["pruning.method=none", "uplink.values=fp32", "uplink.error_feedback=false"]
-PLAIN += ["server.optimizer=FedAvg", "local.momentum=0", "local.weight_decay=0"]
-
-
-def federation(folder, *overrides, name="tiny"):
-    fixed = [*TINY, *PLAIN, f"output_dir={folder}", f"name={name}", *overrides]
-    config = load_config(REPOSITORY / "configs/default.yaml", fixed)
-    run = RunFolder(config.run_folder)
-    run.start(config)
-    return Federation(config, Ranks(config), run)
-
+from federation import client as trainer
 
 # --- reach ----------------------------------------------------------------------------------------
 
@@ -165,7 +150,7 @@ def test_at_its_neutral_setting_each_is_fedavg(tmp_path, name, momentum):
     shared = [f"local.momentum={momentum}", "local.clip=1", "server.optimizer=FedYogi"]
     ends = []
     for label, extra in (("fedavg", []), (name, NEUTRAL[name])):
-        one = federation(tmp_path, *shared, *extra, name=label)
+        one = make_plain_federation(tmp_path, *shared, *extra, name=label)
         for _ in range(3):
             one.run_round()
         ends.append(one.server.parameters.detach())
@@ -178,7 +163,7 @@ def test_at_its_neutral_setting_each_is_fedavg(tmp_path, name, momentum):
 def test_scaffold_with_controls_of_zero_is_fedavg(tmp_path):
     """In the first round c and c_i are zero."""
     plain, scaffold = (
-        federation(tmp_path, f"local.algorithm={name}", name=name)
+        make_plain_federation(tmp_path, f"local.algorithm={name}", name=name)
         for name in ("FedAvg", "SCAFFOLD")
     )
     plain.run_round()
@@ -206,7 +191,7 @@ def test_scaffolds_c_is_the_average_of_what_clients_hold(tmp_path, weighting, va
         more += ["pruning.mask.density=0.3", "pruning.mask.share=0.5", "rounds=100"]
     if downlink == "change":
         more += ["downlink.pruning.method=topk", "downlink.pruning.density=0.2"]
-    one = federation(tmp_path, "local.algorithm=SCAFFOLD", *more)
+    one = make_plain_federation(tmp_path, "local.algorithm=SCAFFOLD", *more)
     for _ in range(5):
         one.run_round()
     sizes = np.array([len(indices) for indices in one.clients], float)
@@ -222,7 +207,7 @@ def test_the_order_of_clients_does_not_matter(tmp_path, monkeypatch, name):
     """Reports that arrive in another order give the same step, up to the order of sums."""
     ends = []
     for label, backwards in (("there", False), ("back", True)):
-        one = federation(tmp_path, f"local.algorithm={name}", name=label)
+        one = make_plain_federation(tmp_path, f"local.algorithm={name}", name=label)
         step = one.server.step
         monkeypatch.setattr(
             one.server, "step", lambda r, *a, s=step, b=backwards: s(r[::-1] if b else r, *a)
@@ -239,7 +224,7 @@ def test_fedexp_steps_by_the_norms_of_what_arrived(tmp_path, weighting):
     words = ["server.optimizer=FedExP", "server.options.eps=1e-9", f"server.weighting={weighting}"]
     words += ["data.partition.name=pathological", "clients.per_round=4", "uplink.values=fp16"]
     words += ["data.partition.args={num_classes_per_partition: 2}", "local.steps=20"]
-    one, seen = federation(tmp_path, *words), []
+    one, seen = make_plain_federation(tmp_path, *words), []
     step = one.server.step
     one.server.step = lambda reports, *rest: seen.extend(reports) or step(reports, *rest)
     before = one.server.parameters.detach().clone()
@@ -257,11 +242,6 @@ def test_fedexp_steps_by_the_norms_of_what_arrived(tmp_path, weighting):
 # --- what travels and what is kept ----------------------------------------------------------------
 
 
-def kinds(folder) -> set[tuple[str, str]]:
-    rows = [line.split(",") for line in (folder / "ledger.csv").read_text().splitlines()[1:]]
-    return {(row[2], row[3]) for row in rows}
-
-
 @pytest.mark.parametrize(
     ("name", "extra"),
     [
@@ -274,7 +254,7 @@ def kinds(folder) -> set[tuple[str, str]]:
     ],
 )
 def test_the_ledger_has_what_an_algorithm_sends_besides(tmp_path, name, extra):
-    one = federation(tmp_path, f"local.algorithm={name}")
+    one = make_plain_federation(tmp_path, f"local.algorithm={name}")
     row = one.run_round()
     assert kinds(one.folder.path) == {("down", "model"), ("up", "update")} | extra
     directions = {"up": 0, "down": 0}
@@ -299,7 +279,7 @@ CODECS = {
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_works_with_codecs_masks_precisions_and_clipping(tmp_path, name, codec):
-    one = federation(tmp_path, f"local.algorithm={name}", *CODECS[codec], "local.clip=1")
+    one = make_plain_federation(tmp_path, f"local.algorithm={name}", *CODECS[codec], "local.clip=1")
     before = one.server.parameters.detach().clone()
     for _ in range(3):
         assert one.run_round()["num_failed"] == 0
@@ -312,7 +292,7 @@ def test_every_algorithm_works_with_codecs_masks_precisions_and_clipping(tmp_pat
 
 @pytest.mark.parametrize("name", ["SCAFFOLD", "FedDyn", "FedCM"])
 def test_a_refused_payload_leaves_the_state_as_it_was(tmp_path, monkeypatch, name):
-    one = federation(tmp_path, f"local.algorithm={name}", "clients.per_round=4")
+    one = make_plain_federation(tmp_path, f"local.algorithm={name}", "clients.per_round=4")
     one.run_round()
     before = {c: {k: t.clone() for k, t in one.trainer.store.get(c).items()} for c in range(4)}
     exchange = Ranks.exchange

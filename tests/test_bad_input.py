@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PYTHON, REPOSITORY, TINY, launch, summary, tiny_command
+from helpers.runs import PYTHON, REPOSITORY, TINY, launch, summary, tiny_command
 
 from command_line import read_command_line
 from experiment import main

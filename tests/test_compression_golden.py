@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from compression import decode, encode
+from layout import Layout
 from pruning import topk
-from wire.container import Layout, pack_positions
+from wire.positions import pack_positions
 
 GOLDEN = Path(__file__).parent / "golden_payloads.json"
 WORDS = "fp32 fp16 bf16 int2 int4 int8 int16 qsgd2 qsgd4 qsgd8 ternary sign eden1 eden2 eden3 eden4"

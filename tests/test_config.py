@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from command_line import load_config, read_command_line
-from config import Config, ConfigError
 from compressors.quantisers import parse_values
+from config import Config, ConfigError
 
 ROOT = Path(__file__).parents[1]
 

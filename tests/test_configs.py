@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPOSITORY
+from helpers.runs import REPOSITORY
 
 from command_line import load_config, read_command_line
 from experiment import main

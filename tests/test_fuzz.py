@@ -2,7 +2,7 @@
 
 decode() must refuse each with PayloadError or read what the naive decoder reads, within the memory
 of the layout and ten times the time of a valid decode. A longer run:
-`PYTHONPATH=. python tests/test_fuzz.py 5000000`.
+`PYTHONPATH=.:tests python tests/test_fuzz.py 5000000`.
 """
 
 import sys
@@ -11,15 +11,15 @@ import tracemalloc
 from collections import Counter
 from functools import cache
 
-from helpers import naive_decoder
 import numpy as np
 import pytest
 import torch
-from test_compression import SELECTING, WORDS, picking, read_naively, same_bits
-from test_wire import seal
+from helpers import naive_decoder
+from helpers.payloads import SELECTING, WORDS, picking, read_naively, same_bits, seal
 
 from compression import Decoded, decode, encode
-from wire.container import Layout, PayloadError
+from layout import Layout
+from wire.container import PayloadError
 
 NUM_PAYLOADS = 208_000  # of the test, all words together
 NUM_READ_TWICE = 12  # of a series: one payload in so many goes to the naive decoder too

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import summary
+from helpers.runs import summary
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,4 +1,4 @@
-"""The boundaries of DESIGN.md, read from the source: who may import whom, and who may draw."""
+"""The boundaries of the design, read from the source: who may import whom, and who may draw."""
 
 import ast
 import subprocess
@@ -7,57 +7,56 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.runs import REPOSITORY as ROOT
 
-ROOT = Path(__file__).parents[1]
-SOURCES = sorted(
-    [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("bandwidth_analysis/*.py")]
-)
-METHODS = (
-    "pruning",
-    "compression",
-    "quantisers",
-    "eden",
-    "powersgd",
-    "kernels",
-    "entropy",
-    "rangecoder",
-    "rans",
-    "contexts",
-    "scan",
-    "wire",
-    "afo",
-    "algorithms",
-    "network",
-)
-MAY_IMPORT = {"compression": {"quantisers", "eden", "powersgd", "entropy", "kernels", "wire"}}
-MAY_IMPORT |= dict.fromkeys(("quantisers", "eden", "powersgd"), {"kernels", "wire"})
-MAY_IMPORT |= {
-    "afo": {"kernels"},
-    "entropy": {"contexts", "kernels", "rangecoder", "rans", "scan", "wire"},
+FOLDERS = "data compressors wire training network federation bandwidth_analysis".split()
+SOURCES = sorted([*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.py"))])
+OURS = {path.stem for path in ROOT.glob("*.py")} | set(FOLDERS)
+
+# What a file or the files of a folder may import of ours, besides their own folder.
+NOTHING: set[str] = set()
+MAY_IMPORT = {
+    "config": NOTHING,
+    "layout": NOTHING,
+    "compiled": NOTHING,
+    "algorithms": NOTHING,
+    "data": NOTHING,
+    "network": NOTHING,
+    "bandwidth_analysis": NOTHING,
+    "pruning": {"compiled", "layout"},
+    "afo": {"compiled"},
+    "cnn_model": {"layout"},
+    "distributed": {"config"},
+    "wire": {"layout", "compiled"},
+    "compressors": {"wire", "layout", "compiled"},
+    "compression": {"compressors", "wire", "layout", "compiled"},
+    "training": {"cnn_model", "data", "distributed", "config"},
 }
-MAY_IMPORT |= {
-    "rangecoder": {"kernels", "wire"},
-    "rans": {"kernels"},
-    "contexts": {"kernels", "rangecoder", "rans"},
-    "kernels": {"wire"},
-    "scan": {"wire"},
-}
-OURS = {path.stem for path in ROOT.glob("*.py")} | {"data", "bandwidth_analysis"}
+# Files of federation that know both ends and the network: the schedules and their set-up.
+SCHEDULES = {"synchronous"}
+# Over 400 lines, or with functions over 50, each with its reason.
+LONG_FILES: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {}
 
 
-def imports(source: str) -> set[str]:
-    """The top-level names of all modules that `source` imports, wherever it does."""
+def imports(source: str, whole: bool = False) -> set[str]:
+    """The top-level (or whole) names of all modules that `source` imports, wherever it does."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            names.add(node.module.partition(".")[0])
-    return names
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names if whole else {name.partition(".")[0] for name in names}
 
 
-def imports_of(path: Path) -> set[str]:
-    return imports(path.read_text())
+def imports_of(path: Path, whole: bool = False) -> set[str]:
+    return imports(path.read_text(), whole)
+
+
+def room(path: Path) -> str:
+    """The folder of a file, or its name where it stands at the top."""
+    return path.stem if path.parent == ROOT else path.parent.relative_to(ROOT).parts[0]
 
 
 def test_the_reader_of_imports_sees_them_all():
@@ -65,37 +64,56 @@ def test_the_reader_of_imports_sees_them_all():
         "import a.b, c as d\ndef f():\n    from e.g import h\nfrom . import i\nfrom .j import k"
     )
     assert imports(source) == {"a", "c", "e"}
+    assert imports(source, whole=True) == {"a.b", "c", "e.g", "e.g.h"}
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_methods_know_neither_config_nor_each_other(name):
-    assert imports_of(ROOT / f"{name}.py") & OURS <= MAY_IMPORT.get(name, set())
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_imports_only_what_its_room_may(path):
+    here = room(path)
+    found = imports_of(path) & OURS - {here}
+    assert not found & {"main", "main_resnet50"}
+    assert found <= MAY_IMPORT.get(here, OURS), found
+    if here not in ("compression", "compressors"):
+        assert "wire" not in found, "only compression and the compressors know the wire"
+    if here != "experiment":
+        assert "run_folder" not in found, "only experiment knows the run folder"
 
 
-@pytest.mark.parametrize(
-    "name", ["wire", "entropy", "rangecoder", "network", "config", "command_line"]
-)
+@pytest.mark.parametrize("path", sorted((ROOT / "federation").glob("*.py")), ids=lambda p: p.stem)
+def test_the_two_ends_never_meet_outside_a_schedule(path):
+    found = imports_of(path, whole=True)
+    ends = {end for end in ("client", "server") for name in found if name == f"federation.{end}"}
+    assert len(ends) < 2 or path.stem in SCHEDULES, "only a schedule knows both ends"
+    assert not (path.stem in ("client", "server") and ends), "the ends never import each other"
+    if path.stem not in SCHEDULES:
+        assert "network" not in imports_of(path), "only a schedule knows the network"
+
+
+@pytest.mark.parametrize("name", ["config", "command_line", "layout", "network/clock"])
 def test_files_that_need_no_torch_import_none(name):
-    assert not imports_of(ROOT / f"{name}.py") & {"torch", "torchvision", "accelerate", "deepspeed"}
+    found = imports_of(ROOT / f"{name}.py")
+    assert not found & {"torch", "torchvision", "accelerate", "deepspeed"}
 
 
-def test_config_is_read_without_torch():
-    """What config imports imports no torch either: an error is instant."""
+def test_the_command_line_is_imported_without_torch():
+    """A misspelt key is answered at once: what is imported first imports no torch either."""
     code = (
         "import sys, command_line; sys.exit(sorted({'torch', 'numpy'} & sys.modules.keys()) != [])"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+# --- sizes ----------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nobody_imports_an_entry_point(path):
-    assert not imports_of(path) & {"main", "main_resnet50"}
-
-
-def test_data_and_the_analysis_stand_alone():
-    for folder in ("data", "bandwidth_analysis"):
-        for path in (ROOT / folder).glob("*.py"):
-            assert imports_of(path) & OURS <= {folder}, path
+def test_files_and_functions_are_short_or_named_with_a_reason(path):
+    name, source = str(path.relative_to(ROOT)), path.read_text()
+    assert (len(source.splitlines()) > 400) == (name in LONG_FILES)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            is_long = node.end_lineno - node.lineno + 1 > 50
+            assert is_long == (f"{name}:{node.name}" in LONG_FUNCTIONS), node.name
 
 
 # --- draws ----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import PYTHON, REPOSITORY, SCRIPTS, launch, summary, tiny_command
+from helpers.runs import PYTHON, REPOSITORY, SCRIPTS, launch, summary, tiny_command
 
 RUN = ["model.name=resnet18", "model.width=0.0625", "data.partition.name=dirichlet"]
 RUN += ["data.partition.args={alpha: 0.5, min_partition_size: 2}"]

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import PYTHON, REPOSITORY, SCRIPTS, launch, summary, tiny_command
+from helpers.runs import PYTHON, REPOSITORY, SCRIPTS, launch, summary, tiny_command
 from hypothesis import given
 from hypothesis import strategies as st
 

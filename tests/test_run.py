@@ -1,6 +1,5 @@
 """Whole runs in one process: the run folder, resuming, interrupting, and clients that fail."""
 
-import csv
 import json
 import shutil
 import signal
@@ -9,28 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, summary
+from helpers.runs import REPOSITORY, TINY, ledger, make_federation, summary
 
-from federation import channel
-from federation import client as trainer
 from command_line import load_config
 from distributed import Ranks
+from federation import channel
+from federation import client as trainer
 from federation.synchronous import Federation
 from run_folder import RunFolder
-
-
-def ledger(folder):
-    with open(folder / "ledger.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def federation(tmp_path, *overrides):
-    config = load_config(
-        REPOSITORY / "configs/default.yaml", [*TINY, f"output_dir={tmp_path}", *overrides]
-    )
-    folder = RunFolder(config.run_folder)
-    folder.start(config)
-    return Federation(config, Ranks(config), folder)
 
 
 def test_a_run_leaves_every_file_of_the_run_folder(run):
@@ -211,7 +196,7 @@ def test_two_processes_do_not_share_a_run_folder(tmp_path, run, capsys):
 
 def test_error_feedback_conserves_what_clients_learned(tmp_path):
     """What the server gets plus what is still owed is what was learned, to the last bit."""
-    one = federation(tmp_path, "clients.total=1", "clients.per_round=1")
+    one = make_federation(tmp_path, "clients.total=1", "clients.per_round=1")
     received = one.server.parameters.detach().clone()
     report = one.trainer.train(1, 0, one.server.broadcast(1, [0]))
     learned = one.model.parameters - received
@@ -230,7 +215,7 @@ def test_a_client_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypat
 
     calls, original = [], trainer.train
     monkeypatch.setattr(trainer, "train", train)
-    one = federation(tmp_path)
+    one = make_federation(tmp_path)
     row = one.run_round()
     assert row["num_clients"] == 2 and row["num_failed"] == 1
     assert list(row["failures"].values()) == ["the update is not finite"]
@@ -242,7 +227,7 @@ def test_a_client_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypat
 @pytest.mark.parametrize("budget", [1.0, 1e-9], ids=["in memory", "on the disk"])
 def test_a_refused_payload_goes_back_into_the_residual(tmp_path, monkeypatch, budget):
     """A payload broken on its way costs a round's progress of a client, not what it learned."""
-    one = federation(tmp_path, f"clients.state_memory_gib={budget}")
+    one = make_federation(tmp_path, f"clients.state_memory_gib={budget}")
     exchange = Ranks.exchange
 
     def damage(self, reports):
@@ -274,7 +259,7 @@ def test_a_round_with_nobody_left_keeps_the_model(tmp_path, monkeypatch):
         return float("nan"), 0
 
     monkeypatch.setattr(trainer, "train", diverge)
-    one = federation(tmp_path)
+    one = make_federation(tmp_path)
     before = one.server.sha256()
     row = one.run_round()
     assert row["num_clients"] == 0 and row["train_loss"] is None
@@ -284,7 +269,7 @@ def test_a_round_with_nobody_left_keeps_the_model(tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_is_logged_as_none(tmp_path, monkeypatch):
     """fp16's loss scaler skips such a step, so the update may be finite."""
     monkeypatch.setattr(trainer, "train", lambda *rest: (float("inf"), 0))
-    row = federation(tmp_path).run_round()
+    row = make_federation(tmp_path).run_round()
     assert row["num_failed"] == 0 and row["train_loss"] is None
 
 
@@ -304,7 +289,7 @@ def test_clients_train_from_what_they_decoded(tmp_path, monkeypatch):
         return original(engine, *rest)
 
     monkeypatch.setattr(trainer, "train", train)
-    one = federation(tmp_path, "downlink.values=fp16")
+    one = make_federation(tmp_path, "downlink.values=fp16")
     exact = one.server.parameters.detach().clone()
     one.run_round()
     assert torch.equal(starts[0], exact.half().float())
@@ -312,7 +297,7 @@ def test_clients_train_from_what_they_decoded(tmp_path, monkeypatch):
 
 
 def test_batchnorm_buffers_are_averaged_and_counted(tmp_path):
-    one = federation(tmp_path, "model.name=resnet18", "model.width=0.125", "rounds=1")
+    one = make_federation(tmp_path, "model.name=resnet18", "model.width=0.125", "rounds=1")
     one.run_round()
     assert (one.server.buffers[one.server.is_counter] == 2).all()  # two steps a client
     kinds = {(row["direction"], row["kind"]) for row in ledger(one.folder.path)}

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from cnn_model import FlatModel
 from config import Config, ConfigError, Local
-from training.deepspeed_keys import unknown_keys
 from distributed import Team
+from training.deepspeed_keys import unknown_keys
 from training.engines import FIRST_SCALE_POWER, Amend, clip_gradient, make_sgd
 
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from training.local_sgd import evaluate
 from cnn_model import FlatModel
 from data import Pictures
 from distributed import Ranks
+from training.local_sgd import evaluate
 
 SHARED = -1  # stands for a client where all have the same model
 

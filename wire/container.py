@@ -1,19 +1,18 @@
-"""The bits on the wire: one container for every message, and the coder of positions.
+"""The container that every message travels in.
 
 docs/wire-format.md specifies every bit. A payload comes from a stranger: whatever is wrong with it
 ends in PayloadError, before memory beyond the layout is taken, and nothing is ever executed.
 """
 
-import hashlib
 import mmap
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import xxhash
 import zstandard
+
+from layout import Layout
 
 MAGIC = b"FLUP"
 VERSION = 3
@@ -23,73 +22,10 @@ OVERHEAD = HEADER.size + CHECKSUM.size  # bytes of a payload that are not its bo
 LARGEST_WINDOW = 1 << 17  # of a Zstandard frame whose content is smaller
 Memory = Callable[[int], memoryview]  # gives so many bytes to write on
 OUTBOX_CHUNK = 64 << 20  # bytes
-POSITIONS = 4  # the selection byte of a payload without values, whose next byte is one of:
-RICE, BITMAP = 0, 1
 
 
 class PayloadError(ValueError):
     """A payload is not what its layout and format promise; the message says what and where."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Names and shapes of the tensors that lie one after the other in a flat vector.
-
-    agreed: what else both ends must have agreed on; empty but for the layouts that on() makes.
-    """
-
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    agreed: bytes = b""
-
-    @cached_property
-    def sizes(self) -> np.ndarray:  # int64 [num_tensors]
-        return np.array([int(np.prod(shape)) for shape in self.shapes], np.int64)
-
-    @cached_property
-    def offsets(self) -> np.ndarray:  # int64 [num_tensors + 1]
-        return np.concatenate(([0], np.cumsum(self.sizes))).astype(np.int64)
-
-    @property
-    def size(self) -> int:
-        return int(self.offsets[-1])
-
-    @cached_property
-    def fingerprint(self) -> int:
-        """64 bits by which both ends know that they mean the same vector."""
-        tensors = zip(self.names, self.shapes, strict=True)
-        text = ";".join(f"{_escaped(name)}:{','.join(map(str, shape))}" for name, shape in tensors)
-        return int.from_bytes(_digest(self.agreed + text.encode()), "little")
-
-    def on(self, positions: np.ndarray) -> "Layout":
-        """The layout of the entries at `positions`, which both ends know: a shared mask.
-
-        positions: integers [n], ascending. What is left of each tensor has the shape (count,).
-        Ends that disagree about the mask have different fingerprints.
-        """
-        positions = np.ascontiguousarray(positions, "<u8")
-        counts = np.diff(np.searchsorted(positions, self.offsets.astype(np.uint64))).tolist()
-        agreed = _digest(self.fingerprint.to_bytes(8, "little") + positions.tobytes())
-        return Layout(self.names, tuple((count,) for count in counts), agreed)
-
-    def where(self, chosen: np.ndarray) -> "Layout":
-        """The layout of the chosen tensors alone; chosen: bool [num_tensors]."""
-        tensors = [
-            tensor
-            for tensor, stays in zip(zip(self.names, self.shapes, strict=True), chosen, strict=True)
-            if stays
-        ]
-        names, shapes = zip(*tensors, strict=True) if tensors else ((), ())
-        return Layout(names, shapes, self.agreed)
-
-
-def _escaped(name: str) -> str:
-    """The name with a backslash before what separates names and shapes, so that none collide."""
-    return name.replace("\\", "\\\\").replace(";", "\\;").replace(":", "\\:")
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=8).digest()
 
 
 def new_memory(size: int) -> memoryview:
@@ -212,99 +148,3 @@ def decompress(frame: bytes | memoryview, size: int) -> bytes:
         return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise PayloadError(f"not one Zstandard frame: {error}") from None
-
-
-def encode_positions(indices: np.ndarray, layout: Layout) -> bytes:
-    """Code ascending int64 indices: counts per tensor, then Rice codes of the gaps (Rice 1979).
-
-    A gap g of tensor t is written as g >> k zeros and a one in the first stream, and the low k
-    bits of g in the second; k follows from the tensor's count, so it is not sent.
-    """
-    tensor = np.searchsorted(layout.offsets, indices, side="right") - 1
-    counts = np.bincount(tensor, minlength=len(layout.sizes))
-    first = np.r_[True, tensor[1:] != tensor[:-1]] if len(indices) else np.zeros(0, bool)
-    previous = np.r_[-1, indices[:-1]] if len(indices) else indices
-    gaps = indices - np.where(first, layout.offsets[tensor], previous + 1)
-    k = _rice_parameters(counts, layout.sizes)[tensor]
-    ones = np.cumsum((gaps >> k) + 1) - 1  # where each unary code ends
-    unary = np.zeros(ones[-1] + 1 if len(ones) else 0, np.uint8)
-    unary[ones] = 1
-    shifts, owners = _bit_shifts(k)
-    remainders = (gaps[owners] >> shifts & 1).astype(np.uint8)
-    head = np.append(counts, -(-len(unary) // 8)).astype("<u4").tobytes()
-    return b"".join((head, np.packbits(unary).tobytes(), np.packbits(remainders).tobytes()))
-
-
-def decode_positions(reader: Reader, layout: Layout) -> np.ndarray:
-    """Return ascending int64 indices. Raises PayloadError."""
-    counts = reader.take("<u4", len(layout.sizes)).astype(np.int64)
-    if (counts > layout.sizes).any():
-        tensor = int(np.argmax(counts > layout.sizes))
-        raise PayloadError(
-            f"{counts[tensor]} positions in {layout.names[tensor]}, which is smaller"
-        )
-    total = int(counts.sum())
-    k = _rice_parameters(counts, layout.sizes)
-    tensor = np.repeat(np.arange(len(counts)), counts)
-    num_unary = int(reader.take("<u4", 1)[0])
-    # A tensor of s entries has gaps that add up to at most s, so its unary code is bounded.
-    if num_unary * 8 > int((counts + (layout.sizes >> k)).sum()) + 7:
-        raise PayloadError(f"a unary stream of {num_unary} bytes is longer than the layout allows")
-    unary = np.unpackbits(reader.take("u1", num_unary))
-    ones = np.flatnonzero(unary)
-    if len(ones) != total or len(unary) - (ones[-1] + 1 if total else 0) >= 8:
-        raise PayloadError(f"the unary stream holds {len(ones)} gaps, {total} were announced")
-    quotients = np.diff(ones, prepend=-1) - 1
-    shifts, owners = _bit_shifts(k[tensor])
-    bits = np.unpackbits(reader.take("u1", -(-len(shifts) // 8)))
-    if bits[len(shifts) :].any():
-        raise PayloadError("the padding after the remainders is not zero")
-    gaps = quotients << k[tensor]
-    np.add.at(gaps, owners, bits[: len(shifts)].astype(np.int64) << shifts)
-    # Positions within the vector: a running sum that starts anew in each tensor.
-    ends = np.cumsum(gaps + 1)
-    starts = np.cumsum(counts) - counts
-    before = np.where(starts > 0, ends[np.maximum(starts, 1) - 1], 0) if total else starts
-    indices = ends - 1 - before[tensor] + layout.offsets[tensor]
-    if total and (indices >= layout.offsets[tensor + 1]).any():
-        raise PayloadError("a position lies beyond its tensor")
-    return indices
-
-
-def _rice_parameters(counts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """k = floor(log2(ln 2 * size / count)), at least 0, in integers (ln 2 is about 177 / 256)."""
-    mean_gaps = sizes * 177 // (256 * np.maximum(counts, 1))
-    return np.array([max(int(gap).bit_length() - 1, 0) for gap in mean_gaps], np.int64)
-
-
-def _bit_shifts(k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For numbers of k[i] bits written high bit first: each bit's shift, and its number's index."""
-    owners = np.repeat(np.arange(len(k)), k)
-    ends = np.cumsum(k)
-    return ends[owners] - 1 - np.arange(len(owners)), owners
-
-
-def pack_positions(positions: np.ndarray, layout: Layout) -> memoryview:
-    """A payload of ascending int64 positions alone: Rice codes, or a bitmap where it is shorter."""
-    marks = np.zeros(layout.size, np.uint8)
-    marks[positions] = 1
-    bodies = encode_positions(positions, layout), np.packbits(marks).tobytes()
-    coder = RICE if len(bodies[RICE]) <= len(bodies[BITMAP]) else BITMAP
-    return pack(POSITIONS, coder, layout, bodies[coder])
-
-
-def unpack_positions(payload: bytes | memoryview, layout: Layout) -> np.ndarray:
-    """The positions of pack_positions(), int64, ascending. Raises PayloadError."""
-    selection, coder, flags, body = unpack(payload, layout)
-    if selection != POSITIONS or coder not in (RICE, BITMAP) or flags:
-        raise PayloadError(f"byte 5: {selection}, {coder}, {flags} announces no positions alone")
-    reader = Reader(body)
-    if coder == RICE:
-        positions = decode_positions(reader, layout)
-    else:
-        marks = np.unpackbits(reader.take("u1", -(-layout.size // 8)))
-        if marks[layout.size :].any():
-            raise PayloadError("the padding after the bitmap is not zero")
-        positions = np.flatnonzero(marks)
-    reader.finish()
-    return positions

@@ -12,6 +12,9 @@ docs/wire-format.md specifies every bit.
 
 import numpy as np
 
+from compiled import compiled, index, inlined
+from layout import Layout
+from wire.container import PayloadError
 from wire.contexts import (
     ESCAPES,
     FIRST_DECISIONS,
@@ -23,7 +26,6 @@ from wire.contexts import (
     of_kernel_level,
     of_single_level,
 )
-from compiled import compiled, index, inlined
 from wire.range_coder import (
     FAST,
     SLOW,
@@ -40,7 +42,6 @@ from wire.range_coder import (
 )
 from wire.rans import ESCAPE, code_small_number, code_symbol, is_spent, new_table, push_all
 from wire.scan import as_grids, new_scratch, out_of_order, scan_order
-from wire.container import Layout, PayloadError
 
 MAX_LEVEL = 32767
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from xxhash import xxh3_128_digest
 
-from wire.container import Layout
+from layout import Layout
 
 
 @lru_cache(maxsize=16)

@@ -2,17 +2,17 @@
 
 import math
 
-from helpers import naive_decoder
 import numpy as np
 import pytest
 import torch
+from helpers import naive_decoder
+from helpers.payloads import cases, picking
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_compression import cases, picking
 
 from compression import encode, parse_values
 from compressors.eden import CENTROIDS, blocks
-from wire.container import Layout
+from layout import Layout
 
 
 def flat(count: int) -> Layout:

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from federation.channel import Channel, ErrorFeedback
 from compression import NotFinite
 from config import Config, Pruning, Uplink
-from wire.container import OVERHEAD, Layout, PayloadError
+from federation.channel import Channel, ErrorFeedback
+from layout import Layout
+from wire.container import OVERHEAD, PayloadError
 
 LAYOUT = Layout(("conv", "bias"), ((20, 10, 3, 3), (20,)))
 SEED = Config(seed=7).seed_for

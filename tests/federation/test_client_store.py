@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PYTHON, REPOSITORY, TINY, launch, summary, tiny_command
+from helpers.runs import PYTHON, REPOSITORY, TINY, launch, summary, tiny_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from federation import client_store
-from federation.client_store import ClientStore, remove_old_states, write_tensors
 from command_line import load_config
 from distributed import Ranks
+from federation import client_store
+from federation.client_store import ClientStore, remove_old_states, write_tensors
 from federation.synchronous import Federation
 from run_folder import RunFolder
 
@@ -231,9 +231,13 @@ def kill_at(monkeypatch, last: int) -> None:
 
         return wrapper
 
-    for target in ("client_store.write_tensors", "client_store.sync", "pathlib.Path.unlink"):
+    for target in (
+        "federation.client_store.write_tensors",
+        "federation.client_store.sync",
+        "pathlib.Path.unlink",
+    ):
         module, _, name = target.rpartition(".")
-        owner = client_store if module == "client_store" else Path
+        owner = client_store if module.endswith("client_store") else Path
         monkeypatch.setattr(target, breaking(getattr(owner, name)))
 
 
@@ -306,7 +310,7 @@ def stage_a_hundred_states(folder: Path) -> None:
 
 def test_memory_stays_within_the_budget(tmp_path):
     """In a process of its own, where each state has its pages: glibc's heap may keep holes."""
-    folders = [str(REPOSITORY), str(REPOSITORY / "tests")]
+    folders = [str(REPOSITORY), str(REPOSITORY / "tests"), str(REPOSITORY / "tests/federation")]
     script = f"import sys; sys.path[:0] = {folders}; from test_client_store import *; "
     script += f"stage_a_hundred_states(Path({str(tmp_path)!r}))"
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}

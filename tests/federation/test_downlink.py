@@ -5,14 +5,14 @@ import csv
 import numpy as np
 import pytest
 import torch
-from conftest import summary
+from helpers.runs import summary
 
-from federation.channel import Channel
 from compression import decode
 from config import Config, Downlink, Selection
+from federation.channel import Channel
 from federation.downlink import Changes, WholeModel
+from layout import Layout
 from run_folder import RunFolder
-from wire.container import Layout
 
 LAYOUT = Layout(("w", "b"), ((30, 20), (30,)))
 SEED = Config(seed=7).seed_for

@@ -1,34 +1,25 @@
 """masks.py and what hangs on it: whole runs with a mask, against what their payloads say."""
 
-import csv
 from collections import Counter
 
-from helpers import naive_decoder
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, summary
+from helpers import naive_decoder
+from helpers.runs import REPOSITORY, TINY, ledger, make_federation, summary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pruning
-from federation import client as trainer
 from command_line import load_config
 from compression import decode, encode
 from config import Mask
-from distributed import Ranks
-from federation.synchronous import Federation
+from federation import client as trainer
 from federation.mask import SharedMask
-from run_folder import RunFolder
-from wire.container import (
-    OVERHEAD,
-    Layout,
-    PayloadError,
-    encode_positions,
-    pack,
-    pack_positions,
-    unpack_positions,
-)
+from federation.synchronous import Federation
+from layout import Layout
+from wire.container import OVERHEAD, PayloadError, pack
+from wire.positions import encode_positions, pack_positions, unpack_positions
 
 SNIP = ["pruning.mask.method=snip", "pruning.mask.density=0.2", "pruning.mask.batches=2"]
 DYNAMIC = ["pruning.mask.method=dynamic", "pruning.mask.density=0.2", "pruning.mask.every=2"]
@@ -37,19 +28,6 @@ SETTINGS = {
     "dynamic": [*DYNAMIC, "downlink.mode=change", "downlink.values=fp16"],
 }
 LAYOUT = Layout(("w", "b", "v"), ((100, 90), (100,), (10, 100)))  # 10,000 of 10,100 are prunable
-
-
-def federation(tmp_path, *overrides, name="one"):
-    fixed = [*TINY, f"output_dir={tmp_path}", f"name={name}"]
-    config = load_config(REPOSITORY / "configs/default.yaml", [*fixed, *overrides])
-    folder = RunFolder(config.run_folder)
-    folder.start(config)
-    return Federation(config, Ranks(config), folder)
-
-
-def ledger(folder):
-    with open(folder / "ledger.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def outside(kept: np.ndarray, size: int) -> torch.Tensor:
@@ -178,7 +156,7 @@ def test_the_global_model_and_all_messages_stay_on_the_mask(tmp_path, monkeypatc
         return loss
 
     monkeypatch.setattr(trainer, "train", train)
-    one = federation(tmp_path, *SETTINGS[method], "local.clip=0.5", "server.optimizer=FedAvgM")
+    one = make_federation(tmp_path, *SETTINGS[method], "local.clip=0.5", "server.optimizer=FedAvgM")
     size, counts = one.model.layout.size, set()
     for number in range(1, 5):
         before = one.server.mask.kept
@@ -197,7 +175,7 @@ def test_the_global_model_and_all_messages_stay_on_the_mask(tmp_path, monkeypatc
 
 
 def test_snip_keeps_the_weights_with_the_best_averaged_scores(tmp_path, monkeypatch):
-    one = federation(tmp_path, *SNIP, "clients.total=3", "clients.per_round=3")
+    one = make_federation(tmp_path, *SNIP, "clients.total=3", "clients.per_round=3")
     weights, seen = one.server.parameters.detach().clone(), []
     choose = one.server.choose_mask
     monkeypatch.setattr(one.server, "choose_mask", lambda r, *rest: seen.extend(r) or choose(r))
@@ -295,7 +273,7 @@ def test_an_interrupt_between_scoring_and_round_1_loses_nothing(run, monkeypatch
 
 
 def test_what_was_owed_outside_a_new_mask_is_forgotten(tmp_path):
-    one = federation(tmp_path, *DYNAMIC, "clients.total=3", "clients.per_round=3")
+    one = make_federation(tmp_path, *DYNAMIC, "clients.total=3", "clients.per_round=3")
     one.run_round()
     one.run_round()  # the mask changes at its end
     gone = outside(one.server.mask.kept, one.model.layout.size)
@@ -306,7 +284,7 @@ def test_what_was_owed_outside_a_new_mask_is_forgotten(tmp_path):
 
 
 def test_ends_with_different_masks_refuse_each_other(tmp_path):
-    one = federation(tmp_path, *DYNAMIC)
+    one = make_federation(tmp_path, *DYNAMIC)
     payload, _ = one.server.uplinks["update"].encode(torch.ones(one.model.layout.size), 1, 0)
     one.server.uplinks["update"].use_mask(one.server.mask.kept[1:])
     with pytest.raises(PayloadError, match="another layout"):
@@ -315,7 +293,7 @@ def test_ends_with_different_masks_refuse_each_other(tmp_path):
 
 def test_a_batchnorm_network_with_a_mask_keeps_its_statistics_sane(tmp_path):
     resnet = ["model.name=resnet18", "model.width=0.125", "rounds=3", "server.optimizer=FedAvg"]
-    one = federation(tmp_path, *DYNAMIC, "pruning.mask.every=1", *resnet)
+    one = make_federation(tmp_path, *DYNAMIC, "pruning.mask.every=1", *resnet)
     for _ in range(3):
         one.run_round()
     assert (one.server.buffers[one.server.is_counter] == 6).all()  # two training steps a round

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_algorithms import federation, kinds
+from helpers.runs import kinds, make_plain_federation
 from torch import nn
 
 from algorithms import ALGORITHMS
@@ -27,7 +27,7 @@ def test_norm_positions_are_the_weights_and_biases_of_norm_layers():
 
 
 def test_frozen_statistics_never_change_nor_travel(tmp_path):
-    one = federation(tmp_path, *RESNET, "model.norm_policy=frozen")
+    one = make_plain_federation(tmp_path, *RESNET, "model.norm_policy=frozen")
     before = one.server.buffers.clone()
     weights = one.server.parameters.detach().clone()
     one.run_round()
@@ -38,7 +38,7 @@ def test_frozen_statistics_never_change_nor_travel(tmp_path):
 
 def test_frozen_statistics_are_those_of_training(tmp_path):
     """The loss of a training batch is that of the network in evaluation."""
-    one = federation(tmp_path, *RESNET, "model.norm_policy=frozen")
+    one = make_plain_federation(tmp_path, *RESNET, "model.norm_policy=frozen")
     one.model.train()
     images, _ = one.pictures.evaluation_batch("test", 0, 8)
     trained = one.model.network(images)
@@ -46,7 +46,7 @@ def test_frozen_statistics_are_those_of_training(tmp_path):
 
 
 def test_local_norm_layers_stay_with_their_client(tmp_path):
-    one = federation(tmp_path, *RESNET, "model.norm_policy=local", "clients.per_round=4")
+    one = make_plain_federation(tmp_path, *RESNET, "model.norm_policy=local", "clients.per_round=4")
     own = one.trainer.own_positions
     norms = one.server.parameters.detach()[own].clone()
     received = []
@@ -66,7 +66,7 @@ def test_local_norm_layers_stay_with_their_client(tmp_path):
 
 
 def test_the_accuracy_with_local_norm_layers_is_the_mean_of_the_cohorts_models(tmp_path):
-    one = federation(tmp_path, *RESNET, "model.norm_policy=local")
+    one = make_plain_federation(tmp_path, *RESNET, "model.norm_policy=local")
     row, cohort = one.run_round(), one.sample_cohort(1)
     accuracies = []
     for client in cohort:
@@ -86,7 +86,9 @@ def test_no_algorithm_reaches_into_local_norm_layers(tmp_path, monkeypatch, name
     words = [*RESNET, "model.norm_policy=local", "clients.per_round=4", "local.lr=0.01"]
     norms = []
     for algorithm in ("FedAvg", name):
-        one = federation(tmp_path, *words, f"local.algorithm={algorithm}", name=f"run{len(norms)}")
+        one = make_plain_federation(
+            tmp_path, *words, f"local.algorithm={algorithm}", name=f"run{len(norms)}"
+        )
         own = one.trainer.own_positions
         others = torch.ones(one.model.layout.size, dtype=torch.bool)
         others[own] = False
@@ -107,12 +109,12 @@ def test_no_algorithm_reaches_into_local_norm_layers(tmp_path, monkeypatch, name
 
 @pytest.mark.parametrize("how", ["no examples", "not finite"])
 def test_local_norm_layers_of_a_client_that_has_kept_nothing(tmp_path, monkeypatch, how):
-    one = federation(tmp_path, *RESNET, "model.norm_policy=local", "clients.per_round=4")
+    one = make_plain_federation(tmp_path, *RESNET, "model.norm_policy=local", "clients.per_round=4")
     if how == "no examples":
         one.trainer.clients[2] = one.trainer.clients[2][:0]
     else:
         monkeypatch.setattr(
-            "trainer.train", lambda e, *_: (e.model.parameters.fill_(np.nan), (0.0, 0))[1]
+            "federation.client.train", lambda e, *_: (e.model.parameters.fill_(np.nan), (0.0, 0))[1]
         )
     row = one.run_round()
     assert row["num_failed"] == (1 if how == "no examples" else 4)
@@ -127,7 +129,7 @@ def test_a_finished_run_keeps_its_clients_norm_layers(run):
 
 
 def test_a_negative_variance_is_refused(tmp_path):
-    one = federation(tmp_path, *RESNET)
+    one = make_plain_federation(tmp_path, *RESNET)
     cohort = one.sample_cohort(1)
     broadcast = one.server.broadcast(1, cohort)
     reports = [one.trainer.train(1, client, broadcast) for client in cohort]
@@ -142,7 +144,7 @@ def test_a_negative_variance_is_refused(tmp_path):
 @pytest.mark.parametrize("optimizer", ["FedAdam", "FedYogi"])
 def test_500_rounds_of_an_adaptive_server_keep_variances_positive(tmp_path, optimizer):
     """With BatchNorm, top-k and error feedback: what breaks where buffers are stepped by Adam."""
-    one = federation(
+    one = make_plain_federation(
         tmp_path,
         *("model.name=resnet18", "model.width=0.015625", "local.batch_size=4", "local.steps=1"),
         *("clients.per_round=2", "clients.total=2", "evaluation.every=1000", "local.momentum=0.9"),
@@ -162,7 +164,7 @@ def test_500_rounds_of_an_adaptive_server_keep_variances_positive(tmp_path, opti
 def test_a_client_without_examples_is_left_out_and_counted(tmp_path, capsys):
     words = ["clients.total=30", "clients.per_round=30", "data.partition.name=dirichlet"]
     words += ["data.partition.args={alpha: 0.01, min_partition_size: 0}", "local.batch_size=4"]
-    one = federation(tmp_path, *words)
+    one = make_plain_federation(tmp_path, *words)
     empty = [client for client, indices in enumerate(one.clients) if not len(indices)]
     assert empty and "clients without examples" in capsys.readouterr().err
     row = one.run_round()
@@ -171,7 +173,7 @@ def test_a_client_without_examples_is_left_out_and_counted(tmp_path, capsys):
 
 
 def test_a_round_of_clients_without_examples_keeps_the_model(tmp_path):
-    one = federation(tmp_path, "local.algorithm=SCAFFOLD")
+    one = make_plain_federation(tmp_path, "local.algorithm=SCAFFOLD")
     one.trainer.clients = [indices[:0] for indices in one.trainer.clients]
     before = one.server.sha256()
     row = one.run_round()
@@ -180,6 +182,6 @@ def test_a_round_of_clients_without_examples_keeps_the_model(tmp_path):
 
 
 def test_one_client_is_plain_training(tmp_path):
-    one = federation(tmp_path, "clients.total=1", "clients.per_round=1")
+    one = make_plain_federation(tmp_path, "clients.total=1", "clients.per_round=1")
     one.run_round()
     torch.testing.assert_close(one.server.parameters.detach(), one.model.parameters)

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import PYTHON, REPOSITORY, SCRIPTS, launch
+from helpers.runs import PYTHON, REPOSITORY, SCRIPTS, launch
 
-from training import local_sgd as client
-import engines
 from cnn_model import FlatModel, build_network
 from config import Config, Local
 from data import Pictures
 from data.datasets import Dataset
 from distributed import Team
+from training import engines
+from training import local_sgd as client
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="DeepSpeed is for Linux only"
@@ -170,8 +170,8 @@ def train_case(case: Case) -> dict:
 
 
 if __name__ == "__main__":
-    from training.deepspeed_engine import DeepSpeedEngine
     from distributed import _init_process_group
+    from training.deepspeed_engine import DeepSpeedEngine
 
     _init_process_group(on_cpu=True, timeout=timedelta(minutes=5), by_deepspeed=True)
     *_, folder, words = sys.argv  # DeepSpeed's launcher puts --local_rank before them

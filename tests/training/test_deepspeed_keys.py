@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from helpers.runs import REPOSITORY
 
 from training.deepspeed_keys import unknown_keys
 

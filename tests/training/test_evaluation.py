@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import summary
-from test_algorithms import federation
+from helpers.runs import make_plain_federation, summary
 from torch.nn.functional import cross_entropy
 
 from training.evaluation import client_accuracies
@@ -29,7 +28,7 @@ def test_equal_clients_see_the_test_accuracy():
 
 
 def test_scores_of_a_run_are_those_of_a_plain_loop(tmp_path):
-    one = federation(
+    one = make_plain_federation(
         tmp_path,
         *("data.partition.name=pathological", "data.validation=0.1", "clients.total=20"),
         *("data.partition.args={num_classes_per_partition: 2}", "evaluation.batch_size=100"),

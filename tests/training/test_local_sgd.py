@@ -13,7 +13,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
 
+from cnn_model import FlatModel, build_network
+from config import Local, Schedule
+from data import Pictures
+from data.datasets import Dataset
+from distributed import Team
 from training import local_sgd as client
+from training.engines import TorchEngine
 from training.local_sgd import (
     Interrupted,
     batch_bounds,
@@ -24,12 +30,6 @@ from training.local_sgd import (
     num_steps,
     train,
 )
-from cnn_model import FlatModel, build_network
-from config import Local, Schedule
-from data import Pictures
-from data.datasets import Dataset
-from distributed import Team
-from training.engines import TorchEngine
 
 CPU = torch.device("cpu")
 PLAIN = Local(epochs=1, batch_size=8, lr=0.1, momentum=0.0, weight_decay=0.0)

@@ -4,40 +4,26 @@ import re
 import tracemalloc
 from pathlib import Path
 
-from helpers import naive_decoder
 import numpy as np
 import pytest
 import torch
 import xxhash
 import zstandard
+from helpers import naive_decoder
+from helpers.payloads import seal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wire import container as wire
 from compression import decode, encode
-from wire.container import (
-    Layout,
-    Outbox,
-    PayloadError,
-    Reader,
-    compress,
-    decode_positions,
-    decompress,
-    encode_positions,
-    pack,
-    unpack,
-)
+from layout import Layout
+from wire import container as wire
+from wire.container import Outbox, PayloadError, Reader, compress, decompress, pack, unpack
+from wire.positions import decode_positions, encode_positions
 
 pytestmark = pytest.mark.filterwarnings("error")
 PAGE = Path(__file__).parents[2] / "docs" / "wire-format.md"
 LAYOUT = Layout(("conv.weight", "scale", "bias"), ((4, 2, 3), (), (3,)))
 PAYLOAD = bytes(pack(1, 3, LAYOUT, b"abc", b"de", flags=2))
-
-
-def seal(payload: bytes) -> bytes:
-    """The payload with its body length and checksum made right."""
-    inside = payload[:16] + (len(payload) - 32).to_bytes(8, "little") + payload[24:-8]
-    return inside + xxhash.xxh3_64_intdigest(inside).to_bytes(8, "little")
 
 
 def changed(payload: bytes, position: int, byte: int) -> bytes:

@@ -9,21 +9,21 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
-from helpers import naive_decoder
 import numpy as np
 import pytest
+from helpers import naive_decoder
+from helpers.payloads import mutate, seal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
-from test_compression import mutate
-from test_wire import seal
 
 from compression import decode
+from layout import Layout
+from wire.container import PayloadError, pack
 from wire.contexts import FIRST_SYMBOLS
 from wire.entropy import MAX_LEVEL, _mask, decode_integers, encode_integers
 from wire.range_coder import varint
 from wire.rans import new_table
-from wire.container import Layout, PayloadError, pack
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,85 @@
+"""Runs that are small enough to train in a second, in this process and in others."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+
+CIFAR10 = REPOSITORY.parent / "shared" / "data"  # the real pictures, where there are any
+
+TINY = [
+    "data.name=digits",
+    "data.fallback=",
+    "model.name=lenet",
+    "clients.total=4",
+    "clients.per_round=3",
+    "local.steps=2",
+    "local.batch_size=16",
+    "local.lr=0.05",
+    "pruning.density=0.05",
+    "server.optimizer=FedYogi",
+    "precision=fp32",
+    "rounds=4",
+    "checkpoint.every=2",
+    "trackers=[]",
+]
+
+
+def launch(*command: str, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Run a command of the repository with one thread per process."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def tiny_command(folder: Path, *overrides: str) -> list[str]:
+    """The words after `python` for a tiny run below `folder`."""
+    return ["main.py", *TINY, f"output_dir={folder}", "name=tiny", *overrides]
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+PYTHON = sys.executable
+
+SCRIPTS = Path(sys.executable).parent  # torchrun, accelerate and deepspeed of this environment
+
+
+def make_federation(folder, *overrides, name="tiny"):
+    """What a tiny run holds in memory before its first round."""
+    from command_line import load_config
+    from distributed import Ranks
+    from federation.synchronous import Federation
+    from run_folder import RunFolder
+
+    fixed = [*TINY, f"output_dir={folder}", f"name={name}", *overrides]
+    config = load_config(REPOSITORY / "configs/default.yaml", fixed)
+    run = RunFolder(config.run_folder)
+    run.start(config)
+    return Federation(config, Ranks(config), run)
+
+
+def ledger(folder):
+    with open(folder / "ledger.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+PLAIN = ["pruning.method=none", "uplink.values=fp32", "uplink.error_feedback=false"]
+
+PLAIN += ["server.optimizer=FedAvg", "local.momentum=0", "local.weight_decay=0"]
+
+
+def make_plain_federation(folder, *overrides, name="tiny"):
+    """The same where nothing is compressed and the server and the clients only do plain SGD."""
+    return make_federation(folder, *PLAIN, *overrides, name=name)
+
+
+def kinds(folder) -> set[tuple[str, str]]:
+    """(direction, kind) of all messages of a run."""
+    return {(row["direction"], row["kind"]) for row in ledger(folder)}

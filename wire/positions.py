@@ -1,0 +1,105 @@
+"""Positions on the wire: Rice codes of the gaps, and payloads that hold nothing else."""
+
+import numpy as np
+
+from layout import Layout
+from wire.container import PayloadError, Reader, pack, unpack
+
+POSITIONS = 4  # the selection byte of a payload without values, whose next byte is one of:
+RICE, BITMAP = 0, 1
+
+
+def encode_positions(indices: np.ndarray, layout: Layout) -> bytes:
+    """Code ascending int64 indices: counts per tensor, then Rice codes of the gaps (Rice 1979).
+
+    A gap g of tensor t is written as g >> k zeros and a one in the first stream, and the low k
+    bits of g in the second; k follows from the tensor's count, so it is not sent.
+    """
+    tensor = np.searchsorted(layout.offsets, indices, side="right") - 1
+    counts = np.bincount(tensor, minlength=len(layout.sizes))
+    first = np.r_[True, tensor[1:] != tensor[:-1]] if len(indices) else np.zeros(0, bool)
+    previous = np.r_[-1, indices[:-1]] if len(indices) else indices
+    gaps = indices - np.where(first, layout.offsets[tensor], previous + 1)
+    k = _rice_parameters(counts, layout.sizes)[tensor]
+    ones = np.cumsum((gaps >> k) + 1) - 1  # where each unary code ends
+    unary = np.zeros(ones[-1] + 1 if len(ones) else 0, np.uint8)
+    unary[ones] = 1
+    shifts, owners = _bit_shifts(k)
+    remainders = (gaps[owners] >> shifts & 1).astype(np.uint8)
+    head = np.append(counts, -(-len(unary) // 8)).astype("<u4").tobytes()
+    return b"".join((head, np.packbits(unary).tobytes(), np.packbits(remainders).tobytes()))
+
+
+def decode_positions(reader: Reader, layout: Layout) -> np.ndarray:
+    """Return ascending int64 indices. Raises PayloadError."""
+    counts = reader.take("<u4", len(layout.sizes)).astype(np.int64)
+    if (counts > layout.sizes).any():
+        tensor = int(np.argmax(counts > layout.sizes))
+        raise PayloadError(
+            f"{counts[tensor]} positions in {layout.names[tensor]}, which is smaller"
+        )
+    total = int(counts.sum())
+    k = _rice_parameters(counts, layout.sizes)
+    tensor = np.repeat(np.arange(len(counts)), counts)
+    num_unary = int(reader.take("<u4", 1)[0])
+    # A tensor of s entries has gaps that add up to at most s, so its unary code is bounded.
+    if num_unary * 8 > int((counts + (layout.sizes >> k)).sum()) + 7:
+        raise PayloadError(f"a unary stream of {num_unary} bytes is longer than the layout allows")
+    unary = np.unpackbits(reader.take("u1", num_unary))
+    ones = np.flatnonzero(unary)
+    if len(ones) != total or len(unary) - (ones[-1] + 1 if total else 0) >= 8:
+        raise PayloadError(f"the unary stream holds {len(ones)} gaps, {total} were announced")
+    quotients = np.diff(ones, prepend=-1) - 1
+    shifts, owners = _bit_shifts(k[tensor])
+    bits = np.unpackbits(reader.take("u1", -(-len(shifts) // 8)))
+    if bits[len(shifts) :].any():
+        raise PayloadError("the padding after the remainders is not zero")
+    gaps = quotients << k[tensor]
+    np.add.at(gaps, owners, bits[: len(shifts)].astype(np.int64) << shifts)
+    # Positions within the vector: a running sum that starts anew in each tensor.
+    ends = np.cumsum(gaps + 1)
+    starts = np.cumsum(counts) - counts
+    before = np.where(starts > 0, ends[np.maximum(starts, 1) - 1], 0) if total else starts
+    indices = ends - 1 - before[tensor] + layout.offsets[tensor]
+    if total and (indices >= layout.offsets[tensor + 1]).any():
+        raise PayloadError("a position lies beyond its tensor")
+    return indices
+
+
+def _rice_parameters(counts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """k = floor(log2(ln 2 * size / count)), at least 0, in integers (ln 2 is about 177 / 256)."""
+    mean_gaps = sizes * 177 // (256 * np.maximum(counts, 1))
+    return np.array([max(int(gap).bit_length() - 1, 0) for gap in mean_gaps], np.int64)
+
+
+def _bit_shifts(k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For numbers of k[i] bits written high bit first: each bit's shift, and its number's index."""
+    owners = np.repeat(np.arange(len(k)), k)
+    ends = np.cumsum(k)
+    return ends[owners] - 1 - np.arange(len(owners)), owners
+
+
+def pack_positions(positions: np.ndarray, layout: Layout) -> memoryview:
+    """A payload of ascending int64 positions alone: Rice codes, or a bitmap where it is shorter."""
+    marks = np.zeros(layout.size, np.uint8)
+    marks[positions] = 1
+    bodies = encode_positions(positions, layout), np.packbits(marks).tobytes()
+    coder = RICE if len(bodies[RICE]) <= len(bodies[BITMAP]) else BITMAP
+    return pack(POSITIONS, coder, layout, bodies[coder])
+
+
+def unpack_positions(payload: bytes | memoryview, layout: Layout) -> np.ndarray:
+    """The positions of pack_positions(), int64, ascending. Raises PayloadError."""
+    selection, coder, flags, body = unpack(payload, layout)
+    if selection != POSITIONS or coder not in (RICE, BITMAP) or flags:
+        raise PayloadError(f"byte 5: {selection}, {coder}, {flags} announces no positions alone")
+    reader = Reader(body)
+    if coder == RICE:
+        positions = decode_positions(reader, layout)
+    else:
+        marks = np.unpackbits(reader.take("u1", -(-layout.size // 8)))
+        if marks[layout.size :].any():
+            raise PayloadError("the padding after the bitmap is not zero")
+        positions = np.flatnonzero(marks)
+    reader.finish()
+    return positions
