@@ -14,8 +14,6 @@ paper's. Google's code differs (v0 = 0, bias-corrected); `v0` and `bias_correcti
 FedAMS divides by the root of the largest v so far. FedExP is FedAvg with a rate of its own.
 """
 
-import difflib
-import inspect
 import math
 from typing import Any
 
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer, lr_scheduler
 
+from algorithms import check_settings, pick
 from compiled import compiled
 
 
@@ -241,8 +240,8 @@ def make_optimizer(name: str, parameter: Tensor, **settings: Any) -> Optimizer:
     does not have, or an optimizer that cannot step a single flat vector.
     """
     theirs = _classes(torch.optim, Optimizer)
-    cls = _pick(name, OURS | {n: c for n, c in theirs.items() if n not in OURS}, "optimizer")
-    _check_settings(cls, settings)
+    cls = pick(name, OURS | {n: c for n, c in theirs.items() if n not in OURS}, "optimizer")
+    check_settings(cls, settings, skip=2)
     try:  # on three numbers first: LBFGS wants a closure, Muon a matrix, options may clash
         trial = torch.nn.Parameter(torch.zeros(3))
         trial.grad = torch.zeros(3)
@@ -259,8 +258,8 @@ def make_scheduler(name: str, optimizer: Optimizer, **settings: Any) -> Any:
     """
     if isinstance(optimizer, FedExP):
         raise ValueError("FedExP sets its own learning rate and takes no scheduler")
-    cls = _pick(name, _classes(lr_scheduler, lr_scheduler.LRScheduler), "scheduler")
-    _check_settings(cls, settings)
+    cls = pick(name, _classes(lr_scheduler, lr_scheduler.LRScheduler), "scheduler")
+    check_settings(cls, settings, skip=2)
     try:  # on another optimizer first: some fail only when they are stepped, or want a metric
         trial = SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
         trial_scheduler = cls(trial, **settings)
@@ -274,22 +273,6 @@ def make_scheduler(name: str, optimizer: Optimizer, **settings: Any) -> Any:
 def _classes(module: Any, base: type) -> dict[str, type]:
     members = vars(module).items()
     return {n: c for n, c in members if isinstance(c, type) and issubclass(c, base) and c != base}
-
-
-def _pick(name: str, choices: dict[str, type], what: str) -> type:
-    if name not in choices:
-        lower = {choice.lower(): choice for choice in choices}
-        near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.3)
-        hint = f"did you mean {lower[near[0]]!r}?" if near else f"such as {next(iter(choices))}"
-        raise ValueError(f"no {what} is called {name!r}; {hint}")
-    return choices[name]
-
-
-def _check_settings(cls: type, settings: dict[str, Any]) -> None:
-    known = list(inspect.signature(cls.__init__).parameters)[2:]
-    for key in settings:
-        if key not in known:
-            raise ValueError(f"{cls.__name__} has no setting {key!r}; it has {', '.join(known)}")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,26 +1,32 @@
 """Client algorithms: how local training departs from plain SGD, and what the server makes of it.
 
-Each is one class with three hooks around a client's training and one on the server:
+Each is one class with the settings and the server's part, and one class for the clients' part:
 
-    before     the model has arrived: prepare, from what came with it and what the client kept
-    gradient   correct the gradient of a batch, in place: after unscaling, before clipping
-    after      the update is known: what the client keeps, and what it sends besides
-    aggregate  the server turns the clients' averages into the update that its optimizer steps by
+    before            the model has arrived: returns what belongs to one client in one round
+    correct_gradient  corrects the gradient of a batch, in place: after unscaling, before clipping
+    after_training    the update is known: what the client sends besides it
+    after_sending     it is known what arrives: what the client keeps for its next round
+    aggregate         the server turns the clients' averages into the update that its optimizer
+                      steps by
 
-x, received, gradient, update, vector: float32 [num_parameters]; update = trained - received.
-`reach` is how far a gradient of 1 in every step would have moved the weights, so -update / reach is
-the mean gradient of the steps: lr * K of the papers, and more with momentum, which they do without.
+update = trained - received weights. `step_length` is how far a gradient of 1 in every step would
+have moved the weights, so -update / step_length is the mean gradient of the steps: it is lr * K of
+the papers, and more with momentum, which they do without.
+
+Vectors are float32 [num_parameters]. In training they lie on its device, in the memory layout of
+the network (see FlatModel); what the client keeps is on the CPU.
 """
 
+import difflib
+import inspect
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-State = dict[str, Tensor]
 
-
-def reach(lr: float, steps: int, momentum: float = 0.0, nesterov: bool = False) -> float:
+def step_length(lr: float, steps: int, momentum: float = 0.0, nesterov: bool = False) -> float:
     """lr times the 1-norm of FedNova's a (Wang et al. 2020, arXiv 2007.07481, section 4.2).
 
     A gradient after which s - 1 more steps follow moves the weights by lr * (1 + momentum + ... +
@@ -35,38 +41,59 @@ def reach(lr: float, steps: int, momentum: float = 0.0, nesterov: bool = False) 
     return lr * total
 
 
+class Arrived(Protocol):
+    """What the receiver decoded of one message."""
+
+    def add_to(self, vector: Tensor, weight: float = 1.0) -> None:
+        """vector += weight * what arrived, in place, on the CPU."""
+
+
+class LocalRound:
+    """One client in one round of FedAvg: plain SGD, and nothing kept."""
+
+    corrects = False  # whether correct_gradient() does anything
+
+    def correct_gradient(self, weights: Tensor, gradient: Tensor) -> None:
+        """Correct the gradient in place; weights are those before this step."""
+
+    def after_training(self, update: Tensor, step_length: float) -> Tensor | None:
+        """Return the vector to send besides the update, which may be rescaled in place."""
+        return None
+
+    def after_sending(self, kept: Tensor | None, arrived: dict[str, Arrived]) -> Tensor | None:
+        """Return the vector that the client keeps, a new one.
+
+        kept: what it kept before, which must not be written to; None means that it kept nothing.
+        arrived: by kind of message, what the server will decode.
+        """
+        return None
+
+
 class FedAvg:
     """Plain local SGD (McMahan et al. 2017, arXiv 1602.05629), and what the others start from."""
 
     down = ""  # the kind of message that brings the server's vector along with the model
     up = ""  # the kind of message that takes a vector along with the update
-    has_vector = False  # the server holds a vector between rounds, at first zero
+    has_vector = False  # whether the server holds a vector between rounds; it begins as zeros
+    takes_full_gradient = False  # whether before() asks for it
+    steps_by_average = True  # whether the server's optimizer steps by the average of the updates
 
     def before(
         self,
         received: Tensor,
-        state: State,  # what the client kept; empty at first
-        vector: Tensor | None,  # what came down
-        full_gradient: Callable[[], Tensor],  # over all its examples, at the received weights
-    ) -> None:
-        """All on the device of training."""
-
-    def gradient(self, x: Tensor, gradient: Tensor) -> None:
-        """x: the weights before this step."""
-
-    def after(self, update: Tensor, reach: float) -> tuple[State, Tensor | None]:
-        """Return what the client keeps and what it sends `up`; may rescale the update in place.
-
-        Besides, a client keeps the sum of all that it sent up, under that kind's name.
-        """
-        return {}, None
+        kept: Tensor | None,  # what after_sending() returned the last time; None the first time
+        vector: Tensor | None,  # the server's, as it came down; None if none does
+        full_gradient: Callable[[], Tensor],  # over all examples of the client, at `received`
+    ) -> LocalRound:
+        """Return what belongs to one client in one round."""
+        return LocalRound()
 
     def aggregate(
         self,
         averages: dict[str, Tensor],  # of the update and of what came up, by kind
         vector: Tensor | None,
-        share: float,  # of all clients' weight, the part that was averaged
-        reach: float,  # the average of theirs
+        share: float,  # the averaged clients' part of all clients' weight
+        step_length: float,  # the average of the clients'
     ) -> None:
         """Move the averages and the server's vector on, in place."""
 
@@ -74,17 +101,24 @@ class FedAvg:
 class FedProx(FedAvg):
     """A pull towards the received model (Li et al. 2020, arXiv 1812.06127, eq. 2).
 
-    The loss gets mu / 2 * norm2(x - received)^2.
+    The loss gets mu / 2 * norm2(weights - received)^2. Raises ValueError for mu < 0.
     """
 
     def __init__(self, mu: float = 0.01):
-        self.mu = mu
+        self.mu = at_least("mu", mu, 0)
 
-    def before(self, received, state, vector, full_gradient):
-        self.received = received
+    def before(self, received, kept, vector, full_gradient):
+        return FedProxRound(self.mu, received)
 
-    def gradient(self, x, gradient):
-        gradient.add_(x, alpha=self.mu).sub_(self.received, alpha=self.mu)
+
+class FedProxRound(LocalRound):
+    corrects = True
+
+    def __init__(self, mu: float, received: Tensor):
+        self.mu, self.received = mu, received
+
+    def correct_gradient(self, weights, gradient):
+        gradient.add_(weights, alpha=self.mu).sub_(self.received, alpha=self.mu)
 
 
 class SCAFFOLD(FedAvg):
@@ -92,98 +126,183 @@ class SCAFFOLD(FedAvg):
 
     Training uses gradient + c - c_i (Algorithm 1, line 10). Then c_i becomes, by option 1, the
     gradient over all of the client's examples at the received model or, by option 2, c_i - c -
-    update / reach (line 12). What it changes by travels, and c moves by the average of that times
-    the cohort's share of all clients (line 17). Where compression loses a part, c_i is what both
-    ends know, the sum of what was sent, and the lost part belongs to the next change.
+    update / step_length (line 12). What it changes by travels, and c moves by the average of that
+    times the cohort's share of all clients (line 17). Where compression loses a part, c_i is what
+    both ends know, the sum of what arrived, and the lost part belongs to the next change.
+    Raises ValueError for another option.
     """
 
     down = up = "control"
     has_vector = True
 
     def __init__(self, option: int = 2):
-        self.option = option
+        if option not in (1, 2):
+            raise ValueError(f"option is {option!r}; it must be 1 or 2")
+        self.takes_full_gradient = option == 1
 
-    def before(self, received, state, vector, full_gradient):
-        self.c, c_i = vector, state.get("control", torch.zeros_like(vector))
-        self.correction = self.c - c_i
-        if self.option == 1:
-            self.change = full_gradient() - c_i
+    def before(self, received, kept, vector, full_gradient):
+        c_i = torch.zeros_like(vector) if kept is None else kept
+        return SCAFFOLDRound(vector, c_i, full_gradient() if self.takes_full_gradient else None)
 
-    def gradient(self, x, gradient):
+    def aggregate(self, averages, vector, share, step_length):
+        vector.add_(averages["control"], alpha=share)
+
+
+class SCAFFOLDRound(LocalRound):
+    corrects = True
+
+    def __init__(self, c: Tensor, c_i: Tensor, full_gradient: Tensor | None):
+        self.c, self.correction = c, c - c_i
+        self.change = None if full_gradient is None else full_gradient - c_i
+
+    def correct_gradient(self, weights, gradient):
         gradient.add_(self.correction)
 
-    def after(self, update, reach):
-        return {}, self.change if self.option == 1 else update.div(-reach).sub_(self.c)
+    def after_training(self, update, step_length):
+        return update.div(-step_length).sub_(self.c) if self.change is None else self.change
 
-    def aggregate(self, averages, vector, share, reach):
-        vector.add_(averages["control"], alpha=share)
+    def after_sending(self, kept, arrived):
+        return plus(kept, arrived["control"])
 
 
 class FedNova(FedAvg):
     """Normalised averaging for unequal numbers of steps (Wang et al. 2020, arXiv 2007.07481).
 
-    A client sends update / reach, its mean step (eq. 8), and the server moves by the average of
-    those times the average reach (eq. 9 with tau_eff = sum of p_i * norm1(a_i)).
+    A client sends update / step_length, its mean step (eq. 8), and the server moves by the average
+    of those times the average step_length (eq. 9 with tau_eff = sum of p_i * norm1(a_i)).
     """
 
-    def after(self, update, reach):
-        update.div_(reach)
-        return {}, None
+    steps_by_average = False
 
-    def aggregate(self, averages, vector, share, reach):
-        averages["update"].mul_(reach)
+    def before(self, received, kept, vector, full_gradient):
+        return FedNovaRound()
+
+    def aggregate(self, averages, vector, share, step_length):
+        averages["update"].mul_(step_length)
+
+
+class FedNovaRound(LocalRound):
+    def after_training(self, update, step_length):
+        update.div_(step_length)
 
 
 class FedDyn(FedAvg):
     """Dynamic regularisation (Acar et al. 2021, arXiv 2111.04263, Algorithm 1).
 
-    Training uses gradient - g_i + alpha * (x - received); then g_i moves by -alpha * update. The
-    server steps by the average update minus h / alpha, where h moves by -alpha times the average
-    times the cohort's share: it holds -h / alpha, which is free of alpha. alpha = 0 is FedAvg.
+    Training uses gradient - g_i + alpha * (weights - received); then g_i moves by -alpha * update.
+    The server steps by the average update minus h / alpha, where h moves by -alpha times the
+    average times the cohort's share: it holds -h / alpha, which is free of alpha. Both move by the
+    update that arrived, so that h stays the mean of all g_i under any compression. alpha = 0 is
+    FedAvg. Raises ValueError for alpha < 0.
     """
 
     has_vector = True
+    steps_by_average = False
 
     def __init__(self, alpha: float = 0.01):
-        self.alpha = alpha
+        self.alpha = at_least("alpha", alpha, 0)
 
-    def before(self, received, state, vector, full_gradient):
-        self.received = received
-        self.g_i = state.get("linear", torch.zeros_like(received))
+    def before(self, received, kept, vector, full_gradient):
+        g_i = torch.zeros_like(received) if kept is None else kept
+        return FedDynRound(self.alpha, received, g_i)
 
-    def gradient(self, x, gradient):
-        gradient.add_(x, alpha=self.alpha).sub_(self.received, alpha=self.alpha).sub_(self.g_i)
-
-    def after(self, update, reach):
-        return {"linear": self.g_i - self.alpha * update}, None
-
-    def aggregate(self, averages, vector, share, reach):
+    def aggregate(self, averages, vector, share, step_length):
         if self.alpha:
             vector.add_(averages["update"], alpha=share)
             averages["update"].add_(vector)
+
+
+class FedDynRound(LocalRound):
+    corrects = True
+
+    def __init__(self, alpha: float, received: Tensor, g_i: Tensor):
+        self.alpha, self.received, self.g_i = alpha, received, g_i
+
+    def correct_gradient(self, weights, gradient):
+        gradient.add_(weights, alpha=self.alpha).sub_(self.received, alpha=self.alpha)
+        gradient.sub_(self.g_i)
+
+    def after_sending(self, kept, arrived):
+        return plus(kept, arrived["update"], -self.alpha)
 
 
 class FedCM(FedAvg):
     """Client-level momentum (Xu et al. 2021, arXiv 2106.10874, Algorithm 2).
 
     Training uses alpha * gradient + (1 - alpha) * Delta, where Delta is the mean gradient of the
-    round before, -average update / reach, which comes down with the model. alpha = 1 is FedAvg.
+    round before, -average update / step_length, which comes down with the model. alpha = 1 is
+    FedAvg. Raises ValueError unless 0 < alpha <= 1.
     """
 
     down = "momentum"
     has_vector = True
 
     def __init__(self, alpha: float = 0.1):
+        if not 0 < alpha <= 1:
+            raise ValueError(f"alpha is {alpha!r}; it must be above 0 and at most 1")
         self.alpha = alpha
 
-    def before(self, received, state, vector, full_gradient):
-        self.momentum = vector
+    def before(self, received, kept, vector, full_gradient):
+        return FedCMRound(self.alpha, vector)
 
-    def gradient(self, x, gradient):
+    def aggregate(self, averages, vector, share, step_length):
+        torch.div(averages["update"], -step_length, out=vector)
+
+
+class FedCMRound(LocalRound):
+    corrects = True
+
+    def __init__(self, alpha: float, momentum: Tensor):
+        self.alpha, self.momentum = alpha, momentum
+
+    def correct_gradient(self, weights, gradient):
         gradient.mul_(self.alpha).add_(self.momentum, alpha=1 - self.alpha)
-
-    def aggregate(self, averages, vector, share, reach):
-        torch.div(averages["update"], -reach, out=vector)
 
 
 ALGORITHMS = {cls.__name__: cls for cls in (FedAvg, FedProx, SCAFFOLD, FedNova, FedDyn, FedCM)}
+
+
+def make_algorithm(name: str, **settings: Any) -> FedAvg:
+    """The algorithm of that class name.
+
+    Raises ValueError, in one line, for a name that does not exist, a setting that this algorithm
+    does not have, or a value that it does not take.
+    """
+    cls = pick(name, ALGORITHMS, "algorithm")
+    check_settings(cls, settings)
+    return cls(**settings)
+
+
+def pick(name: str, choices: dict[str, type], what: str) -> type:
+    """The choice of that name. Raises ValueError with the nearest name there is."""
+    if name not in choices:
+        lower = {choice.lower(): choice for choice in choices}
+        near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.3)
+        hint = f"did you mean {lower[near[0]]!r}?" if near else f"such as {next(iter(choices))}"
+        raise ValueError(f"no {what} is called {name!r}; {hint}")
+    return choices[name]
+
+
+def check_settings(cls: type, settings: dict[str, Any], skip: int = 1) -> None:
+    """Raise ValueError for a setting that the class does not take; skip: arguments not settings."""
+    known = list(inspect.signature(cls.__init__).parameters)[skip:]
+    if cls.__init__ is object.__init__:
+        known = []
+    for key in settings:
+        if key not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"{cls.__name__} has no setting {key!r}; {has}")
+
+
+def at_least(name: str, value: Any, low: float) -> float:
+    """The value. Raises ValueError unless it is a number of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= low:
+        raise ValueError(f"{name} is {value!r}; it must be a number of at least {low}")
+    return value
+
+
+def plus(kept: Tensor | None, arrived: Arrived, weight: float = 1.0) -> Tensor:
+    """kept + weight * arrived, a new vector; None counts as zeros."""
+    total = torch.zeros(arrived.size) if kept is None else kept.clone()
+    arrived.add_to(total, weight)
+    return total

@@ -21,12 +21,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from config import Config, ConfigError, Selection
 
-ALGORITHM_SETTINGS = {  # whose a setting of local is
-    "mu": ("FedProx",),
-    "alpha": ("FedDyn", "FedCM"),
-    "option": ("SCAFFOLD",),
-}
-
 
 def read_command_line(default: str, arguments: list[str]) -> tuple[Config, bool]:
     """Return the config and whether this is a dry run; on a mistake print one line and exit 2."""
@@ -181,11 +175,6 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     clients, local, model = config.clients, config.local, config.model
     if clients.per_round > clients.total:
         yield "clients.per_round", f"{clients.per_round} is more than clients.total={clients.total}"
-    for key, names in ALGORITHM_SETTINGS.items():
-        if getattr(local, key) is not None and local.algorithm not in names:
-            yield f"local.{key}", f"{local.algorithm} has none; it belongs to {' and '.join(names)}"
-    if local.algorithm == "FedCM" and local.alpha is not None and not 0 < local.alpha <= 1:
-        yield "local.alpha", f"{local.alpha} is out of range; FedCM needs above 0, at most 1"
     if local.nesterov and local.momentum == 0:
         yield "local.nesterov", "needs local.momentum above 0"
     if not re.fullmatch(r"batch|group\([1-9]\d*\)", model.norm):

@@ -42,7 +42,9 @@ from compressors.quantisers import (
 from layout import Layout
 from wire.container import (
     CHECKSUM,
+    OVERHEAD,
     Memory,
+    Outbox,
     PayloadError,
     Reader,
     compress,
@@ -52,8 +54,23 @@ from wire.container import (
     unpack,
 )
 from wire.entropy import decode_integers, encode_integers
-from wire.positions import decode_positions, encode_positions
+from wire.positions import decode_positions, encode_positions, pack_positions, unpack_positions
 
+__all__ = [
+    "OVERHEAD",
+    "Decoded",
+    "Memory",
+    "NotFinite",
+    "Outbox",
+    "PayloadError",
+    "all_finite",
+    "decode",
+    "encode",
+    "new_memory",
+    "pack_positions",
+    "parse_values",
+    "unpack_positions",
+]
 Select = Callable[[Tensor, Layout], np.ndarray]
 DENSE, SPARSE, CODED, SPARSE_CODED = range(4)  # the selection byte of the container
 COMPRESSED, SMALL_DENSE = 1, 2  # its flags

@@ -75,12 +75,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Local:
-    """mu, alpha, option: null leaves a setting to the algorithm's default, see algorithms.py."""
+    """How a client trains. options: settings of the algorithm, such as mu of FedProx."""
 
-    algorithm: str = one_of("FedAvg", "FedProx", "SCAFFOLD", "FedNova", "FedDyn", "FedCM")
-    mu: float | None = between(None, 0.0)  # FedProx
-    alpha: float | None = between(None, 0.0)  # FedDyn, FedCM
-    option: int | None = between(None, 1, 2)  # SCAFFOLD
+    algorithm: str = "FedAvg"  # one of algorithms.py's, such as SCAFFOLD
+    options: dict[str, Any] = field(default_factory=dict)
     epochs: int = between(1, 1)
     steps: int | None = between(None, 1)  # this many batches a round, in place of epochs
     batch_size: int = between(64, 1)

@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -23,29 +22,6 @@ from config import Config, ConfigError
 
 T = TypeVar("T")
 Blob = bytes | memoryview
-
-
-@dataclass
-class Report:
-    """What one client sends after training: payloads by kind, or why there are none."""
-
-    client: int
-    num_examples: int
-    loss: float = 0.0  # mean over the batches
-    reach: float = 0.0  # see algorithms.py
-    num_skipped: int = 0  # steps that fp16 left out
-    failure: str = ""
-    payloads: dict[str, Blob] = field(default_factory=dict)  # empty where they stayed elsewhere
-    lengths: dict[str, int] = field(default_factory=dict)  # of the payloads, in bytes
-    numbers: dict[str, int] = field(default_factory=dict)  # how many each payload carries
-
-    def add(self, kind: str, payload: Blob, numbers: int) -> None:
-        self.payloads[kind], self.numbers[kind] = payload, numbers
-        self.lengths[kind] = len(payload)
-
-    def fail(self, reason: str) -> None:
-        """Send nothing, and say why."""
-        self.failure, self.payloads, self.lengths = reason, {}, {}
 
 
 class RankLost(Exception):
@@ -103,7 +79,6 @@ class Ranks:
         self.is_main = self.rank == 0
         self.received = 0
         self._held = torch.empty(self.size + 1, 0, dtype=torch.uint8)
-        self.adds_up = settings.exchange == "allreduce"
         self._make_teams(settings.ranks_per_client, timeout)
 
     def _make_teams(self, size: int, timeout: timedelta) -> None:
@@ -156,46 +131,19 @@ class Ranks:
     def gather_json(self, value: Any) -> list[Any]:
         return [json.loads(bytes(blob)) for blob in self.gather(json.dumps(value).encode())]
 
-    def exchange(self, reports: list[Report] | None) -> list[Report] | None:
-        """All reports of all ranks, in client order; None if a rank gave None to stop the run.
+    def sum_(self, tensor: Tensor) -> None:
+        """Add up all ranks' tensors, in place."""
+        self._reduce(tensor, dist.ReduceOp.SUM)
 
-        With exchange: allreduce payloads stay where they are, and add_up() follows.
-        """
-        if self.size == 1:
-            return reports
-        sent = reports
-        if reports and self.adds_up:
-            sent = [replace(report, payloads={}) for report in reports]
-        blobs = self.gather(*([b"stop"] if sent is None else _pack_reports(sent)))
-        if b"stop" in blobs:
-            return None
-        everybody = {r.client: r for blob in blobs for r in _unpack_reports(blob)}
-        if self.adds_up:
-            everybody |= {report.client: report for report in reports}
-        return [everybody[client] for client in sorted(everybody)]
+    def maximum_(self, tensor: Tensor) -> None:
+        """Take the largest of all ranks' values, entry by entry, in place."""
+        self._reduce(tensor, dist.ReduceOp.MAX)
 
-    def add_up(self, sums: dict[str, Tensor], largest: Tensor, reports: list[Report]) -> None:
-        """exchange: allreduce: turn each rank's sums of its own clients' vectors into all ranks'.
-
-        sums: float32, by kind; largest: float32, of which the largest counts; both in place. Of a
-        client that one rank refused, all ranks' reports say so.
-        """
-        if not self.adds_up or self.size == 1:
-            return
-        refused = {r.client: r.failure for r in reports if r.payloads and r.failure}
-        heads = self.gather_json([refused, {kind: len(s) for kind, s in sums.items()}])
-        for failures, sizes in heads:
-            for report in reports:
-                report.failure = failures.get(str(report.client), report.failure)
-            for kind, size in sizes.items():
-                sums.setdefault(kind, torch.zeros(size))
-        with _lost_ranks():
-            for kind in sorted(sums):
-                dist.all_reduce(sums[kind])
-                self.received += 4 * len(sums[kind])
-            if len(largest):
-                dist.all_reduce(largest, dist.ReduceOp.MAX)
-                self.received += 4 * len(largest)
+    def _reduce(self, tensor: Tensor, operation: Any) -> None:
+        if self.size > 1 and len(tensor):
+            self.received += tensor.nbytes
+            with _lost_ranks():
+                dist.all_reduce(tensor, operation)
 
     def together(self, work: Callable[[], T], main_first: bool = False) -> T:
         """Do `work` on every rank, or on the main one first; if one fails, all raise its error."""
@@ -282,27 +230,3 @@ def _init_deepspeed(on_cpu: bool, backend: str) -> None:
     # Only inference on CPUs uses this C++ kernel; building it takes minutes and a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
-
-
-def _pack_reports(reports: list[Report]) -> list[Blob]:
-    """The length of a head, the head, which says in JSON what follows, and the payloads."""
-    heads = [
-        dict(vars(r), payloads={kind: len(payload) for kind, payload in r.payloads.items()})
-        for r in reports
-    ]
-    payloads = [payload for r in reports for payload in r.payloads.values()]
-    head = json.dumps(heads).encode()
-    return [len(head).to_bytes(8, "little"), head, *payloads]
-
-
-def _unpack_reports(blob: memoryview) -> list[Report]:
-    """The reports; their payloads lie in the blob."""
-    position = 8 + int.from_bytes(blob[:8], "little")
-    reports = []
-    for head in json.loads(bytes(blob[8:position])):
-        payloads = {}
-        for kind, length in head.pop("payloads").items():
-            payloads[kind] = blob[position : position + length]
-            position += length
-        reports.append(Report(**head, payloads=payloads))
-    return reports

@@ -54,14 +54,14 @@ def run(config: Config, ranks: Ranks) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: _request_stop(federation, number))
         try:
-            train(federation)
+            train(federation, folder)
         except Interrupted:
-            federation.save()
+            save(federation, folder)
             raise
         finally:
             ranks.accelerator.end_training()
         if ranks.is_main:
-            finish(federation)
+            finish(federation, folder)
     return 0
 
 
@@ -69,65 +69,79 @@ def start(config: Config, ranks: Ranks, folder: RunFolder) -> Federation:
     """Claim the run folder and build the federation, from the checkpoint if there is one."""
     folder.refuse_other_runs(config)
     ranks.together(lambda: folder.start(config) if ranks.is_main else None, main_first=True)
-    federation = Federation(config, ranks, folder)
+    federation = Federation(config, ranks, folder.clients)
     if state := folder.checkpoint():
         federation.load(state)
-        _say(ranks, f"resuming {folder.path} after round {federation.progress.round}")
+        _say(ranks, f"resuming {folder.path} after round {federation.progress.round_number}")
     _announce_data(federation)
-    settle_precision(federation)
-    ranks.together(lambda: record_environment(federation) if ranks.is_main else None)
+    resolve_precision(federation, folder.environment().get("precision"))
+    ranks.together(lambda: record_environment(federation, folder) if ranks.is_main else None)
     ranks.accelerator.init_trackers("tensorboard")
     return federation
 
 
-def train(federation: Federation) -> None:
+def train(federation: Federation, folder: RunFolder) -> None:
     """All the rounds that are left, with a progress bar, or a line a round without a terminal."""
     config, ranks, progress = federation.config, federation.ranks, federation.progress
     bar = tqdm(
         total=config.rounds,
-        initial=progress.round,
+        initial=progress.round_number,
         unit="round",
         disable=not (ranks.is_main and sys.stderr.isatty()),
     )
     with bar:
-        while progress.round < config.rounds:
-            row = federation.run_round()
-            if ranks.is_main and row["failures"]:
-                tqdm.write(_left_out(row), file=sys.stderr)
-            if progress.round % config.checkpoint.every == 0 or progress.round == config.rounds:
-                federation.save()
-            ranks.accelerator.log(_numbers(row), step=progress.round)
+        while not federation.is_done:
+            row, messages = federation.run_round()
+            if ranks.is_main:
+                folder.append(row, messages)
+                if row["failures"]:
+                    tqdm.write(_left_out(row), file=sys.stderr)
+            if progress.round_number % config.checkpoint.every == 0 or federation.is_done:
+                save(federation, folder)
+            ranks.accelerator.log(_numbers(row), step=progress.round_number)
             bar.set_postfix_str(_so_far(federation), refresh=False)
             bar.update()
             if bar.disable:
-                left = progress.wall_seconds / progress.round * (config.rounds - progress.round)
+                done = progress.round_number
+                left = progress.wall_seconds / done * (config.rounds - done)
                 _say(
                     ranks,
-                    f"round {progress.round}/{config.rounds}  {_so_far(federation)}  "
+                    f"round {done}/{config.rounds}  {_so_far(federation)}  "
                     f"{row['wall_seconds']:.1f} s, {tqdm.format_interval(left)} left",
                 )
 
 
-def settle_precision(federation: Federation) -> None:
-    """Turn precision `auto` into what is faster here: once in a run's life, the same everywhere."""
-    if federation.trainer.precision != "auto":
+def save(federation: Federation, folder: RunFolder) -> None:
+    """Write a checkpoint of the last completed round. Called by all ranks."""
+    state, ranks = federation.state(), federation.ranks
+    if ranks.is_main:
+        folder.save(state)
+    ranks.gather_json(None)  # nobody goes on before the checkpoint stands
+    if not federation.is_done or federation.keeps_states:  # else rank 0 may be deleting them
+        federation.clients.store.drop_replaced()
+
+
+def resolve_precision(federation: Federation, recorded: str | None) -> None:
+    """Turn precision `auto` into what is faster here: once in a run's life, the same everywhere.
+
+    recorded: what environment.json says it was turned into before; None the first time.
+    """
+    clients, ranks = federation.clients, federation.ranks
+    if clients.precision != "auto":
         return
-    recorded = federation.folder.environment().get("precision")
     seconds = {}
-    if recorded is None and federation.ranks.is_main:
+    if recorded is None and ranks.is_main:
         seconds = probe_precision(federation.model, federation.pictures, federation.config.local)
-    seconds = federation.ranks.gather_json(seconds)[0]
-    federation.trainer.precision = recorded or choose_precision(seconds)
+    seconds = ranks.gather_json(seconds)[0]
+    clients.precision = recorded or choose_precision(seconds)
     if seconds:
         measured = ", ".join(f"{name} {1e3 * s:.0f} ms" for name, s in seconds.items())
-        _say(
-            federation.ranks, f"precision: {federation.trainer.precision} (a step takes {measured})"
-        )
+        _say(ranks, f"precision: {clients.precision} (a step takes {measured})")
 
 
-def record_environment(federation: Federation) -> None:
+def record_environment(federation: Federation, folder: RunFolder) -> None:
     """Write environment.json and partition.npz; refuse to resume on other data."""
-    dataset, folder = federation.dataset, federation.folder
+    dataset = federation.dataset
     facts = {
         "dataset": {
             "name": dataset.name,
@@ -136,11 +150,11 @@ def record_environment(federation: Federation) -> None:
         },
         "partition_sha256": save_partition(
             folder.path / "partition.npz",
-            federation.clients,
+            federation.shards,
             dataset.train_labels.numpy(),
             dataset.class_names,
         ),
-        "precision": federation.trainer.precision,
+        "precision": federation.clients.precision,
     }
     before = folder.environment()
     for key, value in facts.items():
@@ -149,9 +163,9 @@ def record_environment(federation: Federation) -> None:
     folder.write_environment(**facts)
 
 
-def finish(federation: Federation) -> None:
+def finish(federation: Federation, folder: RunFolder) -> None:
     """Write summary.json and the plots, and say how it went."""
-    config, folder, progress = federation.config, federation.folder, federation.progress
+    config, progress = federation.config, federation.progress
     evaluations = progress.evaluations[-config.evaluation.last :]
     last = [scores["test_accuracy"] for scores in evaluations]
     more = {key: score for key, score in evaluations[-1].items() if not key.startswith("test_")}
@@ -160,7 +174,7 @@ def finish(federation: Federation) -> None:
         "model": config.model.name,
         "num_parameters": federation.model.layout.size,
         "num_clients": config.clients.total,
-        "rounds_completed": progress.round,
+        "rounds_completed": progress.round_number,
         "test_accuracy": last[-1],
         "test_accuracy_mean": sum(last) / len(last),
         "test_accuracy_mean_over": len(last),
@@ -171,15 +185,16 @@ def finish(federation: Federation) -> None:
         "density": federation.server.density(),
         "model_sha256": federation.server.sha256(),
     }
-    folder.finish(summary, keep_states=config.model.norm_policy == "local")
+    folder.finish(summary, keep_states=federation.keeps_states)
     pruned = f"; {summary['density']:.2%} of the parameters are not 0"
     if config.pruning.mask.method == "none":
         pruned = ""
     saved = summary["dense_bytes_up"] / max(summary["bytes_up"], 1)
     print(
         f"{summary['test_accuracy']:.2%} test accuracy on {summary['dataset']}"
-        f"{' (fallback)' if federation.dataset.fallback_reason else ''} after {progress.round} "
-        f"rounds; {summary['bytes_up'] / 1e6:.1f} MB up, {saved:.0f} times less than dense; "
+        f"{' (fallback)' if federation.dataset.fallback_reason else ''} after "
+        f"{progress.round_number} rounds; {summary['bytes_up'] / 1e6:.1f} MB up, "
+        f"{saved:.0f} times less than dense; "
         f"{summary['bytes_down'] / 1e6:.1f} MB down; {summary['wall_seconds']:.0f} s"
         f"{pruned}"
     )
@@ -192,19 +207,22 @@ def finish(federation: Federation) -> None:
 
 def plan(config: Config, ranks: Ranks) -> int:
     """Print the resolved config, the size of the model and of a round, and how long it may take."""
-    federation = Federation(config, ranks, RunFolder(config.run_folder))
+    federation = Federation(config, ranks, RunFolder(config.run_folder).clients)
     layout, num_buffers = federation.model.layout, federation.model.buffer_layout.size
     cohort, num_clients = config.clients.per_round, config.clients.total
     seconds = probe_precision(federation.model, federation.pictures, config.local)
     precision = config.precision if config.precision != "auto" else choose_precision(seconds)
-    steps = sum(num_steps(config.local, len(c)) for c in federation.clients) / num_clients
+    steps = sum(num_steps(config.local, len(shard)) for shard in federation.shards) / num_clients
     estimate = config.rounds * cohort * steps * seconds.get(precision, seconds["fp32"])
     noise = torch.randn(layout.size, generator=torch.Generator().manual_seed(0))
-    if federation.server.mask.awaits_scores:
-        federation.server.prune(noise.abs())  # any scores: only the mask's length matters here
-    model, _ = federation.server.downlinks["model"].channel.encode(noise, config.rounds)
+    server = federation.server
+    if server.mask.awaits_scores:
+        server.prune(noise.abs())  # any scores: only the mask's length matters here
+    down_kind = "model" if config.downlink.mode == "model" else "model_change"
+    model, _ = server.agreement.channel("down", down_kind).encode(noise, config.rounds)
+    uplink = server.agreement.channel("up", "update")
     updates = [  # one for each density
-        federation.server.uplinks["update"].encode(noise, config.rounds, client)[0]
+        uplink.encode(noise, config.rounds, client)[0]
         for client in range(max(1, len(config.pruning.client_densities)))
     ]
     length = sum(map(len, updates)) / len(updates)
@@ -250,7 +268,7 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
 
 def _request_stop(federation: Federation, number: int) -> None:
     """Stop after the batch in progress; a second signal ends the process at once."""
-    federation.trainer.stop_requested = True
+    federation.clients.stop_requested = True
     signal.signal(number, signal.SIG_DFL)
 
 

@@ -14,18 +14,19 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import torch
 import yaml
 
 from config import Config
 from federation.client_store import remove_old_states, sync, write_tensors
+from federation.ledger import LedgerRow
 
-LEDGER_HEADER = "round,client,direction,kind,bytes,dense_bytes,nonzeros,seconds\n"
+LEDGER_COLUMNS = [column.name for column in fields(LedgerRow)]
 OURS = ("config.yaml", "environment.json", "rounds.jsonl", "ledger.csv", "partition.npz")
 OURS += ("checkpoint.pt", "clients", "plots", "tensorboard")
 NEUTRAL = ("checkpoint", "output_dir", "trackers", "clients.state_memory_gib")
@@ -39,20 +40,6 @@ class RunFolderError(Exception):
 
 class RunFinished(Exception):
     """The run folder already holds this run, finished; the message is its result."""
-
-
-class LedgerRow(NamedTuple):
-    """One message. seconds: its time on the client's simulated link."""
-
-    round: int  # 0: before the first
-    client: int
-    direction: str  # up or down
-    kind: str  # up: update, buffers, scores, growth; down: model, model_change, buffers, mask,
-    # mask_change; and what a client algorithm sends: control, control_change, momentum, ...
-    bytes: int  # the payload's real length
-    dense_bytes: int  # the same numbers as float32
-    nonzeros: int  # the numbers that the payload carries
-    seconds: float
 
 
 class RunFolder:
@@ -86,7 +73,7 @@ class RunFolder:
             with open(self.path / name, "ab") as file:
                 file.truncate(length)
         if not state:
-            (self.path / "ledger.csv").write_text(LEDGER_HEADER)
+            (self.path / "ledger.csv").write_text(",".join(LEDGER_COLUMNS) + "\n")
         return state
 
     def close(self) -> None:
@@ -120,7 +107,8 @@ class RunFolder:
     def append(self, row: dict[str, Any], messages: list[LedgerRow]) -> None:
         """Log a round."""
         lines = io.StringIO()
-        csv.writer(lines, lineterminator="\n").writerows(messages)
+        writer = csv.DictWriter(lines, LEDGER_COLUMNS, lineterminator="\n")
+        writer.writerows(map(asdict, messages))
         with open(self.path / "ledger.csv", "a") as ledger:
             ledger.write(lines.getvalue())
         with open(self.path / "rounds.jsonl", "a") as rounds:

@@ -1,7 +1,8 @@
 """One direction of the wire: which coordinates travel, in which bits, and what stays owed.
 
-support (coordinates both ends know: a shared mask, a random choice) x selection (coordinates that
-the sender picks) x values (compression.py) x small tensors whole, and error feedback around it.
+support (coordinates that both ends know: a shared mask, a random choice) x selection (coordinates
+that the sender picks) x values (compression.py) x small tensors whole, and error feedback around
+it.
 """
 
 from collections.abc import Callable
@@ -11,51 +12,72 @@ import torch
 from torch import Tensor
 
 import pruning
-from compression import Decoded, NotFinite, all_finite, decode, encode
-from config import Downlink, Selection, Uplink
+from compression import (
+    Decoded,
+    Memory,
+    NotFinite,
+    all_finite,
+    decode,
+    encode,
+    new_memory,
+    pack_positions,
+    unpack_positions,
+)
+from config import Selection
+from federation.client_store import State
 from layout import Layout
-from wire.container import Memory, new_memory
 
-State = dict[str, Tensor]
-ALL = -1  # stands for a client in what goes to all: its random choices are no client's
+ALL = -1  # stands for a client in what goes to all clients: its random choices are no client's
+EVERYTHING = Selection(method="none")
+Select = Callable[[Tensor, Layout], np.ndarray]
 
 
 class Channel:
-    """Encodes and decodes the vectors of one direction; both ends hold an equal one."""
+    """Encodes and decodes the vectors of one kind of message; both ends hold an equal one.
+
+    values: the coder's word, see compression.py. dense_below: smaller tensors travel whole.
+    seed_for: (purpose, round_number, client) -> seed. unbiased: a random choice is scaled by
+    1 / density, so that its mean is the vector.
+    """
 
     def __init__(
         self,
         layout: Layout,
-        selection: Selection,
-        link: Uplink | Downlink,
-        unbiased: bool,
-        seed_for: Callable[..., int],
+        values: str,
+        selection: Selection = EVERYTHING,
+        dense_below: int = 0,
+        seed_for: Callable[..., int] = lambda *_: 0,
+        unbiased: bool = False,
     ):
-        """unbiased: a random choice is scaled by 1 / density, so that its mean is the vector."""
-        self.layout, self.selection, self.link = layout, selection, link
-        self.unbiased, self.seed_for = unbiased, seed_for
+        self.layout, self.values, self.selection = layout, values, selection
+        self.dense_below, self.seed_for, self.unbiased = dense_below, seed_for, unbiased
         self.use_mask(None)
 
     def use_mask(self, mask: np.ndarray | None) -> None:
-        """From now on only these coordinates exist, int64, ascending; None: all of them."""
+        """From now on only the coordinates at `mask` exist, int64, ascending; None means all."""
         self.mask, self.on_mask = mask, self.layout if mask is None else self.layout.on(mask)
 
     def encode(
-        self, vector: Tensor, round: int, client: int = ALL, memory: Memory = new_memory
+        self,
+        vector: Tensor,
+        round_number: int,
+        client: int = ALL,
+        memory: Memory = new_memory,
+        select: Select | None = None,  # picks in place of the channel's own selection
     ) -> tuple[memoryview, Decoded]:
         """The payload of float32 [layout.size] and what decode() makes of it. Raises NotFinite."""
-        support, layout, scale = self._support(round, client)
+        support, layout, scale = self._support(round_number, client)
         if support is not None and not all_finite(vector):  # nor may what is owed hold NaN
             raise NotFinite("the vector holds inf or NaN")
         part = vector if support is None else vector[torch.from_numpy(support)].mul_(scale)
-        link, seed = self.link, self.seed_for("values", round, client)
-        select = self._select(round, client)
-        payload, sent = encode(part, layout, link.values, select, link.dense_below, seed, memory)
+        select = select or self._select(round_number, client)
+        seed = self.seed_for("values", round_number, client)
+        payload, sent = encode(part, layout, self.values, select, self.dense_below, seed, memory)
         return payload, self._lift(sent, support)
 
-    def decode(self, payload: bytes | memoryview, round: int, client: int = ALL) -> Decoded:
-        """Raises PayloadError."""
-        support, layout, _ = self._support(round, client)
+    def decode(self, payload: bytes | memoryview, round_number: int, client: int = ALL) -> Decoded:
+        """The vector as it arrives. Raises PayloadError."""
+        support, layout, _ = self._support(round_number, client)
         return self._lift(decode(payload, layout), support)
 
     @property
@@ -63,26 +85,26 @@ class Channel:
         """How many coordinates exist."""
         return self.layout.size if self.mask is None else len(self.mask)
 
-    def density(self, round: int, client: int) -> float:
+    def density(self, round_number: int, client: int) -> float:
         """The share of coordinates that this client sends in this round."""
         densities = getattr(self.selection, "client_densities", None) or [self.selection.density]
         density = densities[client % len(densities)]
-        stage = 1 + (round - 1) // self.selection.warmup_rounds
+        stage = 1 + (round_number - 1) // self.selection.warmup_rounds
         return pruning.density_at(density, self.selection.warmup, stage)
 
-    def _support(self, round: int, client: int) -> tuple[np.ndarray | None, Layout, float]:
+    def _support(self, round_number: int, client: int) -> tuple[np.ndarray | None, Layout, float]:
         """(coordinates that both ends know, the layout on them, what their values are scaled by)"""
         if self.selection.method != "random":
             return self.mask, self.on_mask, 1.0
         size = self.num_coordinates
-        k = pruning.num_kept(self.density(round, client), size)
-        chosen = pruning.random(size, k, self.seed_for("selection", round, client))
+        k = pruning.num_kept(self.density(round_number, client), size)
+        chosen = pruning.random(size, k, self.seed_for("selection", round_number, client))
         support = chosen if self.mask is None else self.mask[chosen]
         return support, self.layout.on(support), size / k if self.unbiased else 1.0
 
-    def _select(self, round: int, client: int) -> Callable[[Tensor, Layout], np.ndarray] | None:
-        """How the sender picks coordinates of the support; None if all of them travel."""
-        settings, density = self.selection, self.density(round, client)
+    def _select(self, round_number: int, client: int) -> Select | None:
+        """How the sender picks coordinates of the support; None means that all of them travel."""
+        settings, density = self.selection, self.density(round_number, client)
         if settings.method in ("none", "random"):
             return None
         if settings.method == "threshold":
@@ -101,6 +123,23 @@ class Channel:
         return Decoded(self.layout.size, inside, decoded.values)
 
 
+class PositionChannel:
+    """Encodes and decodes ascending int64 positions: what a mask, or its change, travels as."""
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+
+    def encode(self, positions: np.ndarray) -> memoryview:
+        return pack_positions(positions, self.layout)
+
+    def decode(self, payload: bytes | memoryview) -> np.ndarray:
+        """Raises PayloadError."""
+        return unpack_positions(payload, self.layout)
+
+    def use_mask(self, mask: np.ndarray | None) -> None:
+        """Positions are those of all coordinates, whatever the mask."""
+
+
 class ErrorFeedback:
     """What a client owes: the part of its updates that has not been received yet.
 
@@ -117,7 +156,7 @@ class ErrorFeedback:
 
     def add(self, update: Tensor, state: State) -> State:
         """Turn `update` into all that is owed, in place; return the state without the residual."""
-        after = {}
+        after: State = {}
         if self.momentum:
             if "velocity" in state:
                 update.add_(state["velocity"], alpha=self.momentum)
@@ -127,7 +166,7 @@ class ErrorFeedback:
         return after
 
     def subtract(self, owed: Tensor, sent: Decoded, after: State) -> State:
-        """The client's new state: owed - sent, in place."""
+        """The client's new state, in which what was sent is subtracted from `owed`, in place."""
         sent.add_to(owed, -1.0)
         if self.momentum:
             where = slice(None) if sent.indices is None else torch.from_numpy(sent.indices)

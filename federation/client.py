@@ -1,113 +1,149 @@
-"""The clients' part of a round, on the rank where they live: train, prune, encode, and remember.
+"""The clients' part of a round, on the rank where they live: train, prune, encode, remember.
 
-server.py is the other end. What a client keeps between rounds is a dict of tensors in the store:
-what it owes (residual, velocity), what its algorithm keeps, and perhaps its own norm layers.
+server.py is the other end. train() works on the device and encode() on the CPU; what the first
+hands to the second is a LocalUpdate, so a thread may encode one client while the device trains the
+next.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from algorithms import FedAvg, State, reach
+from algorithms import LocalRound, step_length
 from cnn_model import FlatModel
-from compression import NotFinite, all_finite, encode
+from compression import NotFinite, Outbox, all_finite
 from config import Config
 from data import Pictures
-from distributed import Report, Team
+from distributed import Team
+from federation.agreement import Agreement
 from federation.channel import ErrorFeedback
-from federation.client_store import ClientStore
-from federation.mask import encode_scores
-from federation.server import Broadcast, Server
+from federation.client_store import ClientStore, State
+from federation.messages import SERVER, Broadcast, Report
+from pruning import snip_scores
 from training.engines import TorchEngine
 from training.local_sgd import Engine, Interrupted, local_lr, loss_gradient, num_steps, train
-from wire.container import Outbox
 
-OWED = ("residual", "velocity")  # what error feedback keeps
+OWED = ("residual", "velocity")  # the fields of a State that error feedback keeps
 
 
-class Trainer:
-    """Trains clients one after the other in one network.
+@dataclass
+class LocalUpdate:
+    """What a client has learned, on the device of training, before any of it is encoded."""
 
-    clients: the int64 indices of each client's pictures; team: the ranks that train them together,
-    whose leader keeps the states and encodes. Every method that trains raises Interrupted once
-    stop_requested is set: between two batches, or in a team between two clients.
+    report: Report
+    state: State = field(default_factory=dict)  # what the client kept before the round
+    update: Tensor | None = None  # float32 [num_parameters]; None if there is nothing to send
+    besides: Tensor | None = None  # float32 [num_parameters]: what the algorithm sends besides
+    buffers: Tensor | None = None  # float32 [num_buffers]: None if they stay
+    growth: Tensor | None = None  # float32 [num_parameters]: gradient that asks for weights
+    norm: Tensor | None = None  # FedBN: weights of the client's norm layers, then the buffers
+    algorithm: LocalRound = field(default_factory=LocalRound)
+
+
+class Clients:
+    """The clients that live on this rank, trained one after the other in one network.
+
+    pictures_of: the int64 indices of each client's pictures; team: the ranks that train a client
+    together, whose leader keeps the states and encodes; make_engine: builds what trains, once the
+    precision is known. Every method that trains raises Interrupted once stop_requested is set:
+    between two batches, or in a team between two clients.
     """
 
     def __init__(
         self,
         config: Config,
+        agreement: Agreement,
         model: FlatModel,
         pictures: Pictures,
-        clients: list[Tensor],
-        server: Server,
+        pictures_of: list[Tensor],
         store: ClientStore,
         team: Team,
-        use_deepspeed: bool,
+        make_engine: Callable[[str], Engine] | None = None,
     ):
-        self.config, self.model, self.pictures, self.clients = config, model, pictures, clients
-        self.server, self.algorithm, self.store = server, server.algorithm, store
-        self.team, self.use_deepspeed = team, use_deepspeed
-        self.outbox = Outbox()  # of this round's payloads
-        self.engine: Engine | None = None
-        self.pruned: Tensor | None = None  # the server's, on the device
+        self.config, self.agreement, self.mask = config, agreement, agreement.mask
+        self.model, self.pictures, self.pictures_of = model, pictures, pictures_of
+        self.store, self.team = store, team
         self.precision = config.precision
+        self.make_engine = make_engine or self._make_torch_engine
+        self.engine: Engine | None = None  # built late, because `precision: auto` is resolved late
+        self.outbox = Outbox()  # memory of the payloads that have not been decoded yet
         self.feedback = _error_feedback(config)
-        # A new vector for each update costs ten times the subtraction: the kernel zeroes its pages.
-        # Error feedback needs one, for what it owes.
+        # A new vector for each update would cost ten times the subtraction, because the operating
+        # system zeroes its pages. Error feedback needs one, for what the client will owe.
         self.update = None if self.feedback else torch.empty_like(model.parameters)
         # FedBN (Li et al. 2021, arXiv 2102.07623): the norm layers are each client's own.
         own = config.model.norm_policy == "local"
         self.own_positions = model.norm_positions() if own else None
+        self.pruned: Tensor | None = None  # bool [num_parameters], on the device
+        self._use_mask()
         self.stop_requested = False
 
-    def train(self, number: int, client: int, broadcast: Broadcast) -> Report:
-        """Local training, then prune and encode what was learned and what is still owed."""
-        report, model = self._report(client), self.model
-        if self._team_stops():
-            raise Interrupted
-        if report.failure:
-            return report
-        state = self._state(client)
-        known = self.team.share({key: t for key, t in state.items() if key not in OWED})
-        self.load(broadcast.parameters, broadcast.buffers, known)
-        received = broadcast.parameters if self.own_positions is None else model.parameters.clone()
-        self.algorithm.before(
-            received,
-            {key: tensor.to(model.device) for key, tensor in known.items()},
-            broadcast.vector,
-            lambda: self._gradient("control", number, client, None),
+    # --- a round ----------------------------------------------------------------------------------
+
+    def receive(self, broadcast: Broadcast, round_number: int) -> None:
+        """Take over the mask that the messages bring, if it has changed."""
+        if broadcast.mask_version == self.mask.version:
+            return
+        message = next(
+            message
+            for messages in broadcast.messages.values()
+            for message in messages
+            if message.kind in ("mask", "mask_change")
         )
-        self._fit(report, number)
-        if not self.team.is_leader:
+        positions = self.agreement.channel("down", message.kind).decode(message.payload)
+        if message.kind == "mask_change":
+            positions = np.setxor1d(self.mask.positions(), positions, assume_unique=True)
+        left = self.agreement.use_mask(positions)
+        self.store.forget(torch.from_numpy(left), self.agreement.layout.size, round_number)
+        self._use_mask()
+
+    def train(
+        self, clients: list[int], round_number: int, broadcast: Broadcast
+    ) -> list[LocalUpdate]:
+        """Train these clients from the model that they received. Raises Interrupted.
+
+        Only a team's leader gets the updates; without error feedback, an update is valid until the
+        next call.
+        """
+        return [self._train_one(client, round_number, broadcast) for client in clients]
+
+    def encode(self, trained: LocalUpdate, round_number: int) -> Report:
+        """Prune and encode what a client learned and still owes; stage what it keeps."""
+        report = trained.report
+        if trained.update is None:
             return report
-        if not report.reach:
-            report.fail("fp16 skipped every step")
-            return report
-        if self.feedback:  # the update becomes what is owed, so it counts from now on
-            self.store.make_room(received.nbytes)
-        update = torch.sub(model.parameters, received, out=self.update)
-        own = self.own_positions
-        if own is not None:
-            update[own] = 0
         try:
-            kept, extra = self.algorithm.after(update, report.reach)
-            if own is not None:
-                kept["norm"] = torch.cat([model.parameters[own], model.buffers])
-                if extra is not None:
-                    extra[own] = 0
-            if self.server.sends_buffers:
-                payload, sent = encode(
-                    model.buffers.cpu(), model.buffer_layout, memory=self.outbox.take
-                )
-                report.add("buffers", payload, len(sent.values))
-            if self.server.mask.grows_in(number):
-                self._ask_for_growth(report, number, broadcast, known)
-            self._send(report, number, update.cpu(), extra, state, kept)
+            if trained.buffers is not None:
+                self._add(report, "buffers", trained.buffers, round_number)
+            if trained.growth is not None:
+                candidates = self.mask.growth_candidates(trained.growth, round_number)
+                self._add(report, "growth", trained.growth, round_number, lambda *_: candidates)
+            self._encode_update(trained, round_number)
         except NotFinite:
             report.fail("the update is not finite")
         return report
 
+    def settle(self, report: Report, round_number: int) -> None:
+        """Of a client that the server refused, all that was sent is owed again.
+
+        The rest of its state stays what it was before the round.
+        """
+        client = report.client
+        if not report.failure or client not in self.store.staged:
+            return
+        staged, state = self.store.get_staged(client), self.store.get(client)
+        state = state | {key: staged[key] for key in OWED if key in staged}
+        if self.feedback:
+            payload = next(m.payload for m in report.messages if m.kind == "update")
+            channel = self.agreement.channel("up", "update")
+            channel.decode(payload, round_number, client).add_to(state["residual"])
+        self.store.stage(client, state, round_number)
+
     def score(self, client: int, broadcast: Broadcast) -> Report:
-        """Before round 1: how much each weight matters to the client's loss."""
+        """Before round 1: how much each weight matters to the client's loss (SNIP)."""
         report = self._report(client)
         if self._team_stops():
             raise Interrupted
@@ -116,27 +152,10 @@ class Trainer:
         self.load(broadcast.parameters, broadcast.buffers)
         gradient = self._gradient("mask", 0, client, self.config.pruning.mask.batches)
         try:
-            scores = encode_scores(gradient, broadcast.parameters, self.model.layout)
-            report.add("scores", scores, self.model.layout.size)
+            self._add(report, "scores", snip_scores(gradient, broadcast.parameters), 0)
         except NotFinite:
             report.fail("the scores are not finite")
         return report
-
-    def settle(self, number: int, mine: list[Report], averaged: list[int]) -> None:
-        """Keep the clients' new states, and see to it that nothing learned is lost.
-
-        Of a client that the server refused, all that was sent is owed again, and the rest of its
-        state is that of before. mine: the reports of this rank's clients as they left it.
-        """
-        for report in mine:
-            if report.client in self.store.staged and report.client not in averaged:
-                staged, state = self.store.get_staged(report.client), self.store.get(report.client)
-                state = state | {key: staged[key] for key in OWED if key in staged}
-                if self.feedback:
-                    uplink, payload = self.server.uplinks["update"], report.payloads["update"]
-                    uplink.decode(payload, number, report.client).add_to(state["residual"])
-                self.store.stage(report.client, state, number)
-        self.store.commit()
 
     def load(self, parameters: Tensor, buffers: Tensor, state: State | None = None) -> None:
         """Put a model into the network, with the norm layers of the client that kept `state`."""
@@ -147,8 +166,144 @@ class Trainer:
             self.model.parameters[self.own_positions] = norm[: len(self.own_positions)]
             self.model.buffers.copy_(norm[len(self.own_positions) :])
 
+    # --- training ---------------------------------------------------------------------------------
+
+    def _train_one(self, client: int, round_number: int, broadcast: Broadcast) -> LocalUpdate:
+        trained, model = LocalUpdate(self._report(client)), self.model
+        if self._team_stops():
+            raise Interrupted
+        if trained.report.failure:
+            return trained
+        trained.state = self.store.get(client)
+        known = self.team.share({k: v for k, v in trained.state.items() if k not in OWED})
+        self.load(broadcast.parameters, broadcast.buffers, known)
+        received = broadcast.parameters if self.own_positions is None else model.parameters.clone()
+        kept = known.get("algorithm")
+        trained.algorithm = self.agreement.algorithm.before(
+            received,
+            None if kept is None else kept.to(model.device),
+            broadcast.vector,
+            lambda: self._gradient("control", round_number, client, None),
+        )
+        self._fit(trained, round_number)
+        if not self.team.is_leader:
+            return trained
+        if not trained.report.step_length:
+            trained.report.fail("fp16 skipped every step")
+            return trained
+        self._read(trained, received)
+        if self.mask.grows_in(round_number):
+            self.load(broadcast.parameters, broadcast.buffers, known)
+            batches = self.config.pruning.mask.batches
+            trained.growth = self._gradient("mask", round_number, client, batches)
+        return trained
+
+    def _fit(self, trained: LocalUpdate, round_number: int) -> None:
+        """Train the model in the network on the client's pictures; note how it went."""
+        local, report = self.config.local, trained.report
+        lr = local_lr(local, round_number, self.config.rounds)
+        if self.engine is None:
+            self.engine = self.make_engine(self.precision)
+        corrects = trained.algorithm.corrects or self.pruned is not None
+        report.loss, report.num_skipped_steps = train(
+            self.engine,
+            self.pictures,
+            self.pictures_of[report.client],
+            local,
+            lr,
+            self.config.seed_for("training", round_number, report.client),
+            self._stops,
+            self._correction(trained.algorithm) if corrects else None,
+        )
+        steps = num_steps(local, report.num_examples) - report.num_skipped_steps
+        report.step_length = step_length(lr, steps, local.momentum, local.nesterov)
+
+    def _correction(self, algorithm: LocalRound) -> Callable[[Tensor, Tensor], None]:
+        """The algorithm's correction of a gradient, but for a client's own norm layers.
+
+        Weights that are pruned get no gradient, and so never leave 0.
+        """
+
+        def correct(weights: Tensor, gradient: Tensor) -> None:
+            own = self.own_positions
+            uncorrected = None if own is None else gradient[own]
+            algorithm.correct_gradient(weights, gradient)
+            if own is not None:
+                gradient[own] = uncorrected
+            if self.pruned is not None:
+                gradient.masked_fill_(self.pruned, 0.0)
+
+        return correct
+
+    def _read(self, trained: LocalUpdate, received: Tensor) -> None:
+        """Take from the network what the client has learned."""
+        model, own = self.model, self.own_positions
+        if self.feedback:  # the update becomes what is owed, so it counts from now on
+            self.store.make_room(received.nbytes)
+        update = torch.sub(model.parameters, received, out=self.update)
+        if own is not None:
+            update[own] = 0
+        trained.besides = trained.algorithm.after_training(update, trained.report.step_length)
+        trained.update = update
+        if own is not None:
+            trained.norm = torch.cat([model.parameters[own], model.buffers])
+            if trained.besides is not None:
+                trained.besides[own] = 0
+        if self.agreement.sends_buffers:
+            trained.buffers = model.buffers.clone()
+
+    def _gradient(
+        self, purpose: str, round_number: int, client: int, batches: int | None
+    ) -> Tensor:
+        """A client's gradient at the weights in the network, float32 [num_parameters]."""
+        return loss_gradient(
+            self.model,
+            self.pictures,
+            self.pictures_of[client],
+            self.config.local.batch_size,
+            batches,
+            self.config.seed_for(purpose, round_number, client),
+            self._stops,
+        )
+
+    # --- encoding ---------------------------------------------------------------------------------
+
+    def _encode_update(self, trained: LocalUpdate, round_number: int) -> None:
+        """Encode the update and what is owed; stage what does not travel for the next round."""
+        report, state = trained.report, trained.state
+        update, kept = trained.update.cpu(), State()
+        after = self.feedback.add(update, state) if self.feedback else {}
+        arrived = {"update": self._add(report, "update", update, round_number)}
+        if self.feedback:
+            kept |= self.feedback.subtract(update, arrived["update"], after)
+        if trained.besides is not None:
+            kind = self.agreement.algorithm.up
+            arrived[kind] = self._add(report, kind, trained.besides, round_number)
+        algorithm = trained.algorithm.after_sending(state.get("algorithm"), arrived)
+        if algorithm is not None:
+            kept["algorithm"] = algorithm
+        if trained.norm is not None:
+            kept["norm"] = trained.norm.cpu()
+        if not all(map(all_finite, kept.values())):
+            raise NotFinite
+        if kept:
+            self.store.stage(report.client, kept, round_number)
+
+    def _add(self, report: Report, kind: str, vector: Tensor, round_number: int, select=None):
+        """Encode a vector into a message of the report; return what arrives. Raises NotFinite."""
+        channel, client = self.agreement.channel("up", kind), report.client
+        payload, arrived = channel.encode(
+            vector.cpu(), round_number, client, self.outbox.take, select
+        )
+        report.messages.append(
+            self.agreement.message("up", kind, client, SERVER, payload, len(arrived.values))
+        )
+        return arrived
+
+    # --- small things -----------------------------------------------------------------------------
+
     def _report(self, client: int) -> Report:
-        report = Report(client, len(self.clients[client]))
+        report = Report(client, len(self.pictures_of[client]))
         if not report.num_examples:
             report.fail("it has no examples")
         return report
@@ -162,113 +317,18 @@ class Trainer:
         self.team.sum_(asked)
         return bool(asked)
 
-    def _state(self, client: int) -> State:
-        """What the client kept; of weights that have left the mask since, nothing."""
-        state = self.store.get(client)
-        gone = self.server.mask.gone_since(self.store.versions.get(client, 0))
-        if gone is None:
-            return state
-        return {
-            key: tensor.masked_fill(gone, 0.0) if len(tensor) == len(gone) else tensor
-            for key, tensor in state.items()
-        }
-
-    def _fit(self, report: Report, number: int) -> None:
-        """Train the model in the network on the client's pictures; note how it went."""
-        local, indices = self.config.local, self.clients[report.client]
-        lr = local_lr(local, number, self.config.rounds)
-        pruned = self.server.pruned
+    def _use_mask(self) -> None:
+        pruned = self.mask.pruned
         self.pruned = None if pruned is None else pruned.to(self.model.device)
-        if self.engine is None:
-            self.engine = self._make_engine()
-        report.loss, report.num_skipped = train(
-            self.engine,
-            self.pictures,
-            indices,
-            local,
-            lr,
-            self.config.seed_for("training", number, report.client),
-            self._stops,
-            self._amend if self._amends() else None,
-        )
-        steps = num_steps(local, len(indices)) - report.num_skipped
-        report.reach = reach(lr, steps, local.momentum, local.nesterov)
 
-    def _make_engine(self) -> Engine:
-        """Only now: its precision has been settled since the start."""
-        if self.use_deepspeed:
-            from training.deepspeed_engine import DeepSpeedEngine  # takes seconds
+    def _make_torch_engine(self, precision: str) -> Engine:
+        return TorchEngine(self.model, self.config.local, precision, self.team)
 
-            folder = self.config.run_folder
-            return DeepSpeedEngine(self.model, self.config, self.precision, self.team, folder)
-        return TorchEngine(self.model, self.config.local, self.precision, self.team)
-
-    def _amends(self) -> bool:
-        corrects = type(self.algorithm).gradient is not FedAvg.gradient
-        return corrects or self.server.pruned is not None
-
-    def _amend(self, x: Tensor, gradient: Tensor) -> None:
-        """The algorithm's correction, but of a client's own norm layers.
-
-        Weights that are pruned get no gradient, and so never leave 0.
-        """
-        own = self.own_positions
-        uncorrected = None if own is None else gradient[own]
-        self.algorithm.gradient(x, gradient)
-        if own is not None:
-            gradient[own] = uncorrected
-        if self.pruned is not None:
-            gradient.masked_fill_(self.pruned, 0.0)
-
-    def _gradient(self, purpose: str, number: int, client: int, batches: int | None) -> Tensor:
-        """A client's gradient at the weights in the network, float32 [num_parameters]."""
-        return loss_gradient(
-            self.model,
-            self.pictures,
-            self.clients[client],
-            self.config.local.batch_size,
-            batches,
-            self.config.seed_for(purpose, number, client),
-            self._stops,
-        )
-
-    def _ask_for_growth(
-        self, report: Report, number: int, broadcast: Broadcast, known: State
-    ) -> None:
-        """Say which weights outside the mask the loss at the received model asks for most."""
-        self.load(broadcast.parameters, broadcast.buffers, known)
-        batches = self.config.pruning.mask.batches
-        gradient = self._gradient("mask", number, report.client, batches)
-        report.add("growth", *self.server.mask.encode_growth(gradient.cpu(), number))
-
-    def _send(
-        self,
-        report: Report,
-        number: int,
-        update: Tensor,
-        extra: Tensor | None,  # what the algorithm sends besides
-        state: State,  # before the round
-        kept: State,  # after it, as far as the algorithm goes
-    ) -> None:
-        """Encode an update and what is owed into a report; keep what does not travel."""
-        client, uplinks = report.client, self.server.uplinks
-        after = self.feedback.add(update, state) if self.feedback else {}
-        memory = self.outbox.take
-        payload, sent = uplinks["update"].encode(update, number, client, memory)
-        report.add("update", payload, len(sent.values))
-        if self.feedback:
-            kept |= self.feedback.subtract(update, sent, after)
-        if extra is not None:
-            kind = self.algorithm.up
-            payload, sent = uplinks[kind].encode(extra.cpu(), number, client, memory)
-            report.add(kind, payload, len(sent.values))
-            kept[kind] = state[kind].clone() if kind in state else torch.zeros_like(update)
-            sent.add_to(kept[kind])
-        kept = {key: tensor.cpu() for key, tensor in kept.items()}
-        if not all(map(all_finite, kept.values())):
-            raise NotFinite
-        if kept:
-            self.store.stage(client, kept, number)
+    def load_mask(self, state: dict) -> None:
+        """Go on with the mask of a checkpoint."""
+        self.mask.load(state)
+        self.agreement.tell_mask()
+        self._use_mask()
 
 
 def _error_feedback(config: Config) -> ErrorFeedback | None:

@@ -14,12 +14,22 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-State = dict[str, Tensor]
+
+class State(TypedDict, total=False):
+    """What a client keeps between rounds, float32 vectors on the CPU."""
+
+    residual: Tensor  # [num_parameters]: what it owes, see channel.ErrorFeedback
+    velocity: Tensor  # [num_parameters]: of DGC's momentum correction
+    algorithm: Tensor  # [num_parameters]: what its algorithm keeps
+    norm: Tensor  # FedBN: the weights of its own norm layers, then all buffers
+
+
+OVER_COORDINATES = ("residual", "velocity", "algorithm")  # what a mask takes weights from
 NUM_THREADS = 32
 
 
@@ -38,10 +48,30 @@ class ClientStore:
         self.replaced: list[Path] = []  # files that only the checkpoint on the disk needs
         self.memory: dict[tuple[int, int], State] = {}  # not on the disk; last used, last in line
         self.bytes_in_memory = 0
+        # int32 [num_parameters]: the round in which each weight last left the mask; 0 for never
+        self.left_in = torch.zeros(0, dtype=torch.int32)
 
     def get(self, client: int) -> State:
-        """The client's state, to be read and not written; empty if it has none."""
-        return self._read(client, self.versions[client]) if client in self.versions else {}
+        """The client's state, to be read and not written; empty if it has none.
+
+        Of weights that have left the mask since the state was made, it holds zeros, even if they
+        are back.
+        """
+        if client not in self.versions:
+            return {}
+        state, version = self._read(client, self.versions[client]), self.versions[client]
+        left = self.left_in > version
+        if not left.any():
+            return state
+        return state | {
+            key: state[key].masked_fill(left, 0.0) for key in OVER_COORDINATES if key in state
+        }
+
+    def forget(self, left: Tensor, num_coordinates: int, round_number: int) -> None:
+        """The weights at these positions, int64, are not on the mask of this round any more."""
+        if not len(self.left_in):
+            self.left_in = torch.zeros(num_coordinates, dtype=torch.int32)
+        self.left_in[left] = round_number
 
     def get_staged(self, client: int) -> State:
         return self._read(client, self.staged[client])

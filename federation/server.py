@@ -4,8 +4,7 @@ Every rank holds this state and does these steps for itself, from the same bytes
 """
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,68 +13,134 @@ from torch import Tensor
 
 import pruning
 from afo import make_optimizer, make_scheduler
-from algorithms import FedAvg
-from cnn_model import FlatModel
-from compression import Decoded, all_finite, decode, encode
-from compressors.quantisers import parse_values
-from config import Config, ConfigError, Downlink, Selection
-from distributed import Report
-from federation.channel import Channel
-from federation.downlink import Changes, Message, WholeModel
-from federation.mask import SharedMask
-from wire.container import PayloadError
-
-AddUp = Callable[[dict[str, Tensor], Tensor, list[Report]], None]
+from compression import Decoded, PayloadError, all_finite
+from config import Config, ConfigError
+from federation.agreement import Agreement
+from federation.downlink import Changes, WholeModel
+from federation.mask import MaskHistory
+from federation.messages import SERVER, Broadcast, Message, Report
 
 
-def alone(sums: dict[str, Tensor], largest: Tensor, reports: list[Report]) -> None:
-    """Nothing to add: all payloads are here."""
+class Average:
+    """The weighted averages of a cohort's vectors by kind, summed as reports arrive.
 
+    A report is decoded when it arrives and needs not be kept, so a large cohort takes no memory.
+    weights: of the clients from whom reports are expected; is_counter: bool [num_buffers], of which
+    the largest counts and not the average; with_norms: average the updates' squared norms too.
+    """
 
-@dataclass(frozen=True)
-class Broadcast:
-    """What the clients decode, float32 [n] each, and the messages that it came in."""
+    def __init__(
+        self,
+        agreement: Agreement,
+        weights: dict[int, int],
+        is_counter: Tensor,
+        is_variance: Tensor,
+        with_norms: bool,
+    ):
+        self.agreement, self.weights, self.total = agreement, weights, sum(weights.values())
+        self.is_counter, self.is_variance = is_counter, is_variance
+        self.with_norms = with_norms
+        self.sums: dict[str, Tensor] = {}
+        self.counters = torch.zeros(len(is_counter))
+        self.reports: list[Report] = []
 
-    parameters: Tensor
-    vector: Tensor | None  # the algorithm's
-    buffers: Tensor
-    messages: dict[int, list[Message]]  # by client
+    def add(self, report: Report, round_number: int) -> None:
+        """Add what a client sent. One whose payload does not decode fails, and the report says so.
 
-    def to(self, device: torch.device) -> "Broadcast":
-        """The same with the vectors on the device of training."""
-        vector = None if self.vector is None else self.vector.to(device)
-        vectors = dict(parameters=self.parameters.to(device), buffers=self.buffers.to(device))
-        return replace(self, vector=vector, **vectors)
+        A report whose payloads are on another rank is only noted, and so is one that failed.
+        """
+        self.reports.append(report)
+        if report.failure or any(message.payload is None for message in report.messages):
+            return
+        try:
+            arrived = self._decode(report, round_number)
+        except PayloadError as error:
+            report.failure = f"payload refused: {error}"
+            return
+        if self.with_norms and "update" in arrived:
+            square = np.square(arrived["update"].values, dtype=float).sum()
+            arrived["squared_norm"] = Decoded(1, None, np.array([square], np.float32))
+        for kind, part in arrived.items():
+            if kind not in self.sums:
+                self.sums[kind] = torch.zeros(part.size)
+            part.add_to(self.sums[kind], self.weights[report.client] / max(self.total, 1))
+        if "buffers" in arrived:
+            self.counters = torch.maximum(self.counters, arrived["buffers"].dense())
+
+    def finish(self) -> dict[str, Tensor]:
+        """The averages over those who did not fail, by kind of message."""
+        present = sum(self.weights[report.client] for report in self.averaged)
+        if present < self.total:  # some failed or were refused: the others weigh more
+            for vector in self.sums.values():
+                vector.mul_(self.total / max(1, present))
+        if "buffers" in self.sums:
+            averages = self.sums["buffers"]
+            self.sums["buffers"] = torch.where(self.is_counter, self.counters, averages)
+        return self.sums
+
+    @property
+    def averaged(self) -> list[Report]:
+        """The reports that count."""
+        return [report for report in self.reports if not report.failure]
+
+    def _decode(self, report: Report, round_number: int) -> dict[str, Decoded]:
+        """A client's vectors by kind. Raises PayloadError."""
+        arrived = {
+            message.kind: self.agreement.channel("up", message.kind).decode(
+                message.payload, round_number, report.client
+            )
+            for message in report.messages
+        }
+        if "buffers" in arrived and (arrived["buffers"].dense()[self.is_variance] < 0).any():
+            raise PayloadError("buffers: a running variance is negative")
+        return arrived
 
 
 class Server:
     """The global vectors and the optimizer that steps them.
 
     parameters: float32 [num_parameters], stepped; vector: float32 [num_parameters], the client
-    algorithm's, if it has one; buffers: float32 [num_buffers], averaged.
+    algorithm's, if it has one; buffers: float32 [num_buffers], averaged; is_counter, is_variance:
+    bool [num_buffers]; num_examples: of each client. Raises ConfigError for settings of the
+    optimizer or the scheduler that it does not take.
     """
 
     def __init__(
-        self, config: Config, model: FlatModel, algorithm: FedAvg, num_examples: list[int]
+        self,
+        config: Config,
+        agreement: Agreement,
+        parameters: Tensor,
+        buffers: Tensor,
+        is_counter: Tensor,
+        is_variance: Tensor,
+        num_examples: list[int],
     ):
-        self.layout, self.buffer_layout = model.layout, model.buffer_layout
-        self.parameters = torch.nn.Parameter(model.parameters.detach().cpu().clone())
-        self.buffers = model.buffers.cpu().clone()
-        self.is_counter, self.is_variance = model.is_counter, model.is_variance
-        self.sends_buffers = config.model.norm_policy == "average" and len(self.buffers) > 0
-        self.algorithm = algorithm
-        self.vector = torch.zeros(self.layout.size) if algorithm.has_vector else None
-        seed = config.seed_for("mask")
-        self.mask = SharedMask(config.pruning.mask, self.layout, config.rounds, seed)
-        if self.mask.kept is not None:
-            self.parameters.data.mul_(pruning.sparse_gains(self.mask.kept, self.layout.shapes))
-        self._make_links(config)
-        self.growth: Tensor | None = None  # float32 [n]: the average of the growth payloads
-        self._use_mask()
-        self.by_examples = config.server.weighting == "examples"
-        self.total_weight = sum(num_examples) if self.by_examples else len(num_examples)
+        self.agreement, self.mask, self.algorithm = agreement, agreement.mask, agreement.algorithm
+        self.parameters = torch.nn.Parameter(parameters.detach().cpu().clone())
+        self.buffers = buffers.cpu().clone()
+        self.is_counter, self.is_variance = is_counter, is_variance
+        self.vector = torch.zeros(len(parameters)) if self.algorithm.has_vector else None
+        self.history = MaskHistory()
+        self.growth: Tensor | None = None  # float32 [n]: average of what clients want to grow
+        self.pruned = self.mask.pruned
+        if self.pruned is not None:
+            gains = pruning.sparse_gains(self.mask.kept, agreement.layout.shapes)
+            self.parameters.data.mul_(gains).masked_fill_(self.pruned, 0.0)
+        self.downlinks = self._make_downlinks(config)
+        by_examples = config.server.weighting == "examples"
+        self.weights = num_examples if by_examples else [1] * len(num_examples)
         self._make_optimizer(config)
-        self.wants_norms = "mean_squared_norm" in self.optimizer.param_groups[0]
+
+    def _make_downlinks(self, config: Config) -> dict[str, WholeModel | Changes]:
+        """How the model reaches the clients, and the algorithm's vector if it travels."""
+        kinds = filter(None, ("model", self.algorithm.down))
+        if config.downlink.mode == "model":
+            return {kind: WholeModel(self.agreement, kind) for kind in kinds}
+        return {kind: Changes(self.agreement, self._held(kind), kind) for kind in kinds}
+
+    def _held(self, kind: str) -> Tensor:
+        """What the server holds of a vector that it broadcasts."""
+        return self.parameters.detach() if kind == "model" else self.vector
 
     def _make_optimizer(self, config: Config) -> None:
         server, self.scheduler = config.server, None
@@ -91,162 +156,80 @@ class Server:
                 )
         except ValueError as error:
             raise ConfigError(f"server: {error}") from None
+        self.wants_norms = "mean_squared_norm" in self.optimizer.param_groups[0]
 
-    def _make_links(self, config: Config) -> None:
-        """Channels by kind of message: the update's and the model's, and the algorithm's."""
-        up, down = config.uplink, config.downlink
-        for key, link in (("uplink", up), ("downlink", down)):
-            try:
-                parse_values(link.values)
-            except ValueError as error:
-                raise ConfigError(f"{key}.values: {error}") from None
+    # --- down -------------------------------------------------------------------------------------
 
-        def make(kind: str, selection: Selection, link: Any, unbiased: bool = False) -> Channel:
-            def seed_for(purpose: str, *rest: int) -> int:
-                return config.seed_for(f"{kind}/{purpose}", *rest)
-
-            return Channel(self.layout, selection, link, unbiased, seed_for)
-
-        self.uplinks = {"update": make("update", config.pruning, up, not up.error_feedback)}
-        if self.algorithm.up:  # a sum that both ends keep: what is lost of it is never scaled up
-            self.uplinks[self.algorithm.up] = make(self.algorithm.up, config.pruning, up)
-        self.downlinks: dict[str, WholeModel | Changes] = {}
-        for kind in filter(None, ("model", self.algorithm.down)):
-            channel = make(kind, down.pruning, down)
-            if down.mode == "model":
-                self.downlinks[kind] = WholeModel(channel, kind)
-            else:
-                whole = make(kind, Selection(method="none"), Downlink(values="fp32"))
-                self.downlinks[kind] = Changes(channel, whole, self._held(kind), kind)
-
-    def _held(self, kind: str) -> Tensor:
-        """What the server holds of the vectors that it broadcasts."""
-        return self.parameters.detach() if kind == "model" else self.vector
-
-    def broadcast(self, number: int, cohort: list[int]) -> Broadcast:
+    def broadcast(self, round_number: int, cohort: list[int]) -> Broadcast:
         """The messages that bring the model to each client, and what they decode to.
 
-        In round 0, which only scores the weights, nothing else comes along.
+        In round 0, which only scores the weights, nothing else comes along, and a system without
+        compression would send nothing.
         """
-        messages, received = self.mask.messages(cohort), {}
+        messages, received = self._mask_messages(cohort), {}
         for kind, link in self.downlinks.items():
-            if kind == "model" or number > 0:
-                received[kind], sent = link.send(self._held(kind), number, cohort)
+            if kind == "model" or round_number > 0:
+                received[kind], sent = link.send(self._held(kind), round_number, cohort)
                 messages = {client: [*some, *sent[client]] for client, some in messages.items()}
         buffers = self.buffers
-        if self.sends_buffers:
-            payload, sent = encode(buffers, self.buffer_layout)
-            buffers, size = sent.dense(), self.buffer_layout.size
-            message = Message("buffers", payload, size, size)
-            messages = {client: [*some, message] for client, some in messages.items()}
+        if self.agreement.sends_buffers:
+            payload, sent = self.agreement.channel("down", "buffers").encode(buffers, round_number)
+            buffers = sent.dense()
+            for client, some in messages.items():
+                some.append(self._message("buffers", client, payload, len(buffers)))
+        if round_number == 0:
+            messages = {c: [replace(m, dense_values=0) for m in ms] for c, ms in messages.items()}
         vector = received.get(self.algorithm.down)
-        return Broadcast(received["model"], vector, buffers, messages)
+        return Broadcast(received["model"], vector, buffers, self.mask.version, messages)
 
-    def receive(self, report: Report, number: int) -> dict[str, Decoded]:
-        """Decode a client's payloads, by kind. Raises PayloadError."""
-        layouts = {"buffers": self.buffer_layout, "scores": self.layout, "growth": self.layout}
-        decoded = {
-            kind: self.uplinks[kind].decode(payload, number, report.client)
-            if kind in self.uplinks
-            else decode(payload, layouts[kind])
-            for kind, payload in report.payloads.items()
+    def _mask_messages(self, cohort: list[int]) -> dict[int, list[Message]]:
+        """What each client lacks of the mask: nothing, the last change, or the whole mask."""
+        missed = self.history.missed(cohort, self.mask.version)
+        if not any(missed.values()):
+            return {client: [] for client in cohort}
+        positions = {"mask": self.mask.kept, "mask_change": self.history.last_change}
+        payloads = {
+            kind: self.agreement.channel("down", kind).encode(some)
+            for kind, some in positions.items()
         }
-        if "buffers" in decoded and (decoded["buffers"].dense()[self.is_variance] < 0).any():
-            raise PayloadError("buffers: a running variance is negative")
-        return decoded
+        shorter = min(payloads, key=lambda kind: len(payloads[kind]))
+        messages: dict[int, list[Message]] = {}
+        for client, changes in missed.items():
+            kind = "mask" if changes > 1 else shorter
+            message = self._message(kind, client, payloads[kind], len(positions[kind]))
+            messages[client] = [message] if changes else []
+        return messages
 
-    def step(self, reports: list[Report], number: int, add_up: AddUp = alone) -> list[int]:
-        """Average the updates, in the order of the reports, and step; return who was averaged.
+    def _message(self, kind: str, client: int, payload: memoryview, num_values: int) -> Message:
+        return self.agreement.message("down", kind, SERVER, client, payload, num_values)
 
-        A client that failed is left out, and so is one whose payload does not decode (its report
-        then says so). If nobody is left, the model stays as it is. Raises ConfigError if the step
-        makes the model inf or NaN. add_up: what other ranks decode, see Ranks.add_up().
+    # --- up ---------------------------------------------------------------------------------------
+
+    def new_average(self, cohort: list[int]) -> Average:
+        """An empty average, to which the cohort's reports are added in client order."""
+        weights = {client: self.weights[client] for client in cohort}
+        marks = self.is_counter, self.is_variance
+        return Average(self.agreement, weights, *marks, with_norms=self.wants_norms)
+
+    def step(self, average: Average, round_number: int) -> list[int]:
+        """Step by the averaged updates; return the clients that were averaged.
+
+        If nobody is left, the model stays as it is. Raises ConfigError if the step makes the model
+        inf or NaN.
         """
-        averages, averaged, squared_norm = self._average(reports, number, add_up)
-        if averaged:
-            if self.mask.grows_in(number):
+        averages, reports = average.finish(), average.averaged
+        if reports:
+            if self.mask.grows_in(round_number):
                 self.growth = averages["growth"]
-            weights = {r.client: self._weight(r) for r in reports if r.client in averaged}
-            total = sum(weights.values())
-            reach = sum(weights.get(r.client, 0) * r.reach for r in reports) / total
-            self.algorithm.aggregate(averages, self.vector, total / self.total_weight, reach)
+            total = sum(self.weights[report.client] for report in reports)
+            weighted = sum(self.weights[report.client] * report.step_length for report in reports)
+            share = total / sum(self.weights)
+            self.algorithm.aggregate(averages, self.vector, share, weighted / max(total, 1))
             if self.wants_norms:
-                self.optimizer.param_groups[0]["mean_squared_norm"] = squared_norm
+                norm = float(averages["squared_norm"])
+                self.optimizer.param_groups[0]["mean_squared_norm"] = norm
             self._apply(averages["update"], averages.get("buffers", self.buffers))
-        return averaged
-
-    def _weight(self, report: Report) -> int:
-        return report.num_examples if self.by_examples else 1
-
-    def commit(self, number: int, cohort: list[int]) -> None:
-        """The round took place: its cohort has what it was sent, and now the mask may change."""
-        for link in self.downlinks.values():
-            link.commit()
-        self.mask.received(cohort)
-        if self.growth is not None:
-            self.mask.regrow(self.parameters.detach(), self.growth, number)
-            self.growth = None
-            self._use_mask()
-
-    def choose_mask(self, reports: list[Report], add_up: AddUp = alone) -> None:
-        """Average the clients' SNIP scores, in the order of the reports, and prune the model."""
-        averages, averaged, _ = self._average(reports, 0, add_up)
-        if not averaged or not averages["scores"].any():
-            raise ConfigError("pruning.mask: no client has finite scores; take another seed")
-        self.prune(averages["scores"])
-
-    def prune(self, scores: Tensor) -> None:
-        """Keep the weights with the best SNIP scores, float32 [num_parameters]."""
-        self.mask.choose(scores)
-        self._use_mask()
-
-    def _use_mask(self) -> None:
-        """From now on the weights outside the mask are 0 and do not travel."""
-        self.pruned = self.mask.pruned
-        if self.pruned is not None:
-            for link in (*self.uplinks.values(), *self.downlinks.values()):
-                link.use_mask(self.mask.kept)
-            self.parameters.data.masked_fill_(self.pruned, 0.0)
-            if self.vector is not None:
-                self.vector.masked_fill_(self.pruned, 0.0)
-
-    def _average(
-        self, reports: list[Report], number: int, add_up: AddUp
-    ) -> tuple[dict[str, Tensor], list[int], float]:
-        """The clients' vectors by kind, averaged in the order of the reports; whose they are; and
-        the average of the updates' squared norms, for FedExP.
-
-        One report is decoded at a time, so that a large cohort takes no memory.
-        """
-        weights = {r.client: self._weight(r) for r in reports if not r.failure}
-        total, averages = sum(weights.values()), {}
-        counters = torch.zeros_like(self.buffers)
-        for report in reports:
-            if report.failure or not report.payloads:
-                continue
-            try:
-                decoded = self.receive(report, number)
-            except PayloadError as error:
-                report.failure = f"payload refused: {error}"
-                continue
-            if self.wants_norms and number > 0:
-                square = np.square(decoded["update"].values, dtype=float).sum()
-                decoded["squared_norm"] = Decoded(1, None, np.array([square], np.float32))
-            for kind, part in decoded.items():
-                if kind not in averages:
-                    averages[kind] = torch.zeros(part.size)
-                part.add_to(averages[kind], weights[report.client] / total)
-            if "buffers" in decoded:
-                counters = torch.maximum(counters, decoded["buffers"].dense())
-        add_up(averages, counters, reports)
-        averaged = [r.client for r in reports if not r.failure]
-        if len(averaged) < len(weights):  # some were refused: the others weigh more
-            for average in averages.values():
-                average.mul_(total / max(1, sum(weights[client] for client in averaged)))
-        if "buffers" in averages:
-            averages["buffers"] = torch.where(self.is_counter, counters, averages["buffers"])
-        squared_norm = averages.pop("squared_norm", torch.zeros(1))
-        return averages, averaged, float(squared_norm)
+        return [report.client for report in reports]
 
     def _apply(self, update: Tensor, buffers: Tensor) -> None:
         self.buffers = buffers
@@ -262,9 +245,46 @@ class Server:
                 "server: a step made the model inf or NaN; lower server.lr, or raise tau or eps"
             )
 
+    def commit(self, round_number: int, cohort: list[int]) -> None:
+        """The round took place: its cohort has what it was sent, and now the mask may change."""
+        for link in self.downlinks.values():
+            link.commit()
+        self.history.record_received(cohort, self.mask.version)
+        if self.growth is not None:
+            growth, self.growth = self.growth, None
+            self._use_mask(self.mask.regrown(self.parameters.detach(), growth, round_number))
+
+    # --- the mask ---------------------------------------------------------------------------------
+
+    def choose_mask(self, average: Average) -> None:
+        """Prune the model by the clients' averaged SNIP scores. Raises ConfigError without any."""
+        averages = average.finish()
+        if not average.averaged or not averages["scores"].any():
+            raise ConfigError("pruning.mask: no client has finite scores; take another seed")
+        self.prune(averages["scores"])
+
+    def prune(self, scores: Tensor) -> None:
+        """Keep the weights with the best SNIP scores, float32 [num_parameters]."""
+        density, shapes = self.mask.settings.density, self.agreement.layout.shapes
+        self._use_mask(pruning.keep_mask(scores, density, shapes))
+
+    def _use_mask(self, kept: np.ndarray) -> None:
+        """From now on only these weights exist: all who hold a vector over them are told."""
+        before = self.mask.positions()
+        left = torch.from_numpy(self.agreement.use_mask(kept))
+        self.history.record_change(before, kept)
+        self.pruned = self.mask.pruned
+        for link in self.downlinks.values():
+            link.forget(left)
+        self.parameters.data.index_fill_(0, left, 0.0)
+        if self.vector is not None:
+            self.vector.index_fill_(0, left, 0.0)
+
+    # --- state ------------------------------------------------------------------------------------
+
     def density(self) -> float:
         """The share of the parameters that are not 0."""
-        return int(torch.count_nonzero(self.parameters.data)) / self.layout.size
+        return int(torch.count_nonzero(self.parameters.data)) / len(self.parameters)
 
     def sha256(self) -> str:
         """Of the parameters and then the buffers, as little-endian float32."""
@@ -273,6 +293,7 @@ class Server:
         return digest.hexdigest()
 
     def state(self) -> dict[str, Any]:
+        """For a checkpoint: tensors and plain values."""
         return {
             "parameters": self.parameters.detach(),
             "buffers": self.buffers,
@@ -280,12 +301,15 @@ class Server:
             "scheduler": self.scheduler.state_dict() if self.scheduler else {},
             "vector": self.vector,
             "mask": self.mask.state(),
+            "mask_history": self.history.state(),
             "downlinks": {kind: link.state() for kind, link in self.downlinks.items()},
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self.mask.load(state["mask"])
-        self._use_mask()
+        self.agreement.tell_mask()
+        self.pruned = self.mask.pruned
+        self.history.load(state["mask_history"])
         self.parameters.data.copy_(state["parameters"])
         self.buffers.copy_(state["buffers"])
         if self.vector is not None:

@@ -1,30 +1,35 @@
-"""Federated training, round by round.
+"""Synchronous federated training, round by round.
 
 A round samples a cohort, broadcasts the model as a payload, trains each client from what that
-payload decodes to, prunes and encodes what the clients learned, exchanges the payloads between
-ranks, decodes and averages them in client order, lets the server's optimizer step, evaluates, and
-writes it all down.
+payload decodes to, prunes and encodes what the clients learned, decodes and averages the payloads
+in client order, lets the server's optimizer step, and evaluates.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from algorithms import ALGORITHMS
-from cnn_model import FlatModel, build_network
-from config import Config, ConfigError
-from data import Dataset, Pictures, hold_out, load_dataset, partition_labels
-from distributed import Ranks, Report, place
-from federation.client import Trainer
+from config import Config
+from distributed import Ranks
 from federation.client_store import ClientStore
-from federation.server import Broadcast, Server
-from network.clock import Device, Link, round_seconds
-from run_folder import LedgerRow, RunFolder
+from federation.cohort import Placement, sample_cohort
+from federation.exchange import Exchange
+from federation.ledger import LedgerRow, ledger_row
+from federation.messages import Broadcast, Report, pack_reports, unpack_reports
+from federation.server import Average
+from federation.setup import (
+    build_model,
+    load_data,
+    make_clients,
+    make_pictures,
+    make_server,
+    partition,
+)
+from network.clock import Device, Link, client_timeline
 from training.evaluation import SHARED, evaluate_models
 from training.local_sgd import Interrupted, local_lr
 
@@ -33,7 +38,7 @@ from training.local_sgd import Interrupted, local_lr
 class Progress:
     """How far a run is; a checkpoint holds it."""
 
-    round: int = 0  # rounds completed
+    round_number: int = 0  # rounds completed
     wall_seconds: float = 0.0
     simulated_seconds: float = 0.0
     bytes_up: int = 0
@@ -42,169 +47,167 @@ class Progress:
 
 
 class Federation:
-    """Everything that a run holds in memory, and its rounds. Every rank has one."""
+    """Everything that a run holds in memory, and its rounds. Every rank has one.
 
-    def __init__(self, config: Config, ranks: Ranks, folder: RunFolder):
-        self.config, self.ranks, self.folder = config, ranks, folder
-        network = config.network
+    states_folder: where clients' states go that do not fit into memory.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, states_folder: Path):
+        self.config, self.ranks, self.states_folder = config, ranks, states_folder
         if ranks.use_deepspeed:
             from training.deepspeed_engine import read_config
 
             ranks.together(lambda: read_config(config))  # a mistake in it is answered now
-        self.dataset = ranks.together(self._load_data, main_first=True)
-        self.pictures = ranks.together(self._pictures)
-        self.clients = ranks.together(self._partition)  # client: int64 indices into the pictures
+        self.dataset = ranks.together(lambda: load_data(config), main_first=True)
+        self.pictures = ranks.together(lambda: make_pictures(config, self.dataset, ranks.device))
+        self.shards = ranks.together(lambda: partition(config, self.dataset))
         labels, num_classes = self.dataset.train_labels.numpy(), self.pictures.num_classes
         self.labels_per_client = np.array(
-            [np.bincount(labels[indices], minlength=num_classes) for indices in self.clients]
+            [np.bincount(labels[indices], minlength=num_classes) for indices in self.shards]
         )
-        self.model = ranks.together(self._build_model)
-        self.server = ranks.together(self._make_server)
-        self.states: dict[int, int] = {}  # client: version of its saved state, of all ranks
-        on_device = [torch.from_numpy(indices).to(ranks.device) for indices in self.clients]
-        self.trainer = Trainer(
-            config,
-            self.model,
-            self.pictures,
-            on_device,
-            self.server,
-            self._store(),
-            ranks.team,
-            ranks.use_deepspeed,
+        self.model = ranks.together(lambda: build_model(config, self.pictures, ranks.device))
+        num_examples = list(map(len, self.shards))
+        self.server = ranks.together(lambda: make_server(config, self.model, num_examples))
+        self.versions: dict[int, int] = {}  # client: version of its saved state, of all ranks
+        self.placement = Placement(ranks, [])
+        self.clients = make_clients(
+            config, self.model, self.pictures, self.shards, self._make_store(), ranks
         )
+        self.exchange = Exchange(ranks, sums=config.distributed.exchange == "allreduce")
+        network = config.network
         self.link = Link(network.uplink_mbps, network.downlink_mbps, network.latency_ms)
-        self.hardware = Device(network.ms_per_example)
+        self.device = Device(network.ms_per_example)
         self.progress = Progress()
-        self.received = 0  # bytes from other ranks up to the last round
-        self.before: dict[int, list[LedgerRow]] = {}  # client: messages from before round 1
+        self.received = 0  # bytes that collectives had brought to this rank up to the last round
+        self.earlier: list[Report] = []  # of round 0, until they are recorded with round 1
 
-    def run_round(self) -> dict[str, Any]:
-        """Do the next round and return its row of rounds.jsonl. Raises Interrupted."""
-        begin, number = time.perf_counter(), self.progress.round + 1
-        cohort = self.sample_cohort(number)
-        if self.server.mask.awaits_scores:
-            self.choose_mask(cohort)
-        broadcast = self.server.broadcast(number, cohort).to(self.ranks.device)
-        mine, reports = self.visit(cohort, partial(self.trainer.train, number, broadcast=broadcast))
-        averaged = self.server.step(reports, number, self.ranks.add_up)
-        self.trainer.settle(number, mine, averaged)
-        self.server.commit(number, cohort)
-        scores = self.evaluate(number, cohort)
-        return self.write_down(number, begin, broadcast, reports, averaged, scores)
+    # --- a round ----------------------------------------------------------------------------------
 
-    def sample_cohort(self, number: int) -> list[int]:
-        """clients.per_round different clients, ascending."""
-        rng = np.random.default_rng(self.config.seed_for("cohort", number))
-        clients = self.config.clients
-        return sorted(rng.choice(clients.total, clients.per_round, replace=False).tolist())
+    def run_round(self) -> tuple[dict[str, Any], list[LedgerRow]]:
+        """Do the next round. Raises Interrupted, and then the round never happened.
 
-    def visit(
-        self, cohort: list[int], work: Callable[[int], Report]
-    ) -> tuple[list[Report], list[Report]]:
-        """Do `work` for the clients of the cohort, each by its team of ranks. Raises Interrupted.
-
-        Returns the reports of this rank's clients as they left it, and all ranks' as they arrived.
+        Returns its row of rounds.jsonl and its rows of the ledger.
         """
-        self.place_cohort(cohort)
-        self.trainer.outbox.clear()
-        team, mine = self.ranks.team, []
-        try:
-            for client in cohort:
-                if self.homes[client] == team.number:
-                    report = work(client)
-                    mine += [report] if team.is_leader else []
-        except Interrupted:
-            mine = None
-        reports = self.ranks.exchange(mine)
-        if reports is None:  # some rank was asked to stop: the round never happened
-            self.trainer.store.discard()
-            raise Interrupted
-        return mine, reports
+        begin, round_number = time.perf_counter(), self.progress.round_number + 1
+        cohort = sample_cohort(self.config, round_number)
+        if self.server.mask.awaits_scores:
+            self._choose_mask(cohort)
+        broadcast = self.server.broadcast(round_number, cohort).to(self.ranks.device)
+        self.clients.receive(broadcast, round_number)
+        average = self._collect(cohort, round_number, broadcast, self._train_and_encode)
+        averaged = self.server.step(average, round_number)
+        self.clients.store.commit()
+        self.server.commit(round_number, cohort)
+        scores = self._evaluate(round_number, cohort)
+        return self._record(round_number, begin, average.reports, averaged, scores)
 
-    def place_cohort(self, cohort: list[int]) -> None:
-        """Place the cohort's clients on the teams, and move their states there by the disk."""
+    def _train_and_encode(self, client: int, round_number: int, broadcast: Broadcast) -> Report:
+        [update] = self.clients.train([client], round_number, broadcast)
+        return self.clients.encode(update, round_number)
+
+    def _collect(
+        self,
+        cohort: list[int],
+        round_number: int,
+        broadcast: Broadcast,
+        work: Callable[[int, int, Broadcast], Report],
+    ) -> Average:
+        """Let the cohort work, and average what it sends in client order. Raises Interrupted."""
+        clients, average = self.clients, self.server.new_average(cohort)
         costs = {client: float(self.num_trained(client)) for client in cohort}
-        placed = place(costs, self.ranks.num_teams, self.homes)
-        store, team = self.trainer.store, self.ranks.team
-        leaving = [c for c in cohort if c in store.versions and placed[c] != team.number]
-        leaves = {client: store.release(client) for client in leaving}
-        self.homes |= placed
-        if self.ranks.size > 1:
-            for moved in self.ranks.gather_json(leaves):
-                for client, (version, changed) in moved.items():
-                    if placed[int(client)] == team.number and team.is_leader:
-                        store.adopt(int(client), version, changed)
+        self.placement.place(costs, clients.store)
+        clients.outbox.clear()
+        own = self._own_reports(cohort, lambda client: work(client, round_number, broadcast))
+        try:
+            for report in self.exchange.arrivals(own):
+                average.add(report, round_number)
+                clients.settle(report, round_number)
+                report.messages = [*broadcast.messages[report.client], *report.messages]
+                report.messages = report.without_payloads().messages
+                if self.ranks.size == 1:  # its payloads are decoded: their memory is free again
+                    clients.outbox.clear()
+        except Interrupted:
+            clients.store.discard()
+            raise
+        self.exchange.add_up(average)
+        return average
+
+    def _own_reports(self, cohort: list[int], work: Callable[[int], Report]) -> Iterator[Report]:
+        """The reports of the clients that this rank's team trains, one by one."""
+        for client in cohort:
+            if self.placement.is_here(client):
+                report = work(client)
+                if self.ranks.team.is_leader:
+                    yield report
+
+    def _choose_mask(self, cohort: list[int]) -> None:
+        """Before round 1 its cohort scores the weights: in the ledger this is round 0."""
+        broadcast = self.server.broadcast(0, cohort).to(self.ranks.device)
+        average = self._collect(cohort, 0, broadcast, self._score)
+        self.server.choose_mask(average)
+        self.earlier = average.reports
+
+    def _score(self, client: int, round_number: int, broadcast: Broadcast) -> Report:
+        return self.clients.score(client, broadcast)
 
     def num_trained(self, client: int) -> int:
         """How many examples a client trains on in a round."""
-        local, num_examples = self.config.local, len(self.clients[client])
-        before = num_examples if local.option == 1 else 0  # SCAFFOLD's full gradient
+        local, num_examples = self.config.local, len(self.shards[client])
+        before = num_examples if self.server.algorithm.takes_full_gradient else 0
         if local.steps:
             return before + local.steps * min(local.batch_size, num_examples)
         return before + local.epochs * num_examples
 
-    def choose_mask(self, cohort: list[int]) -> None:
-        """Before round 1 its cohort scores the weights: in the ledger this is round 0."""
-        broadcast = self.server.broadcast(0, cohort).to(self.ranks.device)
-        messages = {  # a dense system would send nothing yet
-            client: [replace(message, dense=0) for message in some]
-            for client, some in broadcast.messages.items()
-        }
-        broadcast = replace(broadcast, messages=messages)
-        _, reports = self.visit(cohort, partial(self.trainer.score, broadcast=broadcast))
-        self.server.choose_mask(reports, self.ranks.add_up)
-        self.before = {r.client: self.ledger_rows(0, r, broadcast) for r in reports}
-
-    def evaluate(self, number: int, cohort: list[int]) -> dict[str, float | None]:
+    def _evaluate(self, round_number: int, cohort: list[int]) -> dict[str, float | None]:
         """Scores of the model, or of the cohort's models with their own norm layers, if due."""
-        if number % self.config.evaluation.every and number != self.config.rounds:
+        evaluation = self.config.evaluation
+        if round_number % evaluation.every and round_number != self.config.rounds:
             return {"test_accuracy": None, "test_loss": None}
-        server, trainer, team = self.server, self.trainer, self.ranks.team
+        server, clients = self.server, self.clients
         scores = evaluate_models(
-            [SHARED] if trainer.own_positions is None else cohort,
-            lambda c: trainer.load(server.parameters.data, server.buffers, trainer.store.get(c)),
+            [SHARED] if clients.own_positions is None else cohort,
+            lambda c: clients.load(server.parameters.data, server.buffers, clients.store.get(c)),
             self.model,
             self.pictures,
-            trainer.precision,
-            self.config.evaluation.batch_size,
+            clients.precision,
+            evaluation.batch_size,
             self.ranks,
-            lambda client: self.homes[client] == team.number and team.is_leader,
+            self.placement.holds_state,
             self.labels_per_client,
         )
         self.progress.evaluations.append(scores)
         return scores
 
-    def write_down(
+    # --- what is written down ---------------------------------------------------------------------
+
+    def _record(
         self,
-        number: int,
+        round_number: int,
         begin: float,
-        broadcast: Broadcast,
         reports: list[Report],
         averaged: list[int],
         scores: dict[str, float | None],
-    ) -> dict[str, Any]:
-        """Move the clocks on and log the round: a row of rounds.jsonl, a ledger row a message."""
-        by_client = [self.ledger_rows(number, report, broadcast) for report in reports]
-        messages = [row for rows in by_client for row in rows]
-        lasted = round_seconds(map(self.client_seconds, reports, by_client))
+    ) -> tuple[dict[str, Any], list[LedgerRow]]:
+        """Move the clocks on; return the row of rounds.jsonl and a ledger row for each message."""
         progress = self.progress
-        progress.round = number
+        rows, lasted = self._ledger_rows(round_number, reports)
+        progress.round_number = round_number
         progress.simulated_seconds += lasted
-        up = sum(row.bytes for row in messages if row.direction == "up")
-        down = sum(row.bytes for row in messages if row.direction == "down")
+        up = sum(row.bytes for row in rows if row.direction == "up")
+        down = sum(row.bytes for row in rows if row.direction == "down")
         progress.bytes_up += up
         progress.bytes_down += down
-        losses = [r.loss for r in reports if r.client in averaged]
+        losses = [report.loss for report in reports if report.client in averaged]
         loss = sum(losses) / max(1, len(losses))
         wall = time.perf_counter() - begin
         progress.wall_seconds += wall
         row = {
-            "round": number,
+            "round": round_number,
             "num_clients": len(averaged),
             "num_failed": len(reports) - len(averaged),
-            "num_skipped_steps": sum(r.num_skipped for r in reports),
+            "num_skipped_steps": sum(report.num_skipped_steps for report in reports),
             "failures": {str(r.client): r.failure for r in reports if r.failure},
-            "lr": local_lr(self.config.local, number, self.config.rounds),
+            "lr": local_lr(self.config.local, round_number, self.config.rounds),
             "train_loss": loss if losses and np.isfinite(loss) else None,
             **scores,
             "bytes_up": up,
@@ -214,140 +217,87 @@ class Federation:
             "wall_seconds": wall,
         }
         self.received = self.ranks.bytes_received
-        if self.ranks.is_main:
-            self.folder.append(row, messages)
-        return row
+        return row, rows
 
-    def ledger_rows(self, number: int, report: Report, broadcast: Broadcast) -> list[LedgerRow]:
-        """A row for each message between the server and one client."""
-        size, num_buffers = self.model.layout.size, self.model.buffer_layout.size
-        dense = {
-            "update": size,
-            self.server.algorithm.up: size,
-            "buffers": num_buffers,
-        }  # the rest: 0
-        messages = [
-            ("down", m.kind, len(m.payload), m.dense, m.numbers)
-            for m in broadcast.messages[report.client]
-        ] + [
-            ("up", kind, length, dense.get(kind, 0), report.numbers[kind])
-            for kind, length in report.lengths.items()
-        ]
-        rows = self.before.pop(report.client, [])
-        for direction, kind, length, in_place, numbers in messages:
-            seconds = self.link.seconds(length, direction)
-            row = (number, report.client, direction, kind, length, 4 * in_place, numbers, seconds)
-            rows.append(LedgerRow(*row))
-        return rows
+    def _ledger_rows(
+        self, round_number: int, reports: list[Report]
+    ) -> tuple[list[LedgerRow], float]:
+        """The messages of a round and of what came before it; how long all of it lasted."""
+        rows, lasted = [], 0.0
+        earlier = {report.client: report for report in self.earlier}
+        self.earlier = []
+        for report in reports:
+            parts = [(round_number, report)]
+            if report.client in earlier:
+                parts.insert(0, (0, earlier[report.client]))
+            now = 0.0
+            for number, part in parts:
+                messages = [(message.direction, message.num_bytes) for message in part.messages]
+                computing = self._computing_seconds(part, number)
+                times, seconds = client_timeline(messages, self.link, computing)
+                for message, (start, length) in zip(part.messages, times, strict=True):
+                    start += self.progress.simulated_seconds + now
+                    rows.append(ledger_row(message, number, start, length))
+                now += seconds
+            lasted = max(lasted, now)
+        return rows, lasted
 
-    def client_seconds(self, report: Report, messages: list[LedgerRow]) -> float:
-        """A client's simulated round: receive, train, send; and look at gradients for the mask."""
-        trained = self.num_trained(report.client)
-        if any(row.kind in ("scores", "growth") for row in messages):
+    def _computing_seconds(self, report: Report, round_number: int) -> float:
+        """How long a client computes: it trains, and looks at gradients for the mask."""
+        num_examples = self.num_trained(report.client) if round_number > 0 else 0
+        if any(message.kind in ("scores", "growth") for message in report.messages):
             batch = min(self.config.local.batch_size, report.num_examples)
-            trained += self.config.pruning.mask.batches * batch
-        return sum(row.seconds for row in messages) + self.hardware.seconds(trained)
+            num_examples += self.config.pruning.mask.batches * batch
+        return self.device.seconds(num_examples)
 
-    def save(self) -> None:
-        """Write a checkpoint of the last completed round.
+    # --- checkpoints ------------------------------------------------------------------------------
 
-        A finished run needs no states, but where they hold norm layers: those are a result.
+    @property
+    def is_done(self) -> bool:
+        return self.progress.round_number == self.config.rounds
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether clients' states are a result: FedBN's norm layers are."""
+        return self.clients.own_positions is not None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint of the last completed round holds, with the clients' states on disk.
+
+        Called by all ranks. A finished run needs no states unless they are a result.
         """
-        done = self.progress.round == self.config.rounds and self.trainer.own_positions is None
-        changed = {} if done else self.trainer.store.save()
+        needs_none = self.is_done and not self.keeps_states
+        changed = {} if needs_none else self.clients.store.save()
         for part in self.ranks.gather_json(changed):
-            self.states |= {int(client): version for client, version in part.items()}
+            self.versions |= {int(client): version for client, version in part.items()}
         hashes = self.ranks.gather_json(self.server.sha256())
         if len(set(hashes)) > 1:
             raise RuntimeError(
-                f"the ranks' models differ after round {self.progress.round}: {hashes}"
+                f"the ranks' models differ after round {self.progress.round_number}: {hashes}"
             )
-        if self.ranks.is_main:
-            state = {
-                "precision": self.trainer.precision,
-                "clients": {} if done else self.states,
-                "progress": vars(self.progress),
-                "before": {client: list(map(tuple, rows)) for client, rows in self.before.items()},
-            }
-            self.folder.save(state | self.server.state())
-        self.ranks.gather_json(None)  # nobody goes on before the checkpoint stands
-        if not done:  # rank 0 may be deleting all states by now
-            self.trainer.store.drop_replaced()
+        return self.server.state() | {
+            "precision": self.clients.precision,
+            "clients": {} if needs_none else self.versions,
+            "clients_mask": self.clients.mask.state(),
+            "left_in": self.clients.store.left_in,
+            "progress": vars(self.progress),
+            "earlier": b"".join(pack_reports(self.earlier)).hex(),
+        }
 
     def load(self, state: dict[str, Any]) -> None:
-        self.trainer.precision = state["precision"]
+        """Go on from a checkpoint."""
+        self.clients.precision = state["precision"]
         self.progress = Progress(**state["progress"])
-        self.before = {c: [LedgerRow(*row) for row in rows] for c, rows in state["before"].items()}
+        self.earlier = unpack_reports(memoryview(bytes.fromhex(state["earlier"])))
         self.server.load(state)
-        self.states = state["clients"]
-        self.trainer.store = self._store()
+        self.versions = state["clients"]
+        self.placement = Placement(self.ranks, list(self.versions))
+        self.clients.store = self._make_store()
+        self.clients.store.left_in = state["left_in"]
+        self.clients.load_mask(state["clients_mask"])
 
-    def _store(self) -> ClientStore:
+    def _make_store(self) -> ClientStore:
+        """The states that this rank holds, from those that the last checkpoint names."""
         budget = self.config.clients.state_memory_gib * 2**30
-        team, num_teams = self.ranks.team, self.ranks.num_teams
-        # client: the team whose leader holds its state
-        self.homes = {client: client % num_teams for client in self.states}
-        here = [c for c, home in self.homes.items() if home == team.number and team.is_leader]
-        owned = {client: self.states[client] for client in here}
-        return ClientStore(self.folder.clients, budget, owned)
-
-    def _load_data(self) -> Dataset:
-        data = self.config.data
-        dataset = load_dataset(data.name, data.root, data.fallback)
-        if data.validation:
-            dataset = hold_out(dataset, data.validation, self.config.seed_for("validation"))
-        return dataset
-
-    def _pictures(self) -> Pictures:
-        data, side = self.config.data, self.dataset.train_images.shape[1]
-        padding = data.padding
-        if padding is None:
-            padding = 0 if data.crop else side // 8
-        flip = self.dataset.name != "digits" if data.flip is None else data.flip
-        # On a CPU a ResNet whose stem leaves few pixels is a ninth faster with channels first:
-        # nearly all of its time goes to weights. Elsewhere they are best last.
-        tiny = self.config.model.stem == "imagenet" and (data.crop or side) < 64
-        last = not (tiny and self.ranks.device.type == "cpu")
-        return Pictures(self.dataset, self.ranks.device, padding, flip, data.crop, last)
-
-    def _make_server(self) -> Server:
-        local = self.config.local
-        settings = {key: getattr(local, key) for key in ("mu", "alpha", "option")}
-        given = {key: value for key, value in settings.items() if value is not None}
-        algorithm = ALGORITHMS[local.algorithm](**given)
-        return Server(self.config, self.model, algorithm, list(map(len, self.clients)))
-
-    def _partition(self) -> list[np.ndarray]:
-        config = self.config
-        clients = partition_labels(
-            self.dataset.train_labels.numpy(),
-            config.clients.total,
-            config.data.partition.name,
-            config.data.partition.args,
-            config.seed_for("partition"),
-        )
-        smallest = min(range(len(clients)), key=lambda client: len(clients[client]) or np.inf)
-        alone = min(len(clients[smallest]), config.local.batch_size) == 1
-        if alone and config.model.norm == "batch" and config.model.name.startswith("resnet"):
-            raise ConfigError(
-                f"model.norm: batch cannot train on batches of one example (client {smallest} has "
-                f"{len(clients[smallest])}, local.batch_size={config.local.batch_size}); "
-                f"use group(2)"
-            )
-        return clients
-
-    def _build_model(self) -> FlatModel:
-        model, pictures = self.config.model, self.pictures
-        try:
-            network = build_network(
-                model.name,
-                pictures.num_classes,
-                pictures.image_size,
-                self.config.seed_for("network"),
-                model.stem,
-                model.norm,
-                model.width,
-            )
-        except ValueError as error:
-            raise ConfigError(f"model: {error}") from None
-        return FlatModel(network, self.ranks.device, model.norm_policy == "frozen")
+        held = {c: v for c, v in self.versions.items() if self.placement.holds_state(c)}
+        return ClientStore(self.states_folder, budget, held)

@@ -4,7 +4,7 @@ A star: every client talks to the server over its own link, all at once, so a ro
 as its slowest client: max_i(down_i + compute_i + up_i).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -32,6 +32,22 @@ class Device:
         return num_examples * self.ms_per_example / 1e3
 
 
-def round_seconds(client_seconds: Iterable[float]) -> float:
-    """The length of a synchronous round; 0 without clients."""
-    return max(client_seconds, default=0.0)
+def client_timeline(
+    messages: Sequence[tuple[str, int]], link: Link, computing: float
+) -> tuple[list[tuple[float, float]], float]:
+    """When each message of a client starts and how long it takes, and when the client is done.
+
+    messages: (direction, num_bytes), those down before those up; between them the client computes
+    for `computing` seconds. All times are in seconds from the start of the round.
+    """
+    downs = [link.seconds(size, way) for way, size in messages if way == "down"]
+    ups = [link.seconds(size, way) for way, size in messages if way == "up"]
+    times = [*_one_after_the_other(0.0, downs)]
+    times += _one_after_the_other(sum(downs) + computing, ups)
+    return times, sum(downs) + sum(ups) + computing
+
+
+def _one_after_the_other(start: float, lengths: list[float]) -> Iterator[tuple[float, float]]:
+    for length in lengths:
+        yield start, length
+        start += length

@@ -1,0 +1,116 @@
+"""What both ends know before the first message: the algorithm, the mask, and the kinds of messages.
+
+The server and the clients each build an Agreement from the config and never look into each other:
+all that passes between them is a payload of one of the kinds in the table below.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from algorithms import make_algorithm
+from config import Config, Downlink, Selection, Uplink
+from federation.channel import Channel, PositionChannel
+from federation.mask import SharedMask
+from federation.messages import Buffer, Message
+from layout import Layout
+
+WHOLE = "fp32"  # the coder of what is neither pruned nor quantised
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of message, in one direction."""
+
+    direction: str  # up or down
+    name: str
+    channel: Channel | PositionChannel
+    dense_values: int  # float32 values that a system without compression sends in its place
+
+
+class Agreement:
+    """One end's view of what was agreed.
+
+    layout, buffer_layout: of the parameters and of the norm layers' buffers, without gaps.
+    """
+
+    def __init__(self, config: Config, layout: Layout, buffer_layout: Layout):
+        self.config, self.layout, self.buffer_layout = config, layout, buffer_layout
+        self.algorithm = make_algorithm(config.local.algorithm, **config.local.options)
+        self.mask = SharedMask(config.pruning.mask, layout, config.rounds, config.seed_for("mask"))
+        self.sends_buffers = config.model.norm_policy == "average" and buffer_layout.size > 0
+        self._kinds = {(kind.direction, kind.name): kind for kind in self._table()}
+        self.tell_mask()
+
+    def _table(self) -> Iterator[Kind]:
+        """All kinds of messages that this run may send."""
+        config, algorithm, size = self.config, self.algorithm, self.layout.size
+        up, down = config.uplink, config.downlink
+        yield self._vector("up", "update", config.pruning, up, unbiased=not up.error_feedback)
+        if algorithm.up:  # a sum that both ends keep, so what is lost of it is never scaled up
+            yield self._vector("up", algorithm.up, config.pruning, up)
+        for name in filter(None, ("model", algorithm.down)):
+            if down.mode == "model":
+                yield self._vector("down", name, down.pruning, down)
+            else:  # the change since the last message, or all of it where a client missed more
+                yield self._vector("down", name, Selection(method="none"), Downlink(values=WHOLE))
+                change = self._vector("down", name, down.pruning, down)
+                yield Kind("down", f"{name}_change", change.channel, size)
+        for direction in ("up", "down"):
+            channel = Channel(self.buffer_layout, WHOLE)
+            yield Kind(direction, "buffers", channel, self.buffer_layout.size)
+        # A system without compression would send nothing in place of what makes a mask.
+        yield Kind("up", "scores", Channel(self.layout, "fp16"), 0)
+        yield Kind("up", "growth", Channel(self.layout, "bf16"), 0)
+        for name in ("mask", "mask_change"):
+            yield Kind("down", name, PositionChannel(self.layout), 0)
+
+    def _vector(
+        self,
+        direction: str,
+        name: str,
+        selection: Selection,
+        settings: Uplink | Downlink,
+        unbiased: bool = False,
+    ) -> Kind:
+        def seed_for(purpose: str, *rest: int) -> int:
+            return self.config.seed_for(f"{name}/{purpose}", *rest)
+
+        channel = Channel(
+            self.layout, settings.values, selection, settings.dense_below, seed_for, unbiased
+        )
+        return Kind(direction, name, channel, self.layout.size)
+
+    def channel(self, direction: str, name: str) -> Channel | PositionChannel:
+        """Raises KeyError for a kind that this run does not send."""
+        return self._kinds[direction, name].channel
+
+    def message(
+        self,
+        direction: str,
+        name: str,
+        sender: int,
+        receiver: int,
+        payload: Buffer,
+        num_values: int,
+    ) -> Message:
+        """A payload of that kind as a message."""
+        dense_values = self._kinds[direction, name].dense_values
+        return Message(name, sender, receiver, payload, len(payload), num_values, dense_values)
+
+    def use_mask(self, kept: np.ndarray) -> np.ndarray:
+        """From now on only the weights at `kept` exist; return those that left, int64, ascending.
+
+        The channels are told here; whoever holds another vector over the coordinates sets what
+        left it to zero.
+        """
+        left = self.mask.change(kept)
+        self.tell_mask()
+        return left
+
+    def tell_mask(self) -> None:
+        """Tell the channels which weights exist: what makes masks looks at all of them."""
+        for kind in self._kinds.values():
+            if kind.channel.layout is self.layout and kind.name not in ("scores", "growth"):
+                kind.channel.use_mask(self.mask.kept)

@@ -1,0 +1,98 @@
+"""What travels between the server and the clients, and how it gets from rank to rank."""
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+Buffer = bytes | memoryview
+SERVER = -1  # stands for the server as a sender or a receiver; clients are counted from 0
+
+
+@dataclass(frozen=True)
+class Message:
+    """A payload on its way, in either direction."""
+
+    kind: str  # such as update, model or buffers: see the table in agreement.py
+    sender: int  # a client, or SERVER
+    receiver: int
+    payload: Buffer | None  # None where the payload stayed on the rank that made it
+    num_bytes: int  # length of the payload
+    num_values: int  # how many values the payload carries
+    dense_values: int  # how many float32 values a system without compression would send
+
+    @property
+    def direction(self) -> str:
+        return "up" if self.receiver == SERVER else "down"
+
+
+@dataclass
+class Report:
+    """What one client returns in a round: how its training went, and its messages."""
+
+    client: int
+    num_examples: int
+    loss: float = 0.0  # mean over the batches
+    step_length: float = 0.0  # see algorithms.py
+    num_skipped_steps: int = 0  # steps that fp16 left out because a gradient overflowed
+    failure: str = ""  # why the client is left out of the average; empty if it is not
+    messages: list[Message] = field(default_factory=list)
+
+    def fail(self, reason: str) -> None:
+        """Send nothing, and say why."""
+        self.failure, self.messages = reason, []
+
+    def without_payloads(self) -> "Report":
+        """The same report, whose payloads stay where they are."""
+        return replace(self, messages=[replace(m, payload=None) for m in self.messages])
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What the clients decode, float32 [n] each, and the messages that it came in."""
+
+    parameters: Tensor
+    vector: Tensor | None  # the algorithm's; None if none travels
+    buffers: Tensor
+    mask_version: int  # that the clients have once they received their messages
+    messages: dict[int, list[Message]]  # by client
+
+    def to(self, device: torch.device) -> "Broadcast":
+        """The same with the vectors on the device of training."""
+        vector = None if self.vector is None else self.vector.to(device)
+        vectors = dict(parameters=self.parameters.to(device), buffers=self.buffers.to(device))
+        return replace(self, vector=vector, **vectors)
+
+
+def pack_reports(reports: list[Report]) -> list[Buffer]:
+    """The length of a head, the head, which is JSON, and then all payloads."""
+    payloads = [m.payload for r in reports for m in r.messages if m.payload is not None]
+    heads = [_head(report) for report in reports]
+    head = json.dumps(heads).encode()
+    return [len(head).to_bytes(8, "little"), head, *payloads]
+
+
+def unpack_reports(blob: memoryview) -> list[Report]:
+    """The reports that pack_reports() packed; their payloads are views into the blob."""
+    position = 8 + int.from_bytes(blob[:8], "little")
+    reports = []
+    for head in json.loads(bytes(blob[8:position])):
+        messages = []
+        for fields in head.pop("messages"):
+            payload = None
+            if fields.pop("travels"):
+                payload = blob[position : position + fields["num_bytes"]]
+                position += fields["num_bytes"]
+            messages.append(Message(**fields, payload=payload))
+        reports.append(Report(**head, messages=messages))
+    return reports
+
+
+def _head(report: Report) -> dict:
+    """A report as JSON can hold it: without its payloads."""
+    head = asdict(report.without_payloads())
+    for message, fields in zip(report.messages, head["messages"], strict=True):
+        fields["travels"] = message.payload is not None
+        del fields["payload"]
+    return head

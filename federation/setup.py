@@ -1,0 +1,116 @@
+"""From a config to what a federation consists of: data, shards, network, both ends."""
+
+import numpy as np
+import torch
+
+from cnn_model import FlatModel, build_network
+from config import Config, ConfigError
+from data import Dataset, Pictures, hold_out, load_dataset, partition_labels
+from distributed import Ranks
+from federation.agreement import Agreement
+from federation.client import Clients
+from federation.client_store import ClientStore
+from federation.server import Server
+
+
+def load_data(config: Config) -> Dataset:
+    """The data set of the config, with the validation pictures held out. Raises DataError."""
+    data = config.data
+    dataset = load_dataset(data.name, data.root, data.fallback)
+    if data.validation:
+        dataset = hold_out(dataset, data.validation, config.seed_for("validation"))
+    return dataset
+
+
+def make_pictures(config: Config, dataset: Dataset, device: torch.device) -> Pictures:
+    """The data set on the device, with the config's augmentation."""
+    data, side = config.data, dataset.train_images.shape[1]
+    padding = data.padding
+    if padding is None:
+        padding = 0 if data.crop else side // 8
+    flip = dataset.name != "digits" if data.flip is None else data.flip
+    # On a CPU a ResNet whose stem leaves few pixels is a ninth faster with channels first: nearly
+    # all of its time goes to weights. Elsewhere they are best last.
+    tiny = config.model.stem == "imagenet" and (data.crop or side) < 64
+    last = not (tiny and device.type == "cpu")
+    return Pictures(dataset, device, padding, flip, data.crop, last)
+
+
+def partition(config: Config, dataset: Dataset) -> list[np.ndarray]:
+    """Each client's pictures, int64 indices. Raises DataError or ConfigError."""
+    clients = partition_labels(
+        dataset.train_labels.numpy(),
+        config.clients.total,
+        config.data.partition.name,
+        config.data.partition.args,
+        config.seed_for("partition"),
+    )
+    smallest = min(range(len(clients)), key=lambda client: len(clients[client]) or np.inf)
+    alone = min(len(clients[smallest]), config.local.batch_size) == 1
+    if alone and config.model.norm == "batch" and config.model.name.startswith("resnet"):
+        raise ConfigError(
+            f"model.norm: batch cannot train on batches of one example (client {smallest} has "
+            f"{len(clients[smallest])}, local.batch_size={config.local.batch_size}); "
+            f"use group(2)"
+        )
+    return clients
+
+
+def build_model(config: Config, pictures: Pictures, device: torch.device) -> FlatModel:
+    """The network with its first weights. Raises ConfigError."""
+    model = config.model
+    try:
+        network = build_network(
+            model.name,
+            pictures.num_classes,
+            pictures.image_size,
+            config.seed_for("network"),
+            model.stem,
+            model.norm,
+            model.width,
+        )
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
+    return FlatModel(network, device, model.norm_policy == "frozen")
+
+
+def make_server(config: Config, model: FlatModel, num_examples: list[int]) -> Server:
+    """The server, with an agreement of its own. Raises ConfigError."""
+    return Server(
+        config,
+        Agreement(config, model.layout, model.buffer_layout),
+        model.parameters,
+        model.buffers,
+        model.is_counter,
+        model.is_variance,
+        num_examples,
+    )
+
+
+def make_clients(
+    config: Config,
+    model: FlatModel,
+    pictures: Pictures,
+    shards: list[np.ndarray],
+    store: ClientStore,
+    ranks: Ranks,
+) -> Clients:
+    """The clients of this rank, with an agreement of their own."""
+    make_engine = None
+    if ranks.use_deepspeed:
+
+        def make_engine(precision: str):
+            from training.deepspeed_engine import DeepSpeedEngine  # takes seconds
+
+            return DeepSpeedEngine(model, config, precision, ranks.team, config.run_folder)
+
+    return Clients(
+        config,
+        Agreement(config, model.layout, model.buffer_layout),
+        model,
+        pictures,
+        [torch.from_numpy(indices).to(ranks.device) for indices in shards],
+        store,
+        ranks.team,
+        make_engine,
+    )
