@@ -7,16 +7,19 @@ with a checkpoint written.
 import os
 import signal
 import sys
+import tempfile
 from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from bandwidth_analysis import AnalysisError, read_run, write_plots
 from config import Config, ConfigError
 from data import DataError, save_partition
 from distributed import RankLost, Ranks
+from federation.ledger import LedgerRow
 from federation.synchronous import Federation
 from run_folder import RunFinished, RunFolder, RunFolderError
 from training.local_sgd import Interrupted, choose_precision, num_steps, probe_precision
@@ -206,36 +209,51 @@ def finish(federation: Federation, folder: RunFolder) -> None:
 
 
 def plan(config: Config, ranks: Ranks) -> int:
-    """Print the resolved config, the size of the model and of a round, and how long it may take."""
-    federation = Federation(config, ranks, RunFolder(config.run_folder).clients)
-    layout, num_buffers = federation.model.layout, federation.model.buffer_layout.size
-    cohort, num_clients = config.clients.per_round, config.clients.total
-    seconds = probe_precision(federation.model, federation.pictures, config.local)
-    precision = config.precision if config.precision != "auto" else choose_precision(seconds)
+    """Print the resolved config, the messages of one real round, and how long a run may take.
+
+    The round is the first one with a single step a client, so that it is soon over; every message
+    is encoded as in a run.
+    """
+    quick = replace(
+        config,
+        rounds=config.rounds + 1,  # or the last one would be evaluated
+        local=replace(config.local, steps=1),
+        evaluation=replace(config.evaluation, every=config.rounds + 1),
+    )
+    with tempfile.TemporaryDirectory() as states:
+        federation = Federation(quick, ranks, Path(states))
+        seconds = probe_precision(federation.model, federation.pictures, config.local)
+        seconds = ranks.gather_json(seconds)[0]
+        precision = config.precision if config.precision != "auto" else choose_precision(seconds)
+        federation.clients.precision = precision
+        _, messages = federation.run_round()
+    num_clients = config.clients.total
     steps = sum(num_steps(config.local, len(shard)) for shard in federation.shards) / num_clients
-    estimate = config.rounds * cohort * steps * seconds.get(precision, seconds["fp32"])
-    noise = torch.randn(layout.size, generator=torch.Generator().manual_seed(0))
-    server = federation.server
-    if server.mask.awaits_scores:
-        server.prune(noise.abs())  # any scores: only the mask's length matters here
-    down_kind = "model" if config.downlink.mode == "model" else "model_change"
-    model, _ = server.agreement.channel("down", down_kind).encode(noise, config.rounds)
-    uplink = server.agreement.channel("up", "update")
-    updates = [  # one for each density
-        uplink.encode(noise, config.rounds, client)[0]
-        for client in range(max(1, len(config.pruning.client_densities)))
-    ]
-    length = sum(map(len, updates)) / len(updates)
-    down, up = (cohort * (size + 4 * num_buffers) for size in (len(model), length))
+    estimate = config.rounds * config.clients.per_round * steps
+    estimate *= seconds.get(precision, seconds["fp32"]) / ranks.size
     _say(
         ranks,
         f"{config.to_yaml()}\n"
-        f"{layout.size:,} parameters, {num_buffers:,} numbers in norm buffers\n"
-        f"about {down / 1e6:,.2f} MB down and {up / 1e6:,.2f} MB up a round\n"
-        f"about {tqdm.format_interval(estimate / ranks.size)} for the training of "
+        f"{federation.model.layout.size:,} parameters, "
+        f"{federation.model.buffer_layout.size:,} values in norm buffers\n"
+        f"{_summed_up(messages)}\n"
+        f"about {tqdm.format_interval(estimate)} for the training of "
         f"{config.rounds} rounds in {precision}",
     )
     return 0
+
+
+def _summed_up(messages: list[LedgerRow]) -> str:
+    """The messages of a round, a line for each kind."""
+    lines = ["messages of the first round:"]
+    for direction, kind in sorted({(row.direction, row.kind) for row in messages}):
+        rows = [row for row in messages if (row.direction, row.kind) == (direction, kind)]
+        size, dense = sum(row.bytes for row in rows), sum(row.dense_bytes for row in rows)
+        lines.append(
+            f"  {len(rows):5} {direction:4} {kind:16} {size / 1e6:12,.3f} MB"
+            f"{f', {dense / size:,.1f} times less than dense' if dense else ''}"
+        )
+    return "\n".join(lines)
 
 
 def _announce_data(federation: Federation) -> None:

@@ -65,6 +65,7 @@ class Federation:
         self.labels_per_client = np.array(
             [np.bincount(labels[indices], minlength=num_classes) for indices in self.shards]
         )
+        self.candidates = [client for client, indices in enumerate(self.shards) if len(indices)]
         self.model = ranks.together(lambda: build_model(config, self.pictures, ranks.device))
         num_examples = list(map(len, self.shards))
         self.server = ranks.together(lambda: make_server(config, self.model, num_examples))
@@ -89,7 +90,7 @@ class Federation:
         Returns its row of rounds.jsonl and its rows of the ledger.
         """
         begin, round_number = time.perf_counter(), self.progress.round_number + 1
-        cohort = sample_cohort(self.config, round_number)
+        cohort = sample_cohort(self.config, self.candidates, round_number)
         if self.server.mask.awaits_scores:
             self._choose_mask(cohort)
         broadcast = self.server.broadcast(round_number, cohort).to(self.ranks.device)
