@@ -43,6 +43,9 @@ class Progress:
     simulated_seconds: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
+    num_failed: int = 0  # updates that could not be used
+    empty_rounds: int = 0  # the last so many rounds in a row had no update that could be used
+    last_failure: str = ""  # why the last one could not be used
     evaluations: list[dict[str, float | None]] = field(default_factory=list)  # oldest first
 
 
@@ -200,6 +203,11 @@ class Federation:
         progress.bytes_down += down
         losses = [report.loss for report in reports if report.client in averaged]
         loss = sum(losses) / max(1, len(losses))
+        failures = {str(report.client): report.failure for report in reports if report.failure}
+        progress.num_failed += len(failures)
+        progress.empty_rounds = 0 if averaged else progress.empty_rounds + 1
+        for client, reason in failures.items():
+            progress.last_failure = f"client {client}: {reason}"
         wall = time.perf_counter() - begin
         progress.wall_seconds += wall
         row = {
@@ -207,7 +215,7 @@ class Federation:
             "num_clients": len(averaged),
             "num_failed": len(reports) - len(averaged),
             "num_skipped_steps": sum(report.num_skipped_steps for report in reports),
-            "failures": {str(r.client): r.failure for r in reports if r.failure},
+            "failures": failures,
             "lr": local_lr(self.config.local, round_number, self.config.rounds),
             "train_loss": loss if losses and np.isfinite(loss) else None,
             **scores,
