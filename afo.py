@@ -54,6 +54,9 @@ class FedExP(SGD):
     two iterates; we evaluate the last.
     """
 
+    steps_by_average = True  # it needs the average of the updates themselves
+    reads_norms = True  # what compression adds to their norms, it would take for progress
+
     def __init__(self, params: Any, eps: float = 1e-3):
         super().__init__(params, lr=1.0)
         self.param_groups[0] |= dict(eps=eps, mean_squared_norm=0.0)

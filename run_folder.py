@@ -194,7 +194,7 @@ class RunFolder:
             )
 
     def _cut_back(self, lengths: dict[str, int]) -> None:
-        """Cut the logs back to the checkpoint's lengths. Raises RunFolderError if they are short."""
+        """Cut the logs back to those lengths. Raises RunFolderError if one is shorter."""
         for name, length in lengths.items():
             path = self.path / name
             found = path.stat().st_size if path.exists() else 0
