@@ -1,8 +1,8 @@
 """What goes with what: coders, algorithms and optimizers declare it, and one function compares.
 
 A coder says whether it is unbiased, contractive, keeps norms, takes a selection and leaves a whole
-model of use (compressors/coder.py); an algorithm and an optimizer say what they need (algorithms.py,
-afo.py).
+model of use (compressors/coder.py); an algorithm (algorithms.py) and an optimizer (afo.py) say what
+they need.
 """
 
 from collections.abc import Iterator

@@ -307,8 +307,7 @@ class Server:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        self.mask.load(state["mask"])
-        self.agreement.tell_mask()
+        self.agreement.load_mask(state["mask"])
         self.pruned = self.mask.pruned
         self.history.load(state["mask_history"])
         self.parameters.data.copy_(state["parameters"])
