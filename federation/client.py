@@ -22,7 +22,7 @@ from distributed import Team
 from federation.agreement import Agreement
 from federation.channel import ErrorFeedback
 from federation.client_store import ClientStore, State
-from federation.messages import SERVER, Broadcast, Report
+from federation.messages import SERVER, Broadcast, Buffer, Report
 from pruning import snip_scores
 from training.engines import TorchEngine
 from training.local_sgd import Engine, Interrupted, local_lr, loss_gradient, num_steps, train
@@ -71,6 +71,7 @@ class Clients:
         self.make_engine = make_engine or self._make_torch_engine
         self.engine: Engine | None = None  # built late, because `precision: auto` is resolved late
         self.outbox = Outbox()  # memory of the payloads that have not been decoded yet
+        self.sent: dict[int, Buffer] = {}  # by client: its update as it left, until settle()
         self.feedback = _error_feedback(config)
         # A new vector for each update would cost ten times the subtraction, because the operating
         # system zeroes its pages. Error feedback needs one, for what the client will owe.
@@ -130,17 +131,17 @@ class Clients:
     def settle(self, report: Report, round_number: int) -> None:
         """Of a client that the server refused, all that was sent is owed again.
 
-        The rest of its state stays what it was before the round.
+        The rest of its state stays what it was before the round. report: as it arrived, perhaps
+        damaged on the way.
         """
-        client = report.client
+        client, sent = report.client, self.sent.pop(report.client, None)
         if not report.failure or client not in self.store.staged:
             return
         staged, state = self.store.get_staged(client), self.store.get(client)
         state = state | {key: staged[key] for key in OWED if key in staged}
         if self.feedback:
-            payload = next(m.payload for m in report.messages if m.kind == "update")
             channel = self.agreement.channel("up", "update")
-            channel.decode(payload, round_number, client).add_to(state["residual"])
+            channel.decode(sent, round_number, client).add_to(state["residual"])
         self.store.stage(client, state, round_number)
 
     def score(self, client: int, broadcast: Broadcast) -> Report:
@@ -277,6 +278,7 @@ class Clients:
         arrived = {"update": self._add(report, "update", update, round_number)}
         if self.feedback:
             kept |= self.feedback.subtract(update, arrived["update"], after)
+            self.sent[report.client] = report.messages[-1].payload
         if trained.besides is not None:
             kind = self.agreement.algorithm.up
             arrived[kind] = self._add(report, kind, trained.besides, round_number)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -56,13 +57,11 @@ def make_federation(folder, *overrides, name="tiny"):
     from command_line import load_config
     from distributed import Ranks
     from federation.synchronous import Federation
-    from run_folder import RunFolder
 
     fixed = [*TINY, f"output_dir={folder}", f"name={name}", *overrides]
     config = load_config(REPOSITORY / "configs/default.yaml", fixed)
-    run = RunFolder(config.run_folder)
-    run.start(config)
-    return Federation(config, Ranks(config), run)
+    config.run_folder.mkdir(parents=True)
+    return Federation(config, Ranks(config), config.run_folder / "clients")
 
 
 def ledger(folder):
@@ -80,6 +79,27 @@ def make_plain_federation(folder, *overrides, name="tiny"):
     return make_federation(folder, *PLAIN, *overrides, name=name)
 
 
-def kinds(folder) -> set[tuple[str, str]]:
-    """(direction, kind) of all messages of a run."""
-    return {(row["direction"], row["kind"]) for row in ledger(folder)}
+def kinds(rows) -> set[tuple[str, str]]:
+    """(direction, kind) of all messages in these rows of a ledger."""
+    return {(row.direction, row.kind) for row in rows}
+
+
+def damage_first(monkeypatch, kind="update"):
+    """From now on the payload of this kind of the first client that reports arrives damaged."""
+    from federation.exchange import Exchange
+
+    arrivals = Exchange.arrivals
+
+    def damage(self, own):
+        for number, report in enumerate(arrivals(self, own)):
+            if number == 0:
+                messages = [wounded(m) if m.kind == kind else m for m in report.messages]
+                report = replace(report, messages=messages)
+            yield report
+
+    def wounded(message):
+        payload = bytearray(message.payload)
+        payload[40] ^= 1
+        return replace(message, payload=bytes(payload))
+
+    monkeypatch.setattr(Exchange, "arrivals", damage)

@@ -1,0 +1,132 @@
+"""Whole runs in one process: what they leave behind, kills, interrupts, and what they say."""
+
+import json
+import pkgutil
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from helpers.runs import summary
+
+from federation import client
+from run_folder import RunFolder
+
+
+def test_a_run_leaves_every_file_of_the_run_folder(run):
+    status, folder = run("trackers=[tensorboard]")
+    assert status == 0
+    for name in ("config.yaml", "environment.json", "rounds.jsonl", "ledger.csv", "checkpoint.pt"):
+        assert (folder / name).stat().st_size > 0
+    assert len(list((folder / "plots").glob("*.png"))) == 4
+    assert list((folder / "tensorboard").iterdir())
+    result = summary(folder)
+    assert result["dataset"] == "digits" and result["model"] == "lenet"
+    assert result["num_clients"] == 4 and result["rounds_completed"] == 4
+    assert len(result["model_sha256"]) == 64
+    rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == [1, 2, 3, 4]
+    last = [row["test_accuracy"] for row in rows]
+    assert result["test_accuracy"] == last[-1]
+    assert result["test_accuracy_mean"] == pytest.approx(np.mean(last))
+    assert result["test_accuracy_mean_over"] == 4
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["dataset"]["name"] == "digits" and environment["precision"] == "fp32"
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert state["progress"]["round_number"] == 4
+
+
+class Killed(BaseException):
+    """Ends a run on the spot, past every except Exception."""
+
+
+STORE = "federation.client_store.ClientStore."
+
+# Where a kill may fall: (what to break, which call of it is the last, settings)
+KILLS = {
+    "in round 1, before any checkpoint": ("federation.client.Clients.train", 2),
+    "between two checkpoints": ("federation.client.Clients.train", 8),
+    "while a client's state goes to the disk": ("federation.client_store.write_tensors", 3),
+    "before the round is logged": ("run_folder.RunFolder.append", 3),
+    "before the clients' states are saved": (STORE + "save", 1),
+    "between the clients' states and the checkpoint": ("run_folder.RunFolder.save", 1),
+    "before the last checkpoint": ("run_folder.RunFolder.save", 2),
+    "before old states are removed": (STORE + "drop_replaced", 2, "checkpoint.every=1"),
+    "before the summary": ("run_folder.RunFolder.finish", 1),
+}
+
+
+@pytest.mark.parametrize("budget", [1.0, 1e-9], ids=["in memory", "on the disk"])
+@pytest.mark.parametrize("where", KILLS)
+def test_a_run_killed_anywhere_resumes_to_the_same_end(run, monkeypatch, where, budget):
+    _, whole = run(name="whole")
+    target, last_call, *words = KILLS[where]
+    words.append(f"clients.state_memory_gib={budget}")
+    calls = 0
+
+    def break_at(original):
+        def wrapper(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == last_call:
+                raise Killed
+            return original(*args, **kwargs)
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, break_at(pkgutil.resolve_name(target)))
+        with pytest.raises(Killed):
+            run(*words, name="killed")
+    status, killed = run(*words, name="killed")
+    assert status == 0
+    assert summary(killed)["model_sha256"] == summary(whole)["model_sha256"]
+    assert (killed / "ledger.csv").read_text() == (whole / "ledger.csv").read_text()
+    assert summary(killed)["simulated_seconds"] == summary(whole)["simulated_seconds"]
+    assert not (killed / "clients").exists()
+
+
+def test_a_rank_that_leaves_the_last_checkpoint_late_misses_no_states(run, monkeypatch):
+    """Once the last checkpoint stands, rank 0 deletes all clients' states without waiting."""
+    save, deleted = RunFolder.save, []
+
+    def save_then_finish(self, state):
+        save(self, state)
+        if state["progress"]["round_number"] == 4:
+            deleted.extend(self.clients.glob("*.pt"))
+            shutil.rmtree(self.clients)
+
+    monkeypatch.setattr(RunFolder, "save", save_then_finish)
+    status, folder = run("uplink.error_feedback=true")
+    assert status == 0 and deleted and (folder / "summary.json").exists()
+
+
+def test_an_interrupt_writes_a_checkpoint_and_the_same_command_goes_on(run, monkeypatch, capsys):
+    _, whole = run(name="whole")
+    original = client.train
+    calls = 0
+
+    def train(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 5:  # in the middle of round 2
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "train", train)
+        status, folder = run(name="stopped")
+    assert status == 130
+    assert "interrupted" in capsys.readouterr().err
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert state["progress"]["round_number"] == 1
+    assert run(name="stopped")[0] == 0
+    assert summary(folder)["model_sha256"] == summary(whole)["model_sha256"]
+
+
+def test_a_run_says_who_was_left_out(run, capsys):
+    status, _ = run("local.lr=1e30", "rounds=1")
+    assert status == 0
+    said = capsys.readouterr().err
+    assert "round 1: 3 clients left out; client " in said and "the update is not finite" in said
