@@ -4,123 +4,34 @@ Classes are numbered in the sorted order of their folder names and pictures are 
 sorted order of their file names, so a folder and a zip of the same files give equal arrays.
 """
 
-import hashlib
-import io
-import json
-import os
-import shutil
-import sys
-import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-import torch
 from PIL import Image
 
+from .cache import cache_folder, read_cache, write_cache
+from .dataset import Dataset
 from .errors import DataError
-
-SPLITS = ("train", "test")
-TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
+from .sources import SPLITS, FolderSource, ZipSource
 
 
-class FolderSource:
-    """A folder that holds train/<class>/ and test/<class>/."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def names(self) -> Iterator[str]:
-        """Yield "train/<class>/" of every class folder and "train/<class>/<file>" of every file."""
-        for split in SPLITS:
-            classes = (self.path / split).glob("*/")
-            for folder in classes:
-                yield f"{split}/{folder.name}/"
-                yield from (f"{split}/{folder.name}/{entry.name}" for entry in os.scandir(folder))
-
-    def open(self, name: str) -> Image.Image:
-        return Image.open(self.path / name)
-
-    def key(self) -> str:
-        """A hash that changes when a file is added, removed, renamed, resized or rewritten."""
-        stats = []
-        for name in sorted(self.names()):
-            stat = (self.path / name).stat()
-            stats.append((name, stat.st_size, stat.st_mtime_ns))
-        return _sha256(json.dumps([str(self.path.resolve()), stats]).encode())
-
-
-class ZipSource:
-    """A zip that holds train/<class>/ and test/<class>/."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._zip = None
-
-    def names(self) -> list[str]:
-        return self._directory().namelist()
-
-    def open(self, name: str) -> Image.Image:
-        return Image.open(io.BytesIO(self._directory().read(name)))
-
-    def key(self) -> str:
-        """A hash of every byte of the file: a zip altered anywhere never meets the cache."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    def _directory(self) -> zipfile.ZipFile:
-        """Open the zip on first need: listing 60,000 names takes longer than a cached load."""
-        if self._zip is None:
-            try:
-                self._zip = zipfile.ZipFile(self.path)
-            except Exception as error:  # not BadZipFile alone where the directory is garbled
-                raise DataError(
-                    f"{self.path}: not a zip, or a truncated one ({error}); fetch it again"
-                ) from error
-        return self._zip
-
-
-def find_source(root: Path) -> FolderSource | ZipSource | None:
-    """Where below `root` the pictures are; None if nowhere.
-
-    In this order: `root` is a zip; train/ or test/ in it; cifar10.zip in it; the only *.zip in it
-    with that layout. Raises DataError if there are several such zips, or one that is unreadable.
-    """
-    if root.is_file():
-        return ZipSource(root)
-    if any((root / split).is_dir() for split in SPLITS):
-        return FolderSource(root)
-    if (root / "cifar10.zip").is_file():
-        return ZipSource(root / "cifar10.zip")
-    sources = [ZipSource(path) for path in sorted(root.glob("*.zip"))]
-    found = [source for source in sources if _has_layout(source)]
-    if len(found) > 1:
-        several = ", ".join(source.path.name for source in found)
-        raise DataError(f"data.root: {root} holds several data sets ({several}); name one of them")
-    return found[0] if found else None
-
-
-def _has_layout(source: ZipSource) -> bool:
-    return {name.partition("/")[0] for name in source.names()} >= set(SPLITS)
-
-
-def read_layout(source: FolderSource | ZipSource, suffixes: set[str]) -> dict:
-    """Every picture of `source` whose suffix is in `suffixes`, as the fields of a Dataset.
+def read_layout(name: str, source: FolderSource | ZipSource, suffixes: set[str]) -> Dataset:
+    """Load every picture of `source` whose suffix is in `suffixes`, as a data set of this name.
 
     Raises DataError naming the file for an unreadable picture or one of another size, and naming
     the folder for a class without pictures or that is in one split only.
     """
-    folder = _cache_folder(source.key() + " ".join(sorted(suffixes)))
-    cached = _read_cache(folder)
+    folder = cache_folder(source.key() + " ".join(sorted(suffixes)))
+    cached = read_cache(folder, name)
     if cached is not None:
         return cached
     files, labels, class_names, num_train = _list_pictures(source, suffixes)
     images = stack_pictures(_decode(source, files), len(files))
-    fields = as_fields(images, labels, num_train, class_names)
-    _write_cache(folder, fields)
-    return fields
+    dataset = Dataset.from_arrays(name, images, labels, num_train, class_names)
+    write_cache(folder, dataset)
+    return dataset
 
 
 def _list_pictures(
@@ -199,71 +110,3 @@ def stack_pictures(pictures: Iterable[tuple[str, np.ndarray]], count: int) -> np
             )
         images[index] = picture
     return images
-
-
-def as_fields(
-    images: np.ndarray, labels: np.ndarray, num_train: int, class_names: Iterable[str]
-) -> dict:
-    """The fields of a Dataset but for its name; the first `num_train` pictures are for training.
-
-    images: uint8 [N + M, H, W, 3]; labels: integers [N + M].
-    """
-    images, labels = np.ascontiguousarray(images), np.asarray(labels, np.int64)
-    arrays = (images[:num_train], labels[:num_train], images[num_train:], labels[num_train:])
-    fields = dict(zip(TENSORS, map(torch.from_numpy, arrays), strict=True))
-    fields["class_names"] = tuple(class_names)
-    fields["fingerprint"] = _fingerprint(fields)
-    return fields
-
-
-def _fingerprint(fields: dict) -> str:
-    """sha256 over names, shapes and values: equal if and only if the data are."""
-    shapes = [list(fields[name].shape) for name in TENSORS]
-    digest = hashlib.sha256(json.dumps([shapes, fields["class_names"]]).encode())
-    for name in TENSORS:
-        digest.update(fields[name].numpy())
-    return digest.hexdigest()
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-# The cache: one folder a set, named by its content. It is never needed and never trusted: what it
-# holds must have the fingerprint that was written with it, or the pictures are decoded again.
-
-
-def _cache_folder(content: str) -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "federated-bytes" / _sha256(content.encode())[:32]
-
-
-def _read_cache(folder: Path) -> dict | None:
-    try:
-        fields = json.loads((folder / "meta.json").read_text())
-        fields["class_names"] = tuple(fields["class_names"])
-        for name in TENSORS:
-            fields[name] = torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False))
-        return fields if fields["fingerprint"] == _fingerprint(fields) else None
-    except Exception:  # absent, or damaged in whatever way
-        return None
-
-
-def _write_cache(folder: Path, fields: dict) -> None:
-    """Write under a temporary name, then rename: another process sees all of it or nothing."""
-    temporary = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.mkdtemp(dir=folder.parent)
-        for name in TENSORS:
-            np.save(Path(temporary, f"{name}.npy"), fields[name].numpy())
-        meta = {name: fields[name] for name in ("class_names", "fingerprint")}
-        Path(temporary, "meta.json").write_text(json.dumps(meta))
-        shutil.rmtree(folder, ignore_errors=True)  # what is there by now is damaged
-        os.rename(temporary, folder)
-    except OSError as error:
-        if _read_cache(folder) is None:  # else another process was faster
-            print(f"warning: decoded pictures not cached in {folder}: {error}", file=sys.stderr)
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)

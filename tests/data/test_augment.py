@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers.pictures import noise
 
-from data import DataError, Dataset, Pictures, hold_out, layouts, load_dataset
+from data import DataError, Dataset, Pictures, hold_out, load_dataset
 
 
 def generator(seed: int) -> torch.Generator:
@@ -70,8 +70,8 @@ def test_attributes_and_normalisation_of_digits():
 
 
 def test_a_channel_of_one_level_becomes_zero():
-    fields = layouts.as_fields(np.full((3, 4, 4, 3), 77, np.uint8), [0, 1, 0], 2, "ab")
-    pictures = Pictures(Dataset("flat", **fields), torch.device("cpu"), padding=0)
+    data = Dataset.from_arrays("flat", np.full((3, 4, 4, 3), 77, np.uint8), [0, 1, 0], 2, "ab")
+    pictures = Pictures(data, torch.device("cpu"), padding=0)
     batch, _ = pictures.train_batch(torch.arange(2), generator(0))
     assert torch.equal(batch, torch.zeros(2, 3, 4, 4))
 
@@ -87,8 +87,8 @@ def test_a_seed_gives_a_batch_and_leaves_the_global_generator_alone():
 
 def test_all_crops_and_mirrors_are_equally_likely():
     picture = np.arange(1, 17, dtype=np.uint8).reshape(1, 4, 4, 1).repeat(3, axis=3)
-    fields = layouts.as_fields(np.concatenate([picture, picture]), [0, 0], 1, "a")
-    pictures = Pictures(Dataset("one", **fields), torch.device("cpu"), padding=1)
+    data = Dataset.from_arrays("one", np.concatenate([picture, picture]), [0, 0], 1, "a")
+    pictures = Pictures(data, torch.device("cpu"), padding=1)
     count = 18_000
     batch, _ = pictures.train_batch(torch.zeros(count, dtype=torch.int64), generator(0))
     found, counts = batch.flatten(1).unique(dim=0, return_counts=True)

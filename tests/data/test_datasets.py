@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.pictures import corrupt, noise, random_picture, same, write_folder
+from helpers.pictures import corrupt, random_picture, same, write_folder
 from helpers.runs import CIFAR10
 from PIL import Image
 
-from data import DataError, Pictures, datasets, hold_out, load_dataset
+from data import DataError, Pictures, datasets, load_dataset
 
 REAL_ZIP = CIFAR10 / "cifar10.zip"
 
@@ -248,27 +248,3 @@ def test_hugging_face_unreachable_or_damaged(tmp_path, monkeypatch):
         load_dataset("hf:some/set", "data")
     data = load_dataset("some/set", "data", fallback="digits")
     assert data.name == "digits" and "\n" not in data.fallback_reason
-
-
-# --- a validation split ----------------------------------------------------------------------
-
-
-def test_held_out_pictures_are_the_same_share_of_each_class():
-    data = noise(num_train=400)
-    split = hold_out(data, 0.1, seed=3)
-    labels = data.train_labels.numpy()
-    for label in range(4):
-        held = int((split.validation_labels == label).sum())
-        assert abs(held - 0.1 * (labels == label).sum()) < 1
-    assert len(split.validation_labels) == 40 and len(split.train_labels) == 360
-    both = torch.cat([split.train_images, split.validation_images]).flatten(1)
-    assert torch.equal(both.unique(dim=0), data.train_images.flatten(1).unique(dim=0))
-    assert torch.equal(split.test_images, data.test_images)
-    again, other = hold_out(data, 0.1, seed=3), hold_out(data, 0.1, seed=4)
-    assert torch.equal(again.validation_images, split.validation_images)
-    assert not torch.equal(other.validation_images, split.validation_images)
-
-
-def test_a_split_that_leaves_a_side_empty_is_refused():
-    with pytest.raises(DataError, match="data.validation: 0.1 of 4 pictures"):
-        hold_out(noise(num_train=4), 0.1, seed=0)

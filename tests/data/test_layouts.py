@@ -5,7 +5,7 @@ import pytest
 from helpers.pictures import CLASSES, corrupt, random_picture, same, write_folder, write_zip
 from PIL import Image
 
-from data import DataError, layouts, load_dataset
+from data import DataError, load_dataset
 
 
 def test_folder_and_zip_give_the_same_arrays_in_sorted_order(tmp_path):
@@ -32,20 +32,6 @@ def test_imagefolder_reads_other_formats_and_grey_pictures(tmp_path):
     data = load_dataset("imagefolder", str(folder))
     assert len(data.train_images) == 10
     assert np.array_equal(data.train_images[3], np.repeat(grey[..., None], 3, axis=2))
-
-
-def test_fingerprint_changes_with_a_pixel_a_label_and_a_name(tmp_path):
-    images = np.zeros((4, 2, 2, 3), np.uint8)
-    base = layouts.as_fields(images, [0, 1, 0, 1], 2, ["a", "b"])["fingerprint"]
-    changed = images.copy()
-    changed[3, 1, 1, 2] = 1
-    others = [
-        layouts.as_fields(changed, [0, 1, 0, 1], 2, ["a", "b"]),
-        layouts.as_fields(images, [0, 1, 1, 1], 2, ["a", "b"]),
-        layouts.as_fields(images, [0, 1, 0, 1], 2, ["a", "c"]),
-        layouts.as_fields(images, [0, 1, 0, 1], 3, ["a", "b"]),
-    ]
-    assert len({base, *(fields["fingerprint"] for fields in others)}) == 5
 
 
 def make_empty_class(folder):

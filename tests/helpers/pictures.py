@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import Dataset, layouts
+from data import Dataset
+from data.dataset import TENSORS
 
 CLASSES = ("ant", "bee", "cow")
 
@@ -38,7 +39,7 @@ def write_zip(path: Path, folder: Path) -> Path:
 
 
 def same(one: Dataset, two: Dataset) -> bool:
-    tensors = all(torch.equal(getattr(one, key), getattr(two, key)) for key in layouts.TENSORS)
+    tensors = all(torch.equal(getattr(one, key), getattr(two, key)) for key in TENSORS)
     return tensors and (one.class_names, one.fingerprint) == (two.class_names, two.fingerprint)
 
 
@@ -52,4 +53,4 @@ def noise(num_train=40, num_test=7, height=6, width=5) -> Dataset:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (num_train + num_test, height, width, 3), dtype=np.uint8)
     labels = rng.integers(0, 4, num_train + num_test)
-    return Dataset("noise", **layouts.as_fields(images, labels, num_train, "abcd"))
+    return Dataset.from_arrays("noise", images, labels, num_train, "abcd")

@@ -1,0 +1,60 @@
+"""The cache of decoded pictures: one folder a data set, named by the set's content.
+
+It is never needed and never trusted: what it holds must have the fingerprint that was written with
+it, or the pictures are decoded again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .dataset import TENSORS, Dataset, sha256
+
+
+def cache_folder(content: str) -> Path:
+    """The folder of the data set that `content`, any text, identifies."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "federated-bytes" / hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def read_cache(folder: Path, name: str) -> Dataset | None:
+    """Read the data set in `folder` under this name; None if it is absent or damaged."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        class_names = tuple(meta["class_names"])
+        tensors = {
+            key: torch.from_numpy(np.load(folder / f"{key}.npy", allow_pickle=False))
+            for key in TENSORS
+        }
+        if sha256(tensors, class_names) != meta["fingerprint"]:
+            return None
+        return Dataset(name, **tensors, class_names=class_names, fingerprint=meta["fingerprint"])
+    except Exception:  # absent, or damaged in whatever way
+        return None
+
+
+def write_cache(folder: Path, dataset: Dataset) -> None:
+    """Write under a temporary name, then rename: another process sees all of it or nothing."""
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.mkdtemp(dir=folder.parent)
+        for key in TENSORS:
+            np.save(Path(temporary, f"{key}.npy"), getattr(dataset, key).numpy())
+        meta = {key: getattr(dataset, key) for key in ("class_names", "fingerprint")}
+        Path(temporary, "meta.json").write_text(json.dumps(meta))
+        shutil.rmtree(folder, ignore_errors=True)  # what is there by now is damaged
+        os.rename(temporary, folder)
+    except OSError as error:
+        if read_cache(folder, dataset.name) is None:  # else another process was faster
+            print(f"warning: decoded pictures not cached in {folder}: {error}", file=sys.stderr)
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
