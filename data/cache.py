@@ -17,15 +17,21 @@ import torch
 
 from .dataset import TENSORS, Dataset, sha256
 
+FORMAT = 2  # to be raised when meta.json holds something else, or files are read otherwise
+
 
 def cache_folder(content: str) -> Path:
     """The folder of the data set that `content`, any text, identifies."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "federated-bytes" / hashlib.sha256(content.encode()).hexdigest()[:32]
+    digest = hashlib.sha256(f"{FORMAT} {content}".encode()).hexdigest()
+    return Path(home) / "federated-bytes" / digest[:32]
 
 
-def read_cache(folder: Path, name: str) -> Dataset | None:
-    """Read the data set in `folder` under this name; None if it is absent or damaged."""
+def read_cache(folder: Path, name: str) -> tuple[Dataset, list[str]] | None:
+    """Read the data set in `folder`, under this name, and the notes on it.
+
+    Returns None if it is absent or damaged.
+    """
     try:
         meta = json.loads((folder / "meta.json").read_text())
         class_names = tuple(meta["class_names"])
@@ -35,12 +41,13 @@ def read_cache(folder: Path, name: str) -> Dataset | None:
         }
         if sha256(tensors, class_names) != meta["fingerprint"]:
             return None
-        return Dataset(name, **tensors, class_names=class_names, fingerprint=meta["fingerprint"])
+        dataset = Dataset(name, **tensors, class_names=class_names, fingerprint=meta["fingerprint"])
+        return dataset, meta["notes"]
     except Exception:  # absent, or damaged in whatever way
         return None
 
 
-def write_cache(folder: Path, dataset: Dataset) -> None:
+def write_cache(folder: Path, dataset: Dataset, notes: list[str]) -> None:
     """Write under a temporary name, then rename: another process sees all of it or nothing."""
     temporary = None
     try:
@@ -49,6 +56,7 @@ def write_cache(folder: Path, dataset: Dataset) -> None:
         for key in TENSORS:
             np.save(Path(temporary, f"{key}.npy"), getattr(dataset, key).numpy())
         meta = {key: getattr(dataset, key) for key in ("class_names", "fingerprint")}
+        meta["notes"] = notes
         Path(temporary, "meta.json").write_text(json.dumps(meta))
         shutil.rmtree(folder, ignore_errors=True)  # what is there by now is damaged
         os.rename(temporary, folder)

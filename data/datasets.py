@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from .dataset import Dataset
 from .errors import DataError
@@ -27,6 +26,8 @@ CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 )
+# Those that torchvision.datasets.ImageFolder reads.
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 DOWNLOAD_TIMEOUT = 10.0  # seconds without an answer from the server
 
 
@@ -89,7 +90,7 @@ def _load_cifar10(name: str, root: str) -> Dataset:
         _check_root(root, folder)
         _download_cifar10(folder)
         return _read_cifar10_batches(name, folder)
-    found = read_layout(name, source, {".png"})
+    found = read_layout(name, source, (".png",))
     return replace(found, name=_check_cifar10(source.path, found))
 
 
@@ -176,7 +177,7 @@ def _load_digits(name: str, root: str) -> Dataset:
 
 
 def _load_imagefolder(name: str, root: str) -> Dataset:
-    """train/<class>/ and test/<class>/ in `root`, of any picture files that PIL reads."""
+    """Load the pictures of train/<class>/ and test/<class>/ in `root`."""
     folder = Path(os.path.expanduser(root))
     _check_root(root, folder)
     source = find_source(folder)
@@ -185,10 +186,7 @@ def _load_imagefolder(name: str, root: str) -> Dataset:
             f"data.root: no train/<class>/ and test/<class>/ in {root}",
             "put pictures there or correct data.root",
         )
-    readable = {
-        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
-    }
-    return read_layout(name, source, readable)
+    return read_layout(name, source, PICTURE_SUFFIXES)
 
 
 def _load_huggingface(name: str, root: str) -> Dataset:

@@ -1,12 +1,16 @@
 """Pictures in train/<class>/ and test/<class>/, in a folder or a zip, decoded once and cached.
 
-Classes are numbered in the sorted order of their folder names and pictures are taken in the
-sorted order of their file names, so a folder and a zip of the same files give equal arrays.
+Pictures are found and ordered as torchvision's ImageFolder does it: classes are numbered in the
+sorted order of their folder names; the pictures of a class lie in its folder and in any folder
+below that, and are taken in the sorted order of folder and file name. So a folder and a zip of the
+same files give equal arrays.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path, PurePosixPath
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -17,54 +21,85 @@ from .errors import DataError
 from .sources import SPLITS, FolderSource, ZipSource
 
 
-def read_layout(name: str, source: FolderSource | ZipSource, suffixes: set[str]) -> Dataset:
-    """Load every picture of `source` whose suffix is in `suffixes`, as a data set of this name.
+def read_layout(name: str, source: FolderSource | ZipSource, suffixes: tuple[str, ...]) -> Dataset:
+    """Load every picture of `source` that has one of the `suffixes`, as a data set of this name.
+
+    Files that are left out, and pictures that lose precision, are counted and named on stderr.
 
     Raises DataError naming the file for an unreadable picture or one of another size, and naming
     the folder for a class without pictures or that is in one split only.
     """
-    folder = cache_folder(source.key() + " ".join(sorted(suffixes)))
-    cached = read_cache(folder, name)
-    if cached is not None:
-        return cached
-    files, labels, class_names, num_train = _list_pictures(source, suffixes)
-    images = stack_pictures(_decode(source, files), len(files))
-    dataset = Dataset.from_arrays(name, images, labels, num_train, class_names)
-    write_cache(folder, dataset)
+    folder = cache_folder(source.key() + " ".join(suffixes))
+    dataset, notes = read_cache(folder, name) or (None, [])
+    if dataset is None:
+        dataset, notes = _decode_layout(name, source, suffixes)
+        write_cache(folder, dataset, notes)
+    for note in notes:
+        print(f"warning: {source.path}: {note}", file=sys.stderr)
     return dataset
 
 
-def _list_pictures(
-    source: FolderSource | ZipSource, suffixes: set[str]
-) -> tuple[list[str], np.ndarray, list[str], int]:
-    """Files (those of train first), their labels, the names of the classes, how many are train."""
-    splits = {split: {} for split in SPLITS}  # split -> class -> files
-    for name in source.names():
-        if name.count("/") != 2:
-            continue
-        split, kind, file = name.split("/")
-        if split not in splits or not kind or kind.startswith("."):
-            continue
-        files = splits[split].setdefault(kind, [])
-        # Names with a leading dot are what file managers leave behind, not pictures.
-        if PurePosixPath(file).suffix.lower() in suffixes and not file.startswith("."):
-            files.append(name)
-    _check_classes(source.path, splits)
-
+def _decode_layout(
+    name: str, source: FolderSource | ZipSource, suffixes: tuple[str, ...]
+) -> tuple[Dataset, list[str]]:
+    """The data set, and notes for the user on what could not be loaded as it is."""
+    splits, left_out = _list_files(source.names(), suffixes)
+    _check_classes(source.path, splits, suffixes)
     class_names = sorted(splits["train"])
-    ordered = [sorted(splits[split][kind]) for split in SPLITS for kind in class_names]
-    labels = np.repeat(list(range(len(class_names))) * 2, [len(files) for files in ordered])
+    groups = [splits[split][kind] for split in SPLITS for kind in class_names]
+    labels = np.repeat(list(range(len(class_names))) * 2, [len(files) for files in groups])
     num_train = sum(map(len, splits["train"].values()))
-    return sum(ordered, []), labels, class_names, num_train
+    truncated = []
+    pictures = stack_pictures(_decode(source, chain(*groups), truncated), len(labels))
+
+    notes = []
+    if left_out:
+        notes.append(
+            f"files left out: {len(left_out)} ({_some(left_out)}), because only "
+            f"{', '.join(suffixes)} in train/<class>/ and test/<class>/ are read"
+        )
+    if truncated:
+        notes.append(
+            f"pictures of more than 8 bits a channel: {len(truncated)} ({_some(truncated)}), of "
+            "which only the upper 8 are used"
+        )
+    return Dataset.from_arrays(name, pictures, labels, num_train, class_names), notes
 
 
-def _check_classes(path: Path, splits: dict[str, dict[str, list[str]]]) -> None:
+def _some(names: list[str]) -> str:
+    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
+
+
+def _list_files(
+    names: Iterable[str], suffixes: tuple[str, ...]
+) -> tuple[dict[str, dict[str, list[str]]], list[str]]:
+    """The pictures as split -> class -> sorted names, and the files that are none."""
+    splits, left_out = {split: {} for split in SPLITS}, []
+    for name in names:
+        folder, _, file = name.rpartition("/")  # "train/ant/more/1.png" is of the class "ant"
+        split, kind, *_ = f"{folder}/".split("/")
+        files = splits[split].setdefault(kind, []) if kind else []
+        if kind and file.lower().endswith(suffixes):
+            files.append(name)
+        elif file:
+            left_out.append(name)
+    for files in chain(*(classes.values() for classes in splits.values())):
+        files.sort(key=lambda name: name.rpartition("/")[::2])
+    return splits, sorted(left_out)
+
+
+def _check_classes(
+    path: Path, splits: dict[str, dict[str, list[str]]], suffixes: tuple[str, ...]
+) -> None:
     for split, classes in splits.items():
         if not classes:
             raise DataError(f"{path}: no pictures in {split}/<class>/; put them there")
         for kind, files in classes.items():
             if not files:
-                raise DataError(f"{path}: no pictures in {split}/{kind}/; fill or remove it")
+                read = f"only {', '.join(suffixes)} are read"
+                raise DataError(
+                    f"{path}: no pictures in {split}/{kind}/ ({read}); fill or remove it"
+                )
     for kind in sorted(splits["train"].keys() ^ splits["test"].keys()):
         here, there = SPLITS if kind in splits["train"] else reversed(SPLITS)
         raise DataError(
@@ -72,11 +107,29 @@ def _check_classes(path: Path, splits: dict[str, dict[str, list[str]]]) -> None:
         )
 
 
-def _decode(source: FolderSource | ZipSource, files: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+def _decode(
+    source: FolderSource | ZipSource, files: Iterable[str], truncated: list[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield where each picture is from and the picture; add to `truncated` those that lose bits."""
+
+    def open_picture(name: str) -> Image.Image:
+        picture = source.open(name)
+        if _has_deep_colour(picture):
+            truncated.append(name)
+        return picture
+
     # One thread: more of them only wait for each other's interpreter lock on pictures this small.
     for name in files:
         where = f"{source.path}: {name}"
-        yield where, to_rgb(where, partial(source.open, name))
+        yield where, to_rgb(where, partial(open_picture, name))
+
+
+def _has_deep_colour(picture: Image.Image) -> bool:
+    """Whether the file has more than 8 bits a channel; PIL opens such colours in 8-bit modes."""
+    for codec, _, _, arguments in picture.tile:
+        if ";16" in str(arguments) or (codec.startswith("ppm") and arguments[-1] > 255):
+            return True
+    return False
 
 
 def to_rgb(where: str, open_picture: Callable[[], Image.Image]) -> np.ndarray:

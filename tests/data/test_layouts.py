@@ -1,11 +1,26 @@
-"""data/layouts.py."""
+"""data/layouts.py and data/sources.py."""
+
+import errno
+import os
+import struct
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.pictures import CLASSES, corrupt, random_picture, same, write_folder, write_zip
+import torchvision
+from helpers.pictures import (
+    CLASSES,
+    corrupt,
+    png_of_16_bits,
+    random_picture,
+    same,
+    write_folder,
+    write_zip,
+)
 from PIL import Image
 
-from data import DataError, load_dataset
+from data import DataError, datasets, load_dataset
 
 
 def test_folder_and_zip_give_the_same_arrays_in_sorted_order(tmp_path):
@@ -25,13 +40,209 @@ def test_folder_and_zip_give_the_same_arrays_in_sorted_order(tmp_path):
     assert same(data, load_dataset("imagefolder", str(tmp_path)))  # the only zip in the folder
 
 
-def test_imagefolder_reads_other_formats_and_grey_pictures(tmp_path):
+# --- as torchvision does ------------------------------------------------------------------------
+
+
+def write_varied_folder(root: Path) -> Path:
+    """Pictures of every kind that torchvision reads, some of them in folders of their own."""
+    folder = write_folder(root)
+    bee, more = folder / "train" / "bee", folder / "train" / "bee" / "more"
+    (more / "still more").mkdir(parents=True)
+    (folder / "train" / "bee-like").mkdir()
+    (folder / "test" / "bee-like").mkdir()
+    picture = Image.fromarray(random_picture(1))
+    for number, suffix in enumerate(datasets.PICTURE_SUFFIXES):
+        kind = "L" if suffix == ".pgm" else "RGB"
+        picture.convert(kind).save(more / f"{number}{suffix}")
+    picture.convert("L").save(more / "still more" / "0.JPEG")
+    picture.convert("P").save(folder / "train" / "bee-like" / "a.PNG")
+    picture.convert("LA").save(folder / "test" / "bee-like" / "b.png")
+    picture.convert("CMYK").save(bee / "c.Jpg")
+    return folder
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
+def test_pictures_are_those_of_torchvisions_imagefolder(tmp_path, zipped, capsys):
+    folder = write_varied_folder(tmp_path / "pictures")
+    root = write_zip(tmp_path / "pictures.zip", folder) if zipped else folder
+    data = load_dataset("imagefolder", str(root))
+    for split in ("train", "test"):
+        theirs = torchvision.datasets.ImageFolder(folder / split)
+        assert data.class_names == tuple(theirs.classes)
+        assert getattr(data, f"{split}_labels").tolist() == theirs.targets
+        pixels = np.stack([np.asarray(picture) for picture, _ in theirs])
+        assert np.array_equal(getattr(data, f"{split}_images"), pixels)
+    assert len(data.train_labels) == 9 + 12 and capsys.readouterr().err == ""
+
+
+def test_the_suffixes_are_torchvisions():
+    assert datasets.PICTURE_SUFFIXES == torchvision.datasets.folder.IMG_EXTENSIONS
+
+
+# --- zips of every origin -----------------------------------------------------------------------
+
+
+def rename_in_zip(path: Path, folder: Path, rename) -> Path:
+    """Zip `folder` under other names."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            name = file.relative_to(folder).as_posix() + "/" * file.is_dir()
+            archive.writestr(rename(name), b"" if file.is_dir() else file.read_bytes())
+    return path
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"pictures/{name}",
+        lambda name: f"my data/train set/{name}",
+        lambda name: name.replace("/", "\\"),
+        lambda name: f"pictures\\{name}".replace("/", "\\"),
+        lambda name: f"./{name}",
+    ],
+    ids=["one folder around", "two folders around", "Windows", "Windows, one folder", "dot"],
+)
+def test_zips_of_every_origin_give_what_their_folder_gives(tmp_path, rename, capsys):
     folder = write_folder(tmp_path / "pictures")
-    grey = random_picture(7, channels=1)
-    Image.fromarray(grey).save(folder / "train" / "ant" / "a.BMP")
+    zipped = rename_in_zip(tmp_path / "pictures.zip", folder, rename)
+    with zipfile.ZipFile(zipped, "a") as archive:
+        archive.writestr("__MACOSX/pictures/train/ant/._0.png", b"of macOS")
+        archive.writestr("README.txt", b"of the author")
     data = load_dataset("imagefolder", str(folder))
-    assert len(data.train_images) == 10
-    assert np.array_equal(data.train_images[3], np.repeat(grey[..., None], 3, axis=2))
+    assert same(data, load_dataset("imagefolder", str(zipped)))
+    folder.rename(tmp_path / "away")
+    assert same(data, load_dataset("imagefolder", str(tmp_path)))  # found beside other things
+    assert capsys.readouterr().err == ""
+
+
+def test_a_zip_of_several_data_sets_is_refused(tmp_path):
+    folder = tmp_path / "pictures"
+    for name in "ab":
+        write_folder(folder / name)
+    zipped = write_zip(tmp_path / "pictures.zip", folder)
+    with pytest.raises(DataError, match=r"pictures.zip: holds several data sets \(a/, b/\); keep"):
+        load_dataset("imagefolder", str(zipped))
+
+
+# --- what is left out ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
+@pytest.mark.parametrize(
+    ("name", "files", "message"),
+    [
+        ("imagefolder", "train/9.png", "1 (train/9.png), because only .jpg, .jpeg, .png,"),
+        (
+            "imagefolder",
+            "train/ant/9.gif test/bee/x/9.npy",
+            "2 (test/bee/x/9.npy, train/ant/9.gif)",
+        ),
+        (
+            "imagefolder",
+            "test/ant/a.txt test/ant/b test/c test/d.png",
+            "4 (test/ant/a.txt, test/ant",
+        ),
+        ("cifar10", "train/ant/9.jpg", "1 (train/ant/9.jpg), because only .png in train/<class>/"),
+    ],
+)
+def test_what_is_left_out_is_counted_and_named(tmp_path, zipped, name, files, message, capsys):
+    folder = write_folder(tmp_path / "pictures")
+    for file in files.split():
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_bytes(b"anything")
+    root = write_zip(tmp_path / "pictures.zip", folder) if zipped else folder
+    for _ in ("decoded", "from the cache"):
+        assert len(load_dataset(name, str(root)).train_labels) == 9
+        warnings = capsys.readouterr().err.splitlines()
+        assert f"warning: {root}: files left out: {message}" in warnings[0]
+        assert not any("left out" in warning for warning in warnings[1:])
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "train/ant/.DS_Store",
+        "train/ant/._0.png",
+        "train/ant/Thumbs.db",
+        "test/desktop.ini",
+        "train/.ipynb_checkpoints/0.png",
+        "train/ant/.thumbnails/0.png",
+        "train/__MACOSX/._ant.png",
+    ],
+)
+def test_litter_is_passed_over_in_silence(tmp_path, zipped, file, capsys):
+    folder = write_folder(tmp_path / "pictures")
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_bytes(b"anything")
+    root = write_zip(tmp_path / "pictures.zip", folder) if zipped else folder
+    data = load_dataset("imagefolder", str(root))
+    assert data.class_names == CLASSES and len(data.train_labels) == 9
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_that_cannot_be_read_is_no_folder_without_pictures(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "pictures")
+    (folder / "train" / "ant" / "more").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("more"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="cannot be read: .*Permission denied: .*ant/more"):
+        load_dataset("imagefolder", str(folder))
+
+
+def tiff_of_16_bits(levels: np.ndarray) -> bytes:
+    """An uncompressed little-endian TIFF file of levels from 0 to 65,535, [H, W, 3]."""
+    height, width, _ = levels.shape
+    pixels = levels.astype("<u2").tobytes()
+    bits_at = 8 + len(pixels)
+    entries = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, bits_at), (259, 3, 1, 1)]
+    entries += [(262, 3, 1, 2), (273, 4, 1, 8), (277, 3, 1, 3), (278, 3, 1, height)]
+    entries += [(279, 4, 1, len(pixels))]
+    directory = struct.pack("<H", len(entries))
+    directory += b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    return (
+        struct.pack("<2sHI", b"II", 42, bits_at + 6)
+        + pixels
+        + struct.pack("<3H", 16, 16, 16)
+        + directory
+    )
+
+
+@pytest.mark.parametrize(
+    ("suffix", "channels", "encode"),
+    [
+        (".png", 3, png_of_16_bits),
+        (".png", 4, png_of_16_bits),
+        (".tif", 3, tiff_of_16_bits),
+        (".ppm", 3, lambda levels: b"P6 5 4 65535\n" + levels.astype(">u2").tobytes()),
+    ],
+)
+def test_colours_of_16_bits_are_read_as_torchvision_does_and_counted(
+    tmp_path, suffix, channels, encode, capsys
+):
+    folder = write_folder(tmp_path / "pictures")
+    levels = np.random.default_rng(0).integers(0, 65536, (2, 4, 5, channels))
+    for number in (0, 1):
+        file = folder / "train" / "ant" / f"deep{number}{suffix}"
+        file.write_bytes(encode(levels[number]))
+    for _ in ("decoded", "from the cache"):
+        data = load_dataset("imagefolder", str(folder))
+        said = capsys.readouterr().err
+        assert "pictures of more than 8 bits a channel: 2 (train/ant/deep0" in said
+        assert said.count("\n") == 1
+    theirs = [picture for picture, _ in torchvision.datasets.ImageFolder(folder / "train")]
+    assert np.array_equal(data.train_images, np.stack([np.asarray(t) for t in theirs]))
+    error = np.abs(data.train_images[3:5].numpy() - levels[..., :3] / 257)
+    assert error.max() <= 1  # the upper 8 bits, of which no library keeps more
+
+
+# --- damage -------------------------------------------------------------------------------------
 
 
 def make_empty_class(folder):

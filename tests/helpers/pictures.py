@@ -1,7 +1,9 @@
 """Small data sets of random pictures, in memory, in folders and in zips."""
 
 import hashlib
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,18 @@ def write_folder(root: Path, classes=CLASSES, size=(5, 4), counts=(("train", 3),
                 seed = int(hashlib.sha256(f"{split}{kind}{number}".encode()).hexdigest()[:8], 16)
                 Image.fromarray(random_picture(seed, size)).save(folder / f"{number}.png")
     return root
+
+
+def png_of_16_bits(levels: np.ndarray) -> bytes:
+    """A PNG file of levels from 0 to 65,535, [H, W, 3] colour or [H, W, 4] with opacity."""
+    height, width, channels = levels.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
 
 
 def write_zip(path: Path, folder: Path) -> Path:
