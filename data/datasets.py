@@ -250,4 +250,10 @@ def _huggingface_pictures(what: str, split, column: str) -> Iterator[tuple[str, 
         yield where, to_rgb(where, lambda: next(rows)[column])
 
 
-LOADERS = {"cifar10": _load_cifar10, "digits": _load_digits, "imagefolder": _load_imagefolder}
+# data.name -> a function of data.name and data.root that returns the Dataset. A new data set is a
+# function and a line here.
+LOADERS = {
+    "cifar10": _load_cifar10,
+    "digits": _load_digits,
+    "imagefolder": _load_imagefolder,
+}

@@ -16,7 +16,7 @@ from helpers.pictures import corrupt, random_picture, same, write_folder
 from helpers.runs import CIFAR10
 from PIL import Image
 
-from data import DataError, Pictures, datasets, load_dataset
+from data import DataError, Dataset, Pictures, datasets, load_dataset
 
 REAL_ZIP = CIFAR10 / "cifar10.zip"
 
@@ -248,3 +248,27 @@ def test_hugging_face_unreachable_or_damaged(tmp_path, monkeypatch):
         load_dataset("hf:some/set", "data")
     data = load_dataset("some/set", "data", fallback="digits")
     assert data.name == "digits" and "\n" not in data.fallback_reason
+
+
+# --- one's own ------------------------------------------------------------------------------------
+
+
+def test_a_data_set_is_added_by_a_function_and_a_line(tmp_path, monkeypatch):
+    def load_stripes(name: str, root: str) -> Dataset:
+        """Load 400 + 100 pictures of stripes that lie across or stand upright."""
+        labels = np.arange(500) % 2
+        pictures = np.zeros((500, 8, 8, 3), np.uint8)
+        pictures[labels == 0, ::2] = 255
+        pictures[labels == 1, :, ::2] = 255
+        return Dataset.from_arrays(name, pictures, labels, 400, ["across", "upright"])
+
+    monkeypatch.setitem(datasets.LOADERS, "stripes", load_stripes)
+    data = load_dataset("stripes", "")
+    assert (data.name, data.class_names) == ("stripes", ("across", "upright"))
+    assert data.train_images.shape == (400, 8, 8, 3) and len(data.test_labels) == 100
+    assert data.train_labels.bincount().tolist() == [200, 200]
+    batch, labels = Pictures(data, torch.device("cpu")).evaluation_batch("test", 0, 100)
+    assert torch.equal(labels, batch[:, 0, 1, 0].gt(0).long())  # white in row 1: upright
+    with pytest.raises(DataError, match="'stripe'; did you mean 'stripes'"):
+        load_dataset("stripe", "")
+    assert load_dataset("imagefolder", str(tmp_path), fallback="stripes").name == "stripes"
