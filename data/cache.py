@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from .dataset import TENSORS, Dataset, sha256
+from .errors import say
 
 FORMAT = 2  # to be raised when meta.json holds something else, or files are read otherwise
 
@@ -33,7 +33,7 @@ def read_cache(folder: Path, name: str) -> tuple[Dataset, list[str]] | None:
     Returns None if it is absent or damaged.
     """
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         class_names = tuple(meta["class_names"])
         tensors = {
             key: torch.from_numpy(np.load(folder / f"{key}.npy", allow_pickle=False))
@@ -57,12 +57,12 @@ def write_cache(folder: Path, dataset: Dataset, notes: list[str]) -> None:
             np.save(Path(temporary, f"{key}.npy"), getattr(dataset, key).numpy())
         meta = {key: getattr(dataset, key) for key in ("class_names", "fingerprint")}
         meta["notes"] = notes
-        Path(temporary, "meta.json").write_text(json.dumps(meta))
+        Path(temporary, "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)  # what is there by now is damaged
         os.rename(temporary, folder)
     except OSError as error:
         if read_cache(folder, dataset.name) is None:  # else another process was faster
-            print(f"warning: decoded pictures not cached in {folder}: {error}", file=sys.stderr)
+            say(f"warning: decoded pictures not cached in {folder}: {error}")
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -9,7 +9,6 @@ import http.client
 import itertools
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from .dataset import Dataset
-from .errors import DataError
+from .errors import DataError, printable, say
 from .layouts import read_layout, stack_pictures, to_rgb
 from .sources import find_source
 
@@ -36,7 +35,7 @@ class _Unavailable(DataError):
 
     def __init__(self, reason: str, remedy: str):
         super().__init__(f"{reason}; {remedy}")
-        self.reason = reason
+        self.reason = printable(reason)
 
 
 def load_dataset(name: str, root: str, fallback: str = "") -> Dataset:
@@ -101,10 +100,9 @@ def _check_cifar10(path: Path, found: Dataset) -> str:
     is_cifar10 = (height, width) == (32, 32) and found.class_names == CIFAR10_CLASSES
     name = "cifar10" if is_cifar10 else "imagefolder"
     if not is_cifar10 or (num_train, num_test) != (50_000, 10_000):
-        print(
+        say(
             f"warning: {path} is not all of CIFAR-10 but {num_train} + {num_test} pictures of "
-            f"{width}x{height} in {num_classes} classes; loaded as {name}",
-            file=sys.stderr,
+            f"{width}x{height} in {num_classes} classes; loaded as {name}"
         )
     return name
 
@@ -140,7 +138,7 @@ def _download_cifar10(folder: Path) -> None:
     """Let torchvision download and unpack into `folder`; what an earlier try left is replaced."""
     from torchvision.datasets import CIFAR10
 
-    print(f"downloading CIFAR-10 (170 MB) from {CIFAR10.url} to {folder}", file=sys.stderr)
+    say(f"downloading CIFAR-10 (170 MB) from {CIFAR10.url} to {folder}")
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:

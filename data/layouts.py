@@ -6,7 +6,6 @@ below that, and are taken in the sorted order of folder and file name. So a fold
 same files give equal arrays.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
@@ -17,7 +16,7 @@ from PIL import Image
 
 from .cache import cache_folder, read_cache, write_cache
 from .dataset import Dataset
-from .errors import DataError
+from .errors import DataError, say
 from .sources import SPLITS, FolderSource, ZipSource
 
 
@@ -35,7 +34,7 @@ def read_layout(name: str, source: FolderSource | ZipSource, suffixes: tuple[str
         dataset, notes = _decode_layout(name, source, suffixes)
         write_cache(folder, dataset, notes)
     for note in notes:
-        print(f"warning: {source.path}: {note}", file=sys.stderr)
+        say(f"warning: {source.path}: {note}")
     return dataset
 
 

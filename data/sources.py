@@ -51,7 +51,7 @@ class FolderSource:
             for folder, folders, files in walk:
                 prefix = Path(folder).relative_to(self.path).as_posix()
                 for entry in (*(f"{name}/" for name in folders), *files):
-                    paths[f"{prefix}/{entry}"] = os.path.join(folder, entry)
+                    paths[_as_utf8(f"{prefix}/{entry}")] = os.path.join(folder, entry)
         return {name: path for name, path in paths.items() if not _is_litter(name)}
 
 
@@ -76,7 +76,10 @@ class ZipSource:
     def _zip(self) -> zipfile.ZipFile:
         """The zip, opened on first need: listing 60,000 names takes longer than a cached load."""
         try:
-            return zipfile.ZipFile(self.path)
+            try:  # many programs write UTF-8 without setting the flag that says so
+                return zipfile.ZipFile(self.path, metadata_encoding="utf-8")
+            except UnicodeDecodeError:
+                return zipfile.ZipFile(self.path)
         except Exception as error:  # not BadZipFile alone where the directory is garbled
             raise DataError(
                 f"{self.path}: not a zip, or a truncated one ({error}); fetch it again"
@@ -122,6 +125,14 @@ def _refuse_unreadable(error: OSError) -> None:
     """Stop os.walk, which would otherwise skip a folder that it cannot read."""
     if not isinstance(error, FileNotFoundError):  # that train/ or test/ is missing is said later
         raise error
+
+
+def _as_utf8(name: str) -> str:
+    """The name of a file whose bytes are read as UTF-8, whatever the locale that listed it.
+
+    A byte that is not UTF-8 is written as \\xff, so that every name can be printed and stored.
+    """
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _is_litter(name: str) -> bool:

@@ -149,8 +149,10 @@ def test_no_download_means_the_fallback_or_an_error(tmp_path, offline, monkeypat
     monkeypatch.chdir(tmp_path)  # where the default root does not exist
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "cifar-10-python.tar.gz").write_bytes(b"truncated by an earlier try")
-    for root in ("data", str(tmp_path / "empty")):
+    (tmp_path / "odd \udcff").mkdir()
+    for root in ("data", str(tmp_path / "empty"), str(tmp_path / "odd \udcff")):
         data = load_dataset("cifar10", root, fallback="digits")
+        assert data.fallback_reason.isprintable()
         assert data.name == "digits" and "no connection" in data.fallback_reason
         assert data.fallback_reason.startswith("cifar10 could not be had: ")
         with pytest.raises(DataError, match="downloading it failed .*no connection.*; put cifar10"):

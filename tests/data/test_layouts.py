@@ -1,9 +1,6 @@
-"""data/layouts.py and data/sources.py."""
+"""data/layouts.py."""
 
-import errno
-import os
 import struct
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -79,51 +76,6 @@ def test_the_suffixes_are_torchvisions():
     assert datasets.PICTURE_SUFFIXES == torchvision.datasets.folder.IMG_EXTENSIONS
 
 
-# --- zips of every origin -----------------------------------------------------------------------
-
-
-def rename_in_zip(path: Path, folder: Path, rename) -> Path:
-    """Zip `folder` under other names."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(folder.rglob("*")):
-            name = file.relative_to(folder).as_posix() + "/" * file.is_dir()
-            archive.writestr(rename(name), b"" if file.is_dir() else file.read_bytes())
-    return path
-
-
-@pytest.mark.parametrize(
-    "rename",
-    [
-        lambda name: f"pictures/{name}",
-        lambda name: f"my data/train set/{name}",
-        lambda name: name.replace("/", "\\"),
-        lambda name: f"pictures\\{name}".replace("/", "\\"),
-        lambda name: f"./{name}",
-    ],
-    ids=["one folder around", "two folders around", "Windows", "Windows, one folder", "dot"],
-)
-def test_zips_of_every_origin_give_what_their_folder_gives(tmp_path, rename, capsys):
-    folder = write_folder(tmp_path / "pictures")
-    zipped = rename_in_zip(tmp_path / "pictures.zip", folder, rename)
-    with zipfile.ZipFile(zipped, "a") as archive:
-        archive.writestr("__MACOSX/pictures/train/ant/._0.png", b"of macOS")
-        archive.writestr("README.txt", b"of the author")
-    data = load_dataset("imagefolder", str(folder))
-    assert same(data, load_dataset("imagefolder", str(zipped)))
-    folder.rename(tmp_path / "away")
-    assert same(data, load_dataset("imagefolder", str(tmp_path)))  # found beside other things
-    assert capsys.readouterr().err == ""
-
-
-def test_a_zip_of_several_data_sets_is_refused(tmp_path):
-    folder = tmp_path / "pictures"
-    for name in "ab":
-        write_folder(folder / name)
-    zipped = write_zip(tmp_path / "pictures.zip", folder)
-    with pytest.raises(DataError, match=r"pictures.zip: holds several data sets \(a/, b/\); keep"):
-        load_dataset("imagefolder", str(zipped))
-
-
 # --- what is left out ---------------------------------------------------------------------------
 
 
@@ -156,44 +108,6 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, zipped, name, files, me
         warnings = capsys.readouterr().err.splitlines()
         assert f"warning: {root}: files left out: {message}" in warnings[0]
         assert not any("left out" in warning for warning in warnings[1:])
-
-
-@pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
-@pytest.mark.parametrize(
-    "file",
-    [
-        "train/ant/.DS_Store",
-        "train/ant/._0.png",
-        "train/ant/Thumbs.db",
-        "test/desktop.ini",
-        "train/.ipynb_checkpoints/0.png",
-        "train/ant/.thumbnails/0.png",
-        "train/__MACOSX/._ant.png",
-    ],
-)
-def test_litter_is_passed_over_in_silence(tmp_path, zipped, file, capsys):
-    folder = write_folder(tmp_path / "pictures")
-    (folder / file).parent.mkdir(exist_ok=True)
-    (folder / file).write_bytes(b"anything")
-    root = write_zip(tmp_path / "pictures.zip", folder) if zipped else folder
-    data = load_dataset("imagefolder", str(root))
-    assert data.class_names == CLASSES and len(data.train_labels) == 9
-    assert capsys.readouterr().err == ""
-
-
-def test_a_folder_that_cannot_be_read_is_no_folder_without_pictures(tmp_path, monkeypatch):
-    folder = write_folder(tmp_path / "pictures")
-    (folder / "train" / "ant" / "more").mkdir()
-    scandir = os.scandir
-
-    def refuse(path):
-        if str(path).endswith("more"):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(DataError, match="cannot be read: .*Permission denied: .*ant/more"):
-        load_dataset("imagefolder", str(folder))
 
 
 def tiff_of_16_bits(levels: np.ndarray) -> bytes:
@@ -299,30 +213,3 @@ def test_damaged_sets_are_named_and_never_replaced(tmp_path, damage, message):
     for root in (folder, zipped):
         with pytest.raises(DataError, match=message):
             load_dataset("cifar10", str(root), fallback="digits")
-
-
-def test_damaged_zips_are_named_and_never_replaced(tmp_path):
-    zipped = write_zip(tmp_path / "cifar10.zip", write_folder(tmp_path / "pictures"))
-    content = zipped.read_bytes()
-    for damaged in (b"", b"text", content[:200], content[:-30], content[:-1]):
-        zipped.write_bytes(damaged)
-        for root in (zipped, tmp_path):
-            with pytest.raises(DataError, match="cifar10.zip: not a zip, or a truncated one"):
-                load_dataset("cifar10", str(root), fallback="digits")
-
-
-def test_places_that_cannot_be_used(tmp_path):
-    with pytest.raises(DataError, match="data.root: no such folder or zip: .*nowhere"):
-        load_dataset("cifar10", str(tmp_path / "nowhere"), fallback="digits")
-    with pytest.raises(DataError, match="data.root: no such folder or zip"):
-        load_dataset("imagefolder", str(tmp_path / "x.zip"))
-    with pytest.raises(DataError, match="no train/<class>/ and test/<class>/ in"):
-        load_dataset("imagefolder", str(tmp_path))
-    assert load_dataset("imagefolder", str(tmp_path), fallback="digits").name == "digits"
-    folder = write_folder(tmp_path / "pictures")
-    write_zip(tmp_path / "one.zip", folder)
-    write_zip(tmp_path / "two.zip", folder)
-    with pytest.raises(DataError, match="several data sets .one.zip, two.zip."):
-        load_dataset("cifar10", str(tmp_path))
-    write_zip(tmp_path / "cifar10.zip", folder)
-    assert load_dataset("cifar10", str(tmp_path)).class_names == CLASSES

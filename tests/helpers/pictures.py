@@ -1,6 +1,7 @@
 """Small data sets of random pictures, in memory, in folders and in zips."""
 
 import hashlib
+import os
 import struct
 import zipfile
 import zlib
@@ -28,7 +29,9 @@ def write_folder(root: Path, classes=CLASSES, size=(5, 4), counts=(("train", 3),
             folder = root / split / kind
             folder.mkdir(parents=True)
             for number in range(count):
-                seed = int(hashlib.sha256(f"{split}{kind}{number}".encode()).hexdigest()[:8], 16)
+                seed = int(
+                    hashlib.sha256(os.fsencode(f"{split}{kind}{number}")).hexdigest()[:8], 16
+                )
                 Image.fromarray(random_picture(seed, size)).save(folder / f"{number}.png")
     return root
 
