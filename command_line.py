@@ -1,11 +1,9 @@
 """From the command line and a YAML file to a checked Config: defaults < YAML < command line.
 
-A mistake ends as one line that names the file, the line and the nearest valid name. Two readers
-look at a YAML file: OmegaConf for its values, and yaml's own tree for the lines they stand on.
+A mistake ends as one line that names the file, the line and the nearest valid name.
 """
 
 import argparse
-import difflib
 import json
 import math
 import re
@@ -13,13 +11,10 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, get_origin
-
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any
 
 from config import Config, ConfigError, Selection
+from typed_yaml import Settings
 
 ALGORITHM_SETTINGS = {  # whose a setting of local is
     "mu": ("FedProx",),
@@ -51,107 +46,14 @@ def load_config(path: Path, overrides: list[str]) -> Config:
     Raises ConfigError: unknown key, wrong type, value out of range, settings that contradict each
     other or deepspeed_config.json, unreadable file.
     """
-    text, tree = _read_yaml(path)
-    where = {key: f"{path}:{line}" for key, line in _lines(tree)}
-    _check_keys(yaml.safe_load(text) or {}, Config, where, str(path))
-    from_cli = _read_overrides(overrides)
-    given = OmegaConf.to_container(from_cli)  # as it was written: ${...} not yet resolved
-    where |= {key: "command line" for key in _dotted(given)}
-    _check_keys(given, Config, {}, "command line")
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text), from_cli)
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or ""
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{_place(key, where, path)}: {key}: {reason}") from None
+    settings = Settings(path)
+    for word in overrides:
+        settings.override(word)
+    config = settings.config()
     for key, message in _violations(config):
-        raise ConfigError(f"{_place(key, where, path)}: {key}: {message}")
+        raise ConfigError(f"{settings.place(key)}: {key}: {message}")
     check_deepspeed(config)
     return config
-
-
-def _read_yaml(path: Path) -> tuple[str, yaml.Node | None]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        tree = yaml.compose(text)
-        OmegaConf.create(text)  # its loader also refuses a key that is given twice
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ConfigError(
-            f"{path}: cannot be read: {reason}; give a YAML file to --config"
-        ) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{path}{line}: not valid YAML: {reason}") from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
-    if tree is not None and not isinstance(tree, yaml.MappingNode):
-        raise ConfigError(f"{path}:1: a config is a list of `key: value` lines")
-    return text, tree
-
-
-def _read_overrides(overrides: list[str]) -> Any:
-    for item in overrides:
-        if not re.match(r"[A-Za-z_][\w.]*=", item):
-            raise ConfigError(f"command line: {item!r} is not of the form key=value")
-    try:
-        return OmegaConf.from_dotlist([o + '""' if o.endswith("=") else o for o in overrides])
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"command line: {' '.join(overrides)}: {reason}") from None
-
-
-def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Yield every dotted key of a YAML tree with its line, counted from 1."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            dotted = f"{prefix}{key.value}"
-            yield dotted, key.start_mark.line + 1
-            yield from _lines(value, f"{dotted}.")
-
-
-def _dotted(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in tree.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
-
-
-def _place(key: str, where: dict[str, str], default: object) -> str:
-    """The file and line of a key, or of the nearest section above it that was written down."""
-    key = re.sub(r"\[\d+\]", "", key)  # an item of a list stands where its list does
-    while key and key not in where:
-        key = key.rpartition(".")[0]
-    return where.get(key, str(default))
-
-
-def _check_keys(tree: Any, section: type, where: dict[str, str], default: str, prefix: str = ""):
-    names = {f.name: f for f in fields(section)}
-    for key, value in tree.items():
-        dotted = f"{prefix}{key}"
-        place = _place(dotted, where, default)
-        if key not in names:
-            hint = _nearest(str(key), list(names))
-            raise ConfigError(f"{place}: {dotted}: no such key; {hint}")
-        kind = names[key].type
-        if is_dataclass(kind):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{place}: {dotted}: a section of keys, not {value!r}")
-            _check_keys(value, kind, where, default, f"{dotted}.")
-        elif get_origin(kind) is dict and not isinstance(value, dict):
-            raise ConfigError(f"{place}: {dotted}: takes keys and values, {{a: 1}}, not {value!r}")
-        elif get_origin(kind) is list and not isinstance(value, list):
-            raise ConfigError(f"{place}: {dotted}: takes a list, [...], not {value!r}")
-
-
-def _nearest(key: str, names: list[str]) -> str:
-    """A hint by spelling, or by initials: learning_rate is called lr here."""
-    initials = "".join(word[0] for word in key.split("_") if word)
-    near = [initials] if initials in names else difflib.get_close_matches(key, names, n=1)
-    return f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(names)}"
 
 
 def _violations(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -7,11 +7,15 @@ that a mistake is answered at once.
 
 import hashlib
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
+
+# Text that a reader of YAML could take for a number, a date, true, false or null.
+UNCLEAR = re.compile(r"[-+.]*\d.*|(?i:yes|no|on|off|y|n|none|[-+.]*(nan|inf)(inity)?)")
 
 
 class ConfigError(Exception):
@@ -241,4 +245,11 @@ class Config:
         return Path(self.output_dir) / f"{self.name}-s{self.seed}"
 
     def to_yaml(self) -> str:
-        return OmegaConf.to_yaml(OmegaConf.create(asdict(self)))
+        return yaml.dump(asdict(self), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes unclear text in quotes, so that every reader takes it for text."""
+
+
+_Dumper.add_implicit_resolver("!unclear", UNCLEAR, None)
