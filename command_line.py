@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +65,22 @@ def _violations(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield key, f"{value!r} is not one of {', '.join(f.metadata['choices'])}"
         elif "pattern" in f.metadata and not re.fullmatch(f.metadata["pattern"], value):
             yield key, f"{value!r} is none of the forms {f.metadata['examples']}"
-        elif "range" in f.metadata and value is not None:
-            low, high, open_low = f.metadata["range"]
-            if not (low < value <= high if open_low else low <= value <= high) or value == math.inf:
-                above = f"above {low}" if open_low else f"at least {low}"
-                yield (
-                    key,
-                    f"{value} is out of range; {above}" + f", at most {high}" * (high < math.inf),
-                )
+        elif "range" in f.metadata:
+            for number in value if isinstance(value, list) else [value]:
+                if number is not None and not _is_within(number, *f.metadata["range"]):
+                    yield key, f"{number} is out of range; {_describe(*f.metadata['range'])}"
     if isinstance(section, Config):
         yield from _contradictions(section)
+
+
+def _is_within(number: float, low: float, high: float, open_low: bool) -> bool:
+    """Whether a number is in the range; inf and nan are in none."""
+    return (low < number if open_low else low <= number) and number <= high and number < math.inf
+
+
+def _describe(low: float, high: float, open_low: bool) -> str:
+    above = f"above {low}" if open_low else f"at least {low}"
+    return above + f", at most {high}" * (high < math.inf)
 
 
 def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
@@ -99,9 +104,6 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
             "local.lr_schedule.milestones",
             "step needs the rounds at which lr drops, like [20, 30]",
         )
-    for key in ("pruning.warmup", "pruning.client_densities", "downlink.pruning.warmup"):
-        if not all(0 < density <= 1 for density in attrgetter(key)(config)):
-            yield key, "every density must be above 0, at most 1"
     if len(config.pruning.client_densities) > clients.total:
         yield "pruning.client_densities", f"more densities than clients.total={clients.total}"
     yield from _compression_contradictions(config)

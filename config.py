@@ -32,6 +32,11 @@ def between(default: Any, low: float, high: float = math.inf, open_low: bool = F
     return field(default=default, metadata={"range": (low, high, open_low)})
 
 
+def each_between(low: float, high: float = math.inf, open_low: bool = False) -> Any:
+    """A list of numbers in that range; the default is an empty list."""
+    return field(default_factory=list, metadata={"range": (low, high, open_low)})
+
+
 @dataclass(frozen=True)
 class Partition:
     name: str = "iid"  # a flwr-datasets partitioner in snake_case: iid, dirichlet, shard, ...
@@ -74,7 +79,7 @@ class Clients:
 class Schedule:
     name: str = one_of("constant", "cosine", "exponential", "step")
     gamma: float = between(0.1, 0.0, 1.0, open_low=True)  # factor of exponential and step
-    milestones: list[int] = field(default_factory=list)  # rounds after which step applies gamma
+    milestones: list[int] = each_between(1)  # rounds after which step applies gamma
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class Selection:
 
     method: str = one_of("topk", "random", "threshold", "none")
     density: float = between(0.01, 0.0, 1.0, open_low=True)  # topk, random: share of coordinates
-    warmup: list[float] = field(default_factory=list)  # densities to begin with, one by one (DGC)
+    warmup: list[float] = each_between(0.0, 1.0, open_low=True)  # the first densities (DGC)
     warmup_rounds: int = between(1, 1)  # how many rounds each of them lasts
     scope: str = one_of("global", "layer", "chunk")  # topk: rank over the vector, a tensor, a chunk
     chunk: int = between(4096, 1)  # entries of a chunk
@@ -126,7 +131,7 @@ class Mask:
 class Pruning(Selection):
     """Of the clients' updates; client i has the density client_densities[i % how many], if any."""
 
-    client_densities: list[float] = field(default_factory=list)
+    client_densities: list[float] = each_between(0.0, 1.0, open_low=True)
     mask: Mask = field(default_factory=Mask)
 
 

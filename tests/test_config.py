@@ -298,6 +298,39 @@ def test_odd_mistakes_end_in_one_line_as_well(text, overrides, start):
     assert mistake(text, *overrides).startswith(start)
 
 
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        *((f"data.flip={value}", f"takes true or false, or null, not '{value}'")
+          for value in ("2", "1", "-1", "None", "maybe")),
+        *((f"local.nesterov={value}", f"takes true or false, not '{value}'")
+          for value in ("1", "0.0", "null", "None")),
+        *((f"rounds={value}", f"takes a whole number, such as 3, not '{value}'")
+          for value in ("true", "1.0", "1e3", "None", "null", "nan", "ten")),
+        *((f"local.steps={value}", f"takes a whole number, such as 3, or null, not '{value}'")
+          for value in ("None", "5.0", "true")),
+        *((f"local.lr={value}", f"takes a number, such as 0.1, not '{value}'")
+          for value in ("None", "true", "1%", "1,5", "10^-3")),
+        *((f"{key}={value}", f"takes text, not '{value}'")
+          for key in ("name", "data.fallback", "server.scheduler") for value in ("None", "null")),
+        *((f"trackers=[{value}]", f"takes text, not '{value}'") for value in ("None", "null")),
+        *((f"local.lr_schedule.milestones=[{value}]", f"{value} is out of range; at least 1")
+          for value in (-3, 0)),
+        ("local.lr_schedule.milestones=[2.5]", "takes a whole number, such as 3, not '2.5'"),
+        *((f"{key}=[0.5, {value}]", f"{shown} is out of range; above 0.0, at most 1.0")
+          for key in ("pruning.warmup", "pruning.client_densities", "downlink.pruning.warmup")
+          for value, shown in (("nan", "nan"), ("-1", "-1.0"), ("0", "0.0"), ("1.5", "1.5"))),
+    ],
+)  # fmt: skip
+def test_a_value_that_means_something_else_is_refused(override, reason):
+    key, _, value = override.partition("=")
+    assert mistake("", override) == f"command line: {key}: {reason}"
+    *sections, name = key.split(".")
+    lines = [f"{'  ' * depth}{section}:" for depth, section in enumerate(sections)]
+    lines.append(f"{'  ' * len(sections)}{name}: {value}")
+    assert mistake("\n".join(lines)) == f"x.yaml:{len(lines)}: {key}: {reason}"
+
+
 NUMBERS = [
     *[f"{key}=0" for key in ("rounds", "clients.total", "clients.per_round", "local.epochs")],
     *[f"{key}=0" for key in ("local.steps", "local.batch_size", "evaluation.every")],
@@ -365,8 +398,8 @@ def test_words():
         ("", ["name="], "command line: name: '' must be usable as a folder"),
         ("local:\n  lr_schedule:\n    name: step", [], "x.yaml:2: local.lr_schedule.milestones: "
          "step needs"),
-        ("pruning: {warmup: [0.5, 0]}", [], "x.yaml:1: pruning.warmup: every density must be"),
-        ("pruning: {client_densities: [2]}", [], "x.yaml:1: pruning.client_densities: every "),
+        ("pruning: {warmup: [0.5, 0]}", [], "x.yaml:1: pruning.warmup: 0.0 is out of range"),
+        ("pruning: {client_densities: [2]}", [], "x.yaml:1: pruning.client_densities: 2.0 is"),
         ("downlink: {pruning: {method: topk}}", [], "x.yaml:1: downlink.pruning.method: a part of "
          "the model can be sent only in mode: change"),
         ("uplink: {values: powersgd(2)}", [], "x.yaml:1: uplink.values: powersgd(2) needs whole "),
