@@ -6,13 +6,14 @@ A mistake ends as one line that names the file, the line and the nearest valid n
 import argparse
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from config import Config, ConfigError, Selection
+from config import Config, ConfigError, Selection, from_here
 from typed_yaml import Settings
 
 ALGORITHM_SETTINGS = {  # whose a setting of local is
@@ -23,18 +24,22 @@ ALGORITHM_SETTINGS = {  # whose a setting of local is
 
 
 def read_command_line(default: str, arguments: list[str]) -> tuple[Config, bool]:
-    """Return the config and whether this is a dry run; on a mistake print one line and exit 2."""
+    """Return the config and whether this is a dry run; on a mistake print one line and exit 2.
+
+    `default` is the YAML file, in the project folder, that is read without --config.
+    """
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--config FILE] [--dry_run] [key=value ...]",
         description="Any key of the config can be given as key=value, such as server.lr=0.01.",
     )
-    parser.add_argument("--config", default=default, type=Path, help=f"default: {default}")
+    parser.add_argument("--config", default=from_here(default), help=f"default: {default}")
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, and end")
     parser.add_argument("--local_rank", type=int, help="given by launchers; not needed")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     given = parser.parse_intermixed_args(arguments)
     try:
-        return load_config(Path(given.config), given.overrides), given.dry_run
+        path = Path(os.path.expanduser(given.config))
+        return load_config(path, given.overrides), given.dry_run
     except ConfigError as error:
         parser.exit(2, f"error: {error}\n")
 
@@ -99,6 +104,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "model.norm", f"{model.norm!r} is neither batch nor group(n), such as group(2)"
     if not re.fullmatch(r"[\w.-]+", config.name) or config.name.startswith("."):
         yield "name", f"{config.name!r} must be usable as a folder: letters, digits, - _ ."
+    if not config.output_dir:
+        yield "output_dir", "names no folder"
     if local.lr_schedule.name == "step" and not local.lr_schedule.milestones:
         yield (
             "local.lr_schedule.milestones",
@@ -167,9 +174,13 @@ def check_deepspeed(config: Config) -> None:
 
     What DeepSpeed's file repeats must say "auto" or agree: one home for each value.
     """
-    path = Path(config.deepspeed_config)
-    if not path.exists():
+    if not config.deepspeed_config:
         return
+    path = from_here(config.deepspeed_config)
+    if not path.exists():
+        raise ConfigError(
+            f"deepspeed_config: no such file: {path}; correct it, or give '' for none"
+        )
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

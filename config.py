@@ -3,10 +3,14 @@
 Its name is the YAML key and the command-line key (`python main.py server.lr=0.01`). Ranges and
 choices stand with the field; command_line.py reads and checks them. No torch is imported here, so
 that a mistake is answered at once.
+
+A path of a Config is relative to the project folder, in which this file stands; from_here() turns
+it into one that a process can open.
 """
 
 import hashlib
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,8 +18,9 @@ from typing import Any
 
 import yaml
 
+PROJECT = Path(__file__).resolve().parent
 # Text that a reader of YAML could take for a number, a date, true, false or null.
-UNCLEAR = re.compile(r"[-+.]*\d.*|(?i:yes|no|on|off|y|n|none|[-+.]*(nan|inf)(inity)?)")
+UNCLEAR = re.compile(r"([-+.]*\d.*|(?i:yes|no|on|off|y|n|none|[-+.]*(nan|inf)(inity)?))\Z")
 
 
 class ConfigError(Exception):
@@ -37,6 +42,17 @@ def each_between(low: float, high: float = math.inf, open_low: bool = False) -> 
     return field(default_factory=list, metadata={"range": (low, high, open_low)})
 
 
+def path_to(default: str) -> Any:
+    """A field that names a file or a folder."""
+    return field(default=default, metadata={"path": True})
+
+
+def from_here(path: str) -> Path:
+    """A path of a Config as it is written in the working directory: short below it, else whole."""
+    whole, here = Path(os.path.normpath(PROJECT / path)), Path.cwd()
+    return whole.relative_to(here) if whole.is_relative_to(here) else whole
+
+
 @dataclass(frozen=True)
 class Partition:
     name: str = "iid"  # a flwr-datasets partitioner in snake_case: iid, dirichlet, shard, ...
@@ -46,7 +62,7 @@ class Partition:
 @dataclass(frozen=True)
 class Data:
     name: str = "cifar10"  # cifar10, digits, imagefolder, or a Hugging Face data set
-    root: str = "data"  # the folder or zip file that holds it
+    root: str = path_to("data")  # the folder or zip file that holds it
     fallback: str = ""  # what to use where it cannot be had; "" refuses to start
     padding: int | None = between(None, 0)  # pixels around a random crop; 0: none; null: side / 8
     flip: bool | None = None  # random horizontal flip; null: yes, but not for digits
@@ -222,11 +238,11 @@ class Config:
     name: str = "run"
     seed: int = between(1, 0)
     rounds: int = between(10, 1)
-    output_dir: str = "outputFolder"
+    output_dir: str = path_to("outputFolder")
     device: str = one_of("auto", "cpu", "cuda")
     precision: str = one_of("auto", "fp32", "bf16", "fp16")  # auto: bf16 where it is faster
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # Accelerate's trackers
-    deepspeed_config: str = "deepspeed_config.json"
+    deepspeed_config: str = path_to("deepspeed_config.json")  # "" for none
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     clients: Clients = field(default_factory=Clients)
@@ -247,7 +263,7 @@ class Config:
 
     @property
     def run_folder(self) -> Path:
-        return Path(self.output_dir) / f"{self.name}-s{self.seed}"
+        return from_here(self.output_dir) / f"{self.name}-s{self.seed}"
 
     def to_yaml(self) -> str:
         return yaml.dump(asdict(self), Dumper=_Dumper, sort_keys=False, allow_unicode=True)

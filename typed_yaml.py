@@ -3,10 +3,14 @@
 YAML by itself guesses a type from how a value looks: 012 is octal, 3e5 a number, on is true. Here
 a value is text until its field says what it is. Only an option of a dict field may be of any type:
 its type is guessed where there is one reading, and the option is refused where there are two.
+
+A relative path starts from the project folder in a YAML file, and from the working directory on the
+command line; `~` is the home folder in both.
 """
 
 import difflib
 import math
+import os
 import re
 from dataclasses import Field, fields, is_dataclass, replace
 from pathlib import Path
@@ -15,7 +19,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 
-from config import UNCLEAR, Config, ConfigError
+from config import PROJECT, UNCLEAR, Config, ConfigError
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 FROM_TEXT = {str: str, int: int, float: float, bool: lambda text: BOOLEANS[text.lower()]}
@@ -107,6 +111,9 @@ class Settings:
             return
         try:
             self.values[key] = _convert(node, field.type)
+            if "path" in field.metadata and self.values[key]:
+                base = PROJECT if file else Path.cwd()
+                self.values[key] = _from_project(self.values[key], base)
         except ValueError as error:
             raise ConfigError(f"{self.places[key]}: {key}: {error}") from None
 
@@ -208,6 +215,20 @@ def _convert(node: yaml.Node, kind: Any) -> Any:
     section = is_dataclass(kind) and f"keys below it ({', '.join(f.name for f in fields(kind))})"
     null = ", or null" if is_optional else ""
     raise ValueError(f"takes {section or EXPECTED[origin]}{null}, not {_show(node)}")
+
+
+def _from_project(path: str, base: Path) -> str:
+    """A path that starts from `base`, as it is written in the project folder.
+
+    A relative one stays relative, and so does an absolute one below the project folder: they hold
+    where the project is moved to. Raises ValueError: nobody's home.
+    """
+    try:
+        given = Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path!r} begins with the home of nobody who is known here") from None
+    is_elsewhere = given.is_absolute() and not given.is_relative_to(PROJECT)
+    return str(given) if is_elsewhere else os.path.relpath(base / given, PROJECT)
 
 
 def _guess(node: yaml.Node) -> Any:

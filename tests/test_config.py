@@ -12,14 +12,15 @@ import pytest
 
 from command_line import load_config, read_command_line
 from compressors.quantisers import parse_values
-from config import Config, ConfigError
+from config import Config, ConfigError, from_here
+from typed_yaml import Settings
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Work in an empty folder: the repository's deepspeed_config.json is out of the way."""
+    """Work in an empty folder, as somebody who stands elsewhere does."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -83,8 +84,8 @@ def test_values_arrive_in_their_types():
         ("1_000", "name", "1_000"),
         ("0x1f", "name", "0x1f"),
         ("no", "data.fallback", "no"),
-        ("1:30", "data.root", "1:30"),  # 90, sexagesimal
-        ("a#b", "data.root", "a#b"),
+        ("1:30", "data.fallback", "1:30"),  # 90, sexagesimal
+        ("a#b", "data.fallback", "a#b"),
         ("on", "data.flip", True),
         ("No", "local.nesterov", False),
         ("1", "local.lr", 1.0),
@@ -103,7 +104,7 @@ def test_a_value_is_what_its_field_says_and_never_what_it_looks_like(written, ke
 
 @pytest.mark.parametrize("text", ["a # b", "[a]", "{a", "'a'", "*a", "&a", "!a", "a: b", "- a"])
 def test_an_override_of_text_is_that_text(text):
-    assert load("", f"data.root={text}").data.root == text
+    assert load("", f"data.fallback={text}").data.fallback == text
 
 
 @pytest.mark.parametrize(
@@ -193,6 +194,88 @@ def test_every_yaml_of_the_repository_loads():
 def test_the_run_folder_is_named_after_the_run_and_its_seed():
     config = load("", "name=a.b-c", "seed=7", "output_dir=out")
     assert config.run_folder == Path("out/a.b-c-s7")
+
+
+# --- paths ----------------------------------------------------------------------------------------
+
+PATHS = ("data.root", "output_dir", "deepspeed_config")
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize(
+    ("text", "in_project"),
+    [
+        ("configs", "configs"),
+        ("./configs/../configs", "configs"),
+        (f"{ROOT}/configs", "configs"),
+        ("../elsewhere", "../elsewhere"),
+        ("/nowhere/at/all", "/nowhere/at/all"),
+    ],
+)
+def test_a_path_starts_from_the_project_in_yaml_and_from_here_in_words(key, text, in_project):
+    """A Config has it as somebody in the project folder would write it."""
+    section, _, name = key.rpartition(".")
+    Path("x.yaml").write_text(f"{section}: {{{name}: {text}}}" if section else f"{name}: {text}")
+    settings = Settings(Path("x.yaml"))
+    assert attrgetter(key)(settings.config()) == in_project
+    settings.override(f"{key}={text}")
+    found = attrgetter(key)(settings.config())
+    assert (ROOT / found).resolve() == Path(text).resolve()
+    assert from_here(found).resolve() == Path(text).resolve()
+
+
+def test_the_home_folder_is_a_home_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("ds.json").write_text("{}")
+    Path("home.yaml").write_text("seed: 8")
+    text = "data: {root: ~/pictures}\noutput_dir: ~/runs\ndeepspeed_config: ~/ds.json"
+    words = ["data.root=~/pictures", "output_dir=~/runs", "deepspeed_config=~/ds.json"]
+    for config in (load(text), load("", *words)):
+        assert config.data.root == str(tmp_path / "pictures")
+        assert config.run_folder == Path("runs/run-s1")  # as it is written where we stand
+        assert config.deepspeed_config == str(tmp_path / "ds.json")
+    config, _ = read_command_line("configs/default.yaml", ["--config", "~/home.yaml"])
+    assert config.seed == 8
+    assert "the home of nobody" in mistake("", "output_dir=~nobody-known/x")
+    assert "the home of nobody" in mistake("data: {root: ~nobody-known/x}")
+
+
+def test_the_run_folder_is_the_same_from_wherever_a_run_is_started(monkeypatch):
+    assert load().run_folder == ROOT / "outputFolder/run-s1"
+    monkeypatch.chdir(ROOT)
+    assert Config().run_folder == Path("outputFolder/run-s1")  # short, where one stands above it
+    assert Config(output_dir="../x").run_folder == ROOT.parent / "x/run-s1"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["deepspeed_config=missing.json"]),
+        ("deepspeed_config: missing.json", []),
+        ("deepspeed_config: ~/missing.json", []),
+        ("", ["deepspeed_config=/nowhere/ds.json"]),
+    ],
+)
+def test_a_deepspeed_config_that_was_named_must_be_there(text, words):
+    message = mistake(text, *words)
+    assert message.startswith("deepspeed_config: no such file: ") and "none" in message
+
+
+def test_no_deepspeed_config_and_no_output_folder():
+    assert load("", "deepspeed_config=").deepspeed_config == ""
+    assert mistake("", "output_dir=") == "command line: output_dir: names no folder"
+
+
+def test_main_from_another_folder_finds_its_files(tmp_path):
+    """The default config, deepspeed_config.json and the data of the project; our own output."""
+    words = ["data.name=digits", "model.name=lenet", "output_dir=mine", "--dry_run"]
+    command = [sys.executable, str(ROOT / "main.py"), *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line in ("name: default", "deepspeed_config: deepspeed_config.json", "  root: data"):
+        assert f"{line}\n" in done.stdout
+    done = subprocess.run([*command, "local.batch_size=x"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -518,7 +601,7 @@ def test_an_override_that_is_not_yaml(override):
 def deepspeed(content: object, *overrides: str) -> Config:
     text = content if isinstance(content, str) else json.dumps(content)
     Path("deepspeed_config.json").write_text(text)
-    return load("", *overrides)
+    return load("", "deepspeed_config=deepspeed_config.json", *overrides)
 
 
 OURS = [  # theirs, our override, a value that agrees, one that does not
@@ -572,7 +655,6 @@ def test_another_deepspeed_config_can_be_named():
     Path("other.json").write_text('{"gradient_clipping": 5}')
     with pytest.raises(ConfigError, match="^other.json: gradient_clipping is 5 but local.clip"):
         load("", "deepspeed_config=other.json")
-    load("")  # without a file there is nothing to check
 
 
 def test_the_repositorys_deepspeed_config_fits_every_yaml():
@@ -608,18 +690,18 @@ def test_every_stream_has_a_seed_of_its_own():
 # --- the command line -----------------------------------------------------------------------------
 
 
-def test_the_command_line():
+def test_the_command_line(tmp_path):
     Path("default.yaml").write_text("seed: 3")
     Path("other.yaml").write_text("seed: 4")
-    assert read_command_line("default.yaml", []) == (Config(seed=3), False)
+    default = str(tmp_path / "default.yaml")
+    assert read_command_line(default, []) == (Config(seed=3), False)
     given = ["rounds=2", "--config", "other.yaml", "--local_rank=0", "--dry_run", "name=x"]
-    assert read_command_line("default.yaml", given) == (Config(seed=4, rounds=2, name="x"), True)
+    assert read_command_line(default, given) == (Config(seed=4, rounds=2, name="x"), True)
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_2(capsys):
-    Path("default.yaml").write_text("")
     with pytest.raises(SystemExit) as end:
-        read_command_line("default.yaml", ["locla.lr=1"])
+        read_command_line("configs/default.yaml", ["locla.lr=1"])
     assert end.value.code == 2
     out, err = capsys.readouterr()
     expected = "error: command line: locla: no such key; did you mean 'local'?\n"
