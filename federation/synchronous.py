@@ -17,7 +17,7 @@ import torch
 
 from algorithms import ALGORITHMS
 from cnn_model import FlatModel, build_network
-from config import Config, ConfigError
+from config import Config, ConfigError, from_here
 from data import Dataset, Pictures, hold_out, load_dataset, partition_labels
 from distributed import Ranks, Report, place
 from federation.client import Trainer
@@ -293,7 +293,7 @@ class Federation:
 
     def _load_data(self) -> Dataset:
         data = self.config.data
-        dataset = load_dataset(data.name, data.root, data.fallback)
+        dataset = load_dataset(data.name, str(from_here(data.root)), data.fallback)
         if data.validation:
             dataset = hold_out(dataset, data.validation, self.config.seed_for("validation"))
         return dataset
