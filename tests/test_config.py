@@ -1,6 +1,7 @@
 """config.py: precedence, and that every mistake is one line with its place and a hint."""
 
 import dataclasses
+import itertools
 import json
 import math
 import subprocess
@@ -9,6 +10,8 @@ from operator import attrgetter
 from pathlib import Path
 
 import pytest
+import yaml
+from PIL import Image
 
 from command_line import load_config, read_command_line
 from compressors.quantisers import parse_values
@@ -266,16 +269,20 @@ def test_no_deepspeed_config_and_no_output_folder():
     assert mistake("", "output_dir=") == "command line: output_dir: names no folder"
 
 
-def test_main_from_another_folder_finds_its_files(tmp_path):
-    """The default config, deepspeed_config.json and the data of the project; our own output."""
-    words = ["data.name=digits", "model.name=lenet", "output_dir=mine", "--dry_run"]
-    command = [sys.executable, str(ROOT / "main.py"), *words]
+def test_main_from_another_folder_finds_its_files_and_the_users(tmp_path):
+    """The default config is the project's; pictures and output are where the user stands."""
+    for part, label, index in itertools.product(("train", "test"), "ab", range(4)):
+        path = tmp_path / "pictures" / part / label / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (50 * index, 0, 0)).save(path)
+    words = ["data.name=imagefolder", "data.root=pictures", "data.fallback=", "output_dir=mine"]
+    words += ["clients.total=2", "clients.per_round=2", "model.name=lenet", "precision=fp32"]
+    command = [sys.executable, str(ROOT / "main.py"), *words, "--dry_run"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for line in ("name: default", "deepspeed_config: deepspeed_config.json", "  root: data"):
-        assert f"{line}\n" in done.stdout
-    done = subprocess.run([*command, "local.batch_size=x"], cwd=tmp_path, capture_output=True)
-    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+    config = yaml.safe_load(done.stdout.partition("\n\n")[0])
+    assert config["name"] == "default" and config["deepspeed_config"] == "deepspeed_config.json"
+    assert (ROOT / config["output_dir"]).resolve() == (tmp_path / "mine").resolve()
 
 
 # --- mistakes -------------------------------------------------------------------------------------
