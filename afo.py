@@ -54,6 +54,9 @@ class FedExP(SGD):
     two iterates; we evaluate the last.
     """
 
+    steps_by_average = True  # it needs the average of the updates themselves
+    reads_norms = True  # what compression adds to their norms, it would take for progress
+
     def __init__(self, params: Any, eps: float = 1e-3):
         super().__init__(params, lr=1.0)
         self.param_groups[0] |= dict(eps=eps, mean_squared_norm=0.0)
@@ -174,6 +177,15 @@ class AdaptiveOptimizer(Optimizer):
     def _second_moments(self, x: Tensor, v0: float) -> dict[str, Tensor]:
         return {"v": torch.full_like(x, v0)}
 
+    def forget(self, positions: Tensor) -> None:
+        """See forget() below: second moments begin at v0, and not at zero."""
+        for group in self.param_groups:
+            for x in group["params"]:
+                fresh = self._second_moments(x, group["v0"]) | {"m": torch.zeros_like(x)}
+                for name, vector in self.state[x].items():
+                    if name in fresh:
+                        vector[positions] = fresh[name][positions]
+
 
 class FedAdagrad(AdaptiveOptimizer):
     rule = ADAGRAD
@@ -268,6 +280,20 @@ def make_scheduler(name: str, optimizer: Optimizer, **settings: Any) -> Any:
         return cls(optimizer, **settings)
     except Exception as error:
         raise ValueError(f"{name} cannot be used: {_first_line(error)}") from None
+
+
+def forget(optimizer: Optimizer, positions: Tensor) -> None:
+    """Let the coordinates at these positions, int64, begin anew: they have left the model.
+
+    Otherwise a weight that grows back would move by the momentum from before it left.
+    """
+    if isinstance(optimizer, AdaptiveOptimizer):
+        optimizer.forget(positions)
+        return
+    for x, state in optimizer.state.items():
+        for vector in state.values():
+            if isinstance(vector, Tensor) and vector.shape == x.shape:
+                vector[positions] = 0.0
 
 
 def _classes(module: Any, base: type) -> dict[str, type]:

@@ -3,15 +3,24 @@
 Its name is the YAML key and the command-line key (`python main.py server.lr=0.01`). Ranges and
 choices stand with the field; command_line.py reads and checks them. No torch is imported here, so
 that a mistake is answered at once.
+
+A path of a Config is relative to the project folder, in which this file stands; from_here() turns
+it into one that a process can open.
 """
 
 import hashlib
 import math
+import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
+
+PROJECT = Path(__file__).resolve().parent
+# Text that a reader of YAML could take for a number, a date, true, false or null.
+UNCLEAR = re.compile(r"([-+.]*\d.*|(?i:yes|no|on|off|y|n|none|[-+.]*(nan|inf)(inity)?))\Z")
 
 
 class ConfigError(Exception):
@@ -28,6 +37,22 @@ def between(default: Any, low: float, high: float = math.inf, open_low: bool = F
     return field(default=default, metadata={"range": (low, high, open_low)})
 
 
+def each_between(low: float, high: float = math.inf, open_low: bool = False) -> Any:
+    """A list of numbers in that range; the default is an empty list."""
+    return field(default_factory=list, metadata={"range": (low, high, open_low)})
+
+
+def path_to(default: str) -> Any:
+    """A field that names a file or a folder."""
+    return field(default=default, metadata={"path": True})
+
+
+def from_here(path: str) -> Path:
+    """A path of a Config as it is written in the working directory: short below it, else whole."""
+    whole, here = Path(os.path.normpath(PROJECT / path)), Path.cwd()
+    return whole.relative_to(here) if whole.is_relative_to(here) else whole
+
+
 @dataclass(frozen=True)
 class Partition:
     name: str = "iid"  # a flwr-datasets partitioner in snake_case: iid, dirichlet, shard, ...
@@ -37,7 +62,7 @@ class Partition:
 @dataclass(frozen=True)
 class Data:
     name: str = "cifar10"  # cifar10, digits, imagefolder, or a Hugging Face data set
-    root: str = "data"  # the folder or zip file that holds it
+    root: str = path_to("data")  # the folder or zip file that holds it
     fallback: str = ""  # what to use where it cannot be had; "" refuses to start
     padding: int | None = between(None, 0)  # pixels around a random crop; 0: none; null: side / 8
     flip: bool | None = None  # random horizontal flip; null: yes, but not for digits
@@ -70,7 +95,7 @@ class Clients:
 class Schedule:
     name: str = one_of("constant", "cosine", "exponential", "step")
     gamma: float = between(0.1, 0.0, 1.0, open_low=True)  # factor of exponential and step
-    milestones: list[int] = field(default_factory=list)  # rounds after which step applies gamma
+    milestones: list[int] = each_between(1)  # rounds after which step applies gamma
 
 
 @dataclass(frozen=True)
@@ -97,7 +122,7 @@ class Selection:
 
     method: str = one_of("topk", "random", "threshold", "none")
     density: float = between(0.01, 0.0, 1.0, open_low=True)  # topk, random: share of coordinates
-    warmup: list[float] = field(default_factory=list)  # densities to begin with, one by one (DGC)
+    warmup: list[float] = each_between(0.0, 1.0, open_low=True)  # the first densities (DGC)
     warmup_rounds: int = between(1, 1)  # how many rounds each of them lasts
     scope: str = one_of("global", "layer", "chunk")  # topk: rank over the vector, a tensor, a chunk
     chunk: int = between(4096, 1)  # entries of a chunk
@@ -120,7 +145,7 @@ class Mask:
 class Pruning(Selection):
     """Of the clients' updates; client i has the density client_densities[i % how many], if any."""
 
-    client_densities: list[float] = field(default_factory=list)
+    client_densities: list[float] = each_between(0.0, 1.0, open_low=True)
     mask: Mask = field(default_factory=Mask)
 
 
@@ -211,11 +236,11 @@ class Config:
     name: str = "run"
     seed: int = between(1, 0)
     rounds: int = between(10, 1)
-    output_dir: str = "outputFolder"
+    output_dir: str = path_to("outputFolder")
     device: str = one_of("auto", "cpu", "cuda")
     precision: str = one_of("auto", "fp32", "bf16", "fp16")  # auto: bf16 where it is faster
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # Accelerate's trackers
-    deepspeed_config: str = "deepspeed_config.json"
+    deepspeed_config: str = path_to("deepspeed_config.json")  # "" for none
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     clients: Clients = field(default_factory=Clients)
@@ -236,7 +261,14 @@ class Config:
 
     @property
     def run_folder(self) -> Path:
-        return Path(self.output_dir) / f"{self.name}-s{self.seed}"
+        return from_here(self.output_dir) / f"{self.name}-s{self.seed}"
 
     def to_yaml(self) -> str:
-        return OmegaConf.to_yaml(OmegaConf.create(asdict(self)))
+        return yaml.dump(asdict(self), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes unclear text in quotes, so that every reader takes it for text."""
+
+
+_Dumper.add_implicit_resolver("!unclear", UNCLEAR, None)

@@ -1,25 +1,38 @@
 """A run from its config to its summary: start or resume, report progress, stop cleanly.
 
-Exit statuses: 0 done, 2 bad config, data or output folder (one line on stderr), 130 interrupted
-with a checkpoint written.
+Exit statuses: 0 done; 1 another process of the run is gone; 2 bad config, data or output folder
+(one line on stderr); 3 no client's update could be used for several rounds, with a checkpoint
+written; 130 interrupted, with a checkpoint written.
 """
 
 import os
 import signal
 import sys
+import tempfile
+import threading
+from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from bandwidth_analysis import AnalysisError, read_run, write_plots
+from bandwidth_analysis import read_run, write_plots
 from config import Config, ConfigError
 from data import DataError, save_partition
 from distributed import RankLost, Ranks
+from federation.ledger import LedgerRow
 from federation.synchronous import Federation
 from run_folder import RunFinished, RunFolder, RunFolderError
 from training.local_sgd import Interrupted, choose_precision, num_steps, probe_precision
+
+# So many rounds in a row in which no client's update can be used end a run.
+GIVE_UP_AFTER = 5
+
+
+class NothingLearned(Exception):
+    """No client's update could be used for several rounds; the message says why."""
 
 
 def main(config: Config, dry_run: bool = False) -> int:
@@ -34,6 +47,9 @@ def main(config: Config, dry_run: bool = False) -> int:
     except (ConfigError, DataError, RunFolderError) as error:
         _say(ranks, f"error: {error}", sys.stderr)
         return 2
+    except NothingLearned as error:
+        _say(ranks, f"error: {error}", sys.stderr)
+        return 3
     except RankLost as error:
         _say_on_this_rank(f"error: {error}; the same command goes on")
         return 1
@@ -51,36 +67,41 @@ def main(config: Config, dry_run: bool = False) -> int:
 def run(config: Config, ranks: Ranks) -> int:
     with closing(RunFolder(config.run_folder)) as folder:
         federation = start(config, ranks, folder)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _: _request_stop(federation, number))
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids it
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda number, _: _request_stop(federation, number))
         try:
-            train(federation, folder)
-        except Interrupted:
+            run_rounds(federation, folder)
+        except (Interrupted, NothingLearned):
             save(federation, folder)
             raise
         finally:
-            ranks.accelerator.end_training()
+            _ornament("trackers", ranks.accelerator.end_training)
         if ranks.is_main:
             finish(federation, folder)
+        _check_that_something_was_learned(federation, at_the_end=True)
     return 0
 
 
 def start(config: Config, ranks: Ranks, folder: RunFolder) -> Federation:
-    """Claim the run folder and build the federation, from the checkpoint if there is one."""
-    folder.refuse_other_runs(config)
-    ranks.together(lambda: folder.start(config) if ranks.is_main else None, main_first=True)
+    """Build the federation, claim the run folder, and go on from the checkpoint if there is one.
+
+    All that can be refused is refused before the folder is touched.
+    """
+    ranks.together(lambda: folder.refuse_other_runs(config))
     federation = Federation(config, ranks, folder.clients)
-    if state := folder.checkpoint():
+    ranks.together(lambda: folder.claim(config) if ranks.is_main else None, main_first=True)
+    if state := ranks.together(folder.checkpoint):
         federation.load(state)
         _say(ranks, f"resuming {folder.path} after round {federation.progress.round_number}")
     _announce_data(federation)
     resolve_precision(federation, folder.environment().get("precision"))
     ranks.together(lambda: record_environment(federation, folder) if ranks.is_main else None)
-    ranks.accelerator.init_trackers("tensorboard")
+    _ornament("trackers", lambda: ranks.accelerator.init_trackers("tensorboard"))
     return federation
 
 
-def train(federation: Federation, folder: RunFolder) -> None:
+def run_rounds(federation: Federation, folder: RunFolder) -> None:
     """All the rounds that are left, with a progress bar, or a line a round without a terminal."""
     config, ranks, progress = federation.config, federation.ranks, federation.progress
     bar = tqdm(
@@ -96,26 +117,22 @@ def train(federation: Federation, folder: RunFolder) -> None:
                 folder.append(row, messages)
                 if row["failures"]:
                     tqdm.write(_left_out(row), file=sys.stderr)
+            _check_that_something_was_learned(federation)
             if progress.round_number % config.checkpoint.every == 0 or federation.is_done:
                 save(federation, folder)
-            ranks.accelerator.log(_numbers(row), step=progress.round_number)
+            numbers, step = _numbers(row), progress.round_number
+            _ornament("trackers", lambda n=numbers, s=step: ranks.accelerator.log(n, step=s))
             bar.set_postfix_str(_so_far(federation), refresh=False)
             bar.update()
             if bar.disable:
-                done = progress.round_number
-                left = progress.wall_seconds / done * (config.rounds - done)
-                _say(
-                    ranks,
-                    f"round {done}/{config.rounds}  {_so_far(federation)}  "
-                    f"{row['wall_seconds']:.1f} s, {tqdm.format_interval(left)} left",
-                )
+                _say(ranks, _line(federation, row))
 
 
 def save(federation: Federation, folder: RunFolder) -> None:
     """Write a checkpoint of the last completed round. Called by all ranks."""
     state, ranks = federation.state(), federation.ranks
     if ranks.is_main:
-        folder.save(state)
+        folder.save(federation.config, state)
     ranks.gather_json(None)  # nobody goes on before the checkpoint stands
     if not federation.is_done or federation.keeps_states:  # else rank 0 may be deleting them
         federation.clients.store.drop_replaced()
@@ -180,6 +197,7 @@ def finish(federation: Federation, folder: RunFolder) -> None:
         "test_accuracy_mean_over": len(last),
         **more,  # of clients, and on the validation pictures
         **folder.ledger_totals(),
+        "num_failed": progress.num_failed,
         "wall_seconds": progress.wall_seconds,
         "simulated_seconds": progress.simulated_seconds,
         "density": federation.server.density(),
@@ -190,52 +208,65 @@ def finish(federation: Federation, folder: RunFolder) -> None:
     if config.pruning.mask.method == "none":
         pruned = ""
     saved = summary["dense_bytes_up"] / max(summary["bytes_up"], 1)
-    print(
+    failed = f"; {progress.num_failed} updates left out" if progress.num_failed else ""
+    _say(
+        federation.ranks,
         f"{summary['test_accuracy']:.2%} test accuracy on {summary['dataset']}"
         f"{' (fallback)' if federation.dataset.fallback_reason else ''} after "
         f"{progress.round_number} rounds; {summary['bytes_up'] / 1e6:.1f} MB up, "
-        f"{saved:.0f} times less than dense; "
-        f"{summary['bytes_down'] / 1e6:.1f} MB down; {summary['wall_seconds']:.0f} s"
-        f"{pruned}"
+        f"{saved:.0f} times less than dense; {summary['bytes_down'] / 1e6:.1f} MB down; "
+        f"{summary['wall_seconds']:.0f} s{pruned}{failed}\n"
+        f"results: {folder.path}",
     )
-    try:
-        write_plots([read_run(folder.path)], folder.path / "plots")
-        print(f"results and plots: {folder.path}")
-    except AnalysisError as error:
-        print(f"results: {folder.path}; no plots: {error}", file=sys.stderr)
+    _ornament("plots", lambda: write_plots([read_run(folder.path)], folder.path / "plots"))
 
 
 def plan(config: Config, ranks: Ranks) -> int:
-    """Print the resolved config, the size of the model and of a round, and how long it may take."""
-    federation = Federation(config, ranks, RunFolder(config.run_folder).clients)
-    layout, num_buffers = federation.model.layout, federation.model.buffer_layout.size
-    cohort, num_clients = config.clients.per_round, config.clients.total
-    seconds = probe_precision(federation.model, federation.pictures, config.local)
-    precision = config.precision if config.precision != "auto" else choose_precision(seconds)
+    """Print the resolved config, the messages of one real round, and how long a run may take.
+
+    The round is the first one with a single step a client, so that it is soon over; every message
+    is encoded as in a run.
+    """
+    quick = replace(
+        config,
+        rounds=config.rounds + 1,  # or the last one would be evaluated
+        local=replace(config.local, steps=1),
+        evaluation=replace(config.evaluation, every=config.rounds + 1),
+    )
+    with tempfile.TemporaryDirectory() as states:
+        federation = Federation(quick, ranks, Path(states))
+        seconds = probe_precision(federation.model, federation.pictures, config.local)
+        seconds = ranks.gather_json(seconds)[0]
+        precision = config.precision if config.precision != "auto" else choose_precision(seconds)
+        federation.clients.precision = precision
+        _, messages = federation.run_round()
+    num_clients = config.clients.total
     steps = sum(num_steps(config.local, len(shard)) for shard in federation.shards) / num_clients
-    estimate = config.rounds * cohort * steps * seconds.get(precision, seconds["fp32"])
-    noise = torch.randn(layout.size, generator=torch.Generator().manual_seed(0))
-    server = federation.server
-    if server.mask.awaits_scores:
-        server.prune(noise.abs())  # any scores: only the mask's length matters here
-    down_kind = "model" if config.downlink.mode == "model" else "model_change"
-    model, _ = server.agreement.channel("down", down_kind).encode(noise, config.rounds)
-    uplink = server.agreement.channel("up", "update")
-    updates = [  # one for each density
-        uplink.encode(noise, config.rounds, client)[0]
-        for client in range(max(1, len(config.pruning.client_densities)))
-    ]
-    length = sum(map(len, updates)) / len(updates)
-    down, up = (cohort * (size + 4 * num_buffers) for size in (len(model), length))
+    estimate = config.rounds * config.clients.per_round * steps
+    estimate *= seconds.get(precision, seconds["fp32"]) / ranks.size
     _say(
         ranks,
         f"{config.to_yaml()}\n"
-        f"{layout.size:,} parameters, {num_buffers:,} numbers in norm buffers\n"
-        f"about {down / 1e6:,.2f} MB down and {up / 1e6:,.2f} MB up a round\n"
-        f"about {tqdm.format_interval(estimate / ranks.size)} for the training of "
+        f"{federation.model.layout.size:,} parameters, "
+        f"{federation.model.buffer_layout.size:,} values in norm buffers\n"
+        f"{_summed_up(messages)}\n"
+        f"about {tqdm.format_interval(estimate)} for the training of "
         f"{config.rounds} rounds in {precision}",
     )
     return 0
+
+
+def _summed_up(messages: list[LedgerRow]) -> str:
+    """The messages of a round, a line for each kind."""
+    lines = ["messages of the first round:"]
+    for direction, kind in sorted({(row.direction, row.kind) for row in messages}):
+        rows = [row for row in messages if (row.direction, row.kind) == (direction, kind)]
+        size, dense = sum(row.bytes for row in rows), sum(row.dense_bytes for row in rows)
+        lines.append(
+            f"  {len(rows):5} {direction:4} {kind:16} {size / 1e6:12,.3f} MB"
+            f"{f', {dense / size:,.1f} times less than dense' if dense else ''}"
+        )
+    return "\n".join(lines)
 
 
 def _announce_data(federation: Federation) -> None:
@@ -246,6 +277,39 @@ def _announce_data(federation: Federation) -> None:
             federation.ranks,
             f"{line}\n{data.fallback_reason}\nTraining on {data.name} instead.\n{line}",
         )
+
+
+def _check_that_something_was_learned(federation: Federation, at_the_end: bool = False) -> None:
+    """Raises NothingLearned after several rounds, or a whole run, without a usable update."""
+    progress = federation.progress
+    if progress.empty_rounds < GIVE_UP_AFTER and not (
+        at_the_end and progress.empty_rounds == progress.round_number
+    ):
+        return
+    raise NothingLearned(
+        f"no client's update could be used in the last {progress.empty_rounds} rounds "
+        f"({progress.last_failure}); lower local.lr or set local.clip"
+    )
+
+
+def _ornament(what: str, work: Callable[[], Any]) -> None:
+    """Do what a run is complete without: if it fails, say so and go on."""
+    try:
+        work()
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        print(f"warning: {what} left out: {reason}", file=sys.stderr)
+
+
+def _line(federation: Federation, row: dict[str, Any]) -> str:
+    """A round in one line, for logs."""
+    progress, rounds = federation.progress, federation.config.rounds
+    done = progress.round_number
+    left = progress.wall_seconds / done * (rounds - done)
+    return (
+        f"round {done}/{rounds}  {_so_far(federation)}  {row['wall_seconds']:.1f} s, "
+        f"{tqdm.format_interval(left)} left"
+    )
 
 
 def _so_far(federation: Federation) -> str:
@@ -273,8 +337,16 @@ def _request_stop(federation: Federation, number: int) -> None:
 
 
 def _say(ranks: Ranks | None, text: str, file: Any = None) -> None:
-    if ranks is None or ranks.is_main:
-        print(text, file=file or sys.stdout, flush=True)
+    """Print on the main rank. A reader who has closed the pipe does not end the run."""
+    if ranks is not None and not ranks.is_main:
+        return
+    stream = file or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except UnicodeEncodeError:
+        print(text.encode("ascii", "backslashreplace").decode(), file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _say_on_this_rank(text: str) -> None:

@@ -20,15 +20,16 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-import yaml
 
 from config import Config
 from federation.client_store import remove_old_states, sync, write_tensors
 from federation.ledger import LedgerRow
 
 LEDGER_COLUMNS = [column.name for column in fields(LedgerRow)]
-OURS = ("config.yaml", "environment.json", "rounds.jsonl", "ledger.csv", "partition.npz")
-OURS += ("checkpoint.pt", "clients", "plots", "tensorboard")
+FORMAT = 4  # of checkpoint.pt: raised whenever what it holds changes
+LOGS = ("rounds.jsonl", "ledger.csv")
+OURS = (*LOGS, "config.yaml", "environment.json", "partition.npz", "checkpoint.pt", "summary.json")
+OURS += ("clients", "plots", "tensorboard")
 NEUTRAL = ("checkpoint", "output_dir", "trackers", "clients.state_memory_gib")
 NEUTRAL += ("distributed.timeout_seconds",)
 PACKAGES = ("torch", "torchvision", "accelerate", "deepspeed", "numpy", "flwr-datasets")
@@ -43,37 +44,67 @@ class RunFinished(Exception):
 
 
 class RunFolder:
+    """The files of one run. Nothing is written before claim()."""
+
     def __init__(self, path: Path):
         self.path = path
         self.clients = path / "clients"
         self._lock: IO | None = None
 
-    def start(self, config: Config) -> dict[str, Any] | None:
-        """Claim the folder for this run; return the checkpoint to go on from, or None.
+    def refuse_other_runs(self, config: Config) -> None:
+        """Raises RunFinished if this run is here, done; RunFolderError if another run is.
 
-        Raises RunFolderError: another process works in it, or it cannot be written.
+        Only a checkpoint or a summary binds: what a start left behind that failed does not.
+        """
+        finished = (self.path / "summary.json").exists()
+        if not finished and config.checkpoint.resume == "never":
+            return
+        state = self.checkpoint()
+        if state is None:
+            if finished:
+                raise RunFolderError(
+                    f"{self.path}: has summary.json but no checkpoint.pt; restore it, or remove "
+                    f"that folder"
+                )
+            return
+        if key := _first_difference(asdict(config), state["config"]):
+            kind = "a finished" if finished else "an unfinished"
+            raise RunFolderError(
+                f"{self.path}: holds {kind} run with another {key}; choose another name= or "
+                f"seed=, or remove that folder"
+            )
+        if finished:
+            summary = self._read_json("summary.json")
+            raise RunFinished(
+                f"{self.path} is finished: {summary['test_accuracy']:.2%} test accuracy after "
+                f"{summary['rounds_completed']} rounds; choose another name= or seed= to run again"
+            )
+
+    def claim(self, config: Config) -> dict[str, Any] | None:
+        """Make the folder this run's; return the checkpoint to go on from, or None.
+
+        Raises RunFolderError: another process works in it, it cannot be written, or its files are
+        not what the checkpoint says.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")
         except OSError as error:
             raise RunFolderError(f"output_dir: {self.path}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunFolderError(f"{self.path}: another process is running this") from None
+        self._take_lock()
         if config.checkpoint.resume == "never":
             self._clear()
         state = self.checkpoint()
+        if state is None:
+            self._clear()
         # First make room: the states of a round that was given up may have filled the disk.
         remove_old_states(self.clients, state["clients"] if state else {})
         self._write("config.yaml", config.to_yaml())
-        lengths = state["log_bytes"] if state else {"rounds.jsonl": 0, "ledger.csv": 0}
-        for name, length in lengths.items():
-            with open(self.path / name, "ab") as file:
-                file.truncate(length)
-        if not state:
-            (self.path / "ledger.csv").write_text(",".join(LEDGER_COLUMNS) + "\n")
+        if state is None:
+            self._write("rounds.jsonl", "")
+            self._write("ledger.csv", ",".join(LEDGER_COLUMNS) + "\n")
+        else:
+            self._cut_back(state["log_bytes"])
         return state
 
     def close(self) -> None:
@@ -82,20 +113,27 @@ class RunFolder:
             self._lock.close()
 
     def checkpoint(self) -> dict[str, Any] | None:
+        """The last checkpoint; None before the first. Raises RunFolderError if it is of no use."""
         path = self.path / "checkpoint.pt"
         if not path.exists():
             return None
         try:
-            return torch.load(path, weights_only=True)
+            state = torch.load(path, weights_only=True)
         except Exception as error:
             raise RunFolderError(
                 f"{path}: damaged ({type(error).__name__}); remove {self.path} to start again"
             ) from None
+        found = state.get("format") if isinstance(state, dict) else None
+        if found != FORMAT:
+            raise RunFolderError(
+                f"{path}: written by other code (its format is {found}, this code's {FORMAT}); "
+                f"finish the run with the commit that environment.json names, or remove {self.path}"
+            )
+        return state
 
     def environment(self) -> dict[str, Any]:
         """What was recorded when the run first started; empty before that."""
-        path = self.path / "environment.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return self._read_json("environment.json") if self._has("environment.json") else {}
 
     def write_environment(self, dataset: dict[str, str], **facts: Any) -> None:
         """Record machine, versions, commit and data; a resumed run adds a line of its own."""
@@ -109,20 +147,21 @@ class RunFolder:
         lines = io.StringIO()
         writer = csv.DictWriter(lines, LEDGER_COLUMNS, lineterminator="\n")
         writer.writerows(map(asdict, messages))
-        with open(self.path / "ledger.csv", "a") as ledger:
+        with open(self.path / "ledger.csv", "a", encoding="utf-8") as ledger:
             ledger.write(lines.getvalue())
-        with open(self.path / "rounds.jsonl", "a") as rounds:
+        with open(self.path / "rounds.jsonl", "a", encoding="utf-8") as rounds:
             rounds.write(json.dumps(row) + "\n")
 
-    def save(self, state: dict[str, Any]) -> None:
+    def save(self, config: Config, state: dict[str, Any]) -> None:
         """Write checkpoint.pt, all or nothing, with the logs on the disk before it."""
         lengths = {}
-        for name in ("rounds.jsonl", "ledger.csv"):
+        for name in LOGS:
             with open(self.path / name, "ab") as file:
                 os.fsync(file.fileno())
                 lengths[name] = file.tell()
+        record = {"format": FORMAT, "config": asdict(config), "log_bytes": lengths}
         temporary = self.path / "checkpoint.tmp"
-        write_tensors(temporary, state | {"log_bytes": lengths})
+        write_tensors(temporary, state | record)
         sync(temporary)
         os.replace(temporary, self.path / "checkpoint.pt")
         sync(self.path)  # what only the checkpoint before needs may be deleted now
@@ -130,36 +169,41 @@ class RunFolder:
     def ledger_totals(self) -> dict[str, int]:
         """bytes_up, bytes_down, dense_bytes_up, dense_bytes_down, summed over the ledger's rows."""
         totals = dict.fromkeys(("bytes_up", "bytes_down", "dense_bytes_up", "dense_bytes_down"), 0)
-        with open(self.path / "ledger.csv", newline="") as file:
+        with open(self.path / "ledger.csv", newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 totals[f"bytes_{row['direction']}"] += int(row["bytes"])
                 totals[f"dense_bytes_{row['direction']}"] += int(row["dense_bytes"])
         return totals
 
     def finish(self, summary: dict[str, Any], keep_states: bool) -> None:
+        """Write summary.json; delete the clients' states unless they are a result."""
         if not keep_states:
             shutil.rmtree(self.clients, ignore_errors=True)
         self._write("summary.json", json.dumps(summary, indent=1) + "\n")
 
-    def refuse_other_runs(self, config: Config) -> None:
-        """Raises RunFinished if this run is here, done; RunFolderError if another run is."""
-        path = self.path / "config.yaml"
-        if not path.exists():
-            return
-        finished = (self.path / "summary.json").exists()
-        key = _first_difference(asdict(config), yaml.safe_load(path.read_text()) or {})
-        if key and (finished or config.checkpoint.resume == "auto"):
-            state = "a finished" if finished else "an unfinished"
-            raise RunFolderError(
-                f"{self.path}: holds {state} run with another {key}; choose another name= or "
-                f"seed=, or remove that folder"
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFolderError(f"{self.path}: another process is running this") from None
+        except OSError as error:
+            print(
+                f"warning: {self.path}: this file system has no locks ({error.strerror}); "
+                f"start no second process with this run folder",
+                file=sys.stderr,
             )
-        if finished:
-            summary = json.loads((self.path / "summary.json").read_text())
-            raise RunFinished(
-                f"{self.path} is finished: {summary['test_accuracy']:.2%} test accuracy after "
-                f"{summary['rounds_completed']} rounds; choose another name= or seed= to run again"
-            )
+
+    def _cut_back(self, lengths: dict[str, int]) -> None:
+        """Cut the logs back to those lengths. Raises RunFolderError if one is shorter."""
+        for name, length in lengths.items():
+            path = self.path / name
+            found = path.stat().st_size if path.exists() else 0
+            if found < length:
+                raise RunFolderError(
+                    f"{path}: has {found} bytes and the checkpoint counts on {length}; restore the "
+                    f"file, or remove {self.path} to start again"
+                )
+            os.truncate(path, length)
 
     def _clear(self) -> None:
         logs = [path.name for path in self.path.glob("deepspeed_*.rank*")]
@@ -167,10 +211,30 @@ class RunFolder:
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
+    def _has(self, name: str) -> bool:
+        return (self.path / name).exists()
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunFolderError(
+                f"{path}: cannot be read ({error}); restore the file, or remove {self.path}"
+            ) from None
+        if not isinstance(found, dict):
+            raise RunFolderError(f"{path}: holds no keys; restore the file, or remove {self.path}")
+        return found
+
     def _write(self, name: str, text: str) -> None:
+        """All or nothing, also where the power is cut."""
         temporary = self.path / f"{name}.tmp"
-        temporary.write_text(text)
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, self.path / name)
+        sync(self.path)
 
 
 def _first_difference(ours: dict, theirs: dict, prefix: str = "") -> str:

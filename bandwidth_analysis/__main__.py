@@ -51,8 +51,14 @@ def main(argv: list[str] | None = None) -> int:
     except AnalysisError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(comparison_table(runs), "\nplots:", *(f"  {path}" for path in paths), sep="\n")
+    _print(comparison_table(runs), "\nplots:", *(f"  {path}" for path in paths))
     return 0
+
+
+def _print(*lines: object) -> None:
+    """Print the lines; a character that the terminal's encoding lacks is printed as its escape."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print("\n".join(map(str, lines)).encode(encoding, "backslashreplace").decode(encoding))
 
 
 if __name__ == "__main__":

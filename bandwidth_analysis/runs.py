@@ -31,6 +31,17 @@ class AnalysisError(Exception):
     The message is one line: what is wrong and what to do.
     """
 
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what cannot be printed: line ends, bytes that are not UTF-8, ..."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -105,7 +116,7 @@ def run_labels(runs: list[Run]) -> list[str]:
     return [
         name
         if len(parents[name]) == 1
-        else str(folder.relative_to(os.path.commonpath(parents[name])))
+        else printable(str(folder.relative_to(os.path.commonpath(parents[name]))))
         for name, folder in zip(names, folders, strict=True)
     ]
 
@@ -155,13 +166,14 @@ def _read_identity(config_path: Path, environment_path: Path) -> dict[str, Any]:
     """What the run is: the fields of Run that config.yaml and environment.json hold."""
     config = _read_mapping(config_path, yaml.safe_load)
     dataset = _get(_read_mapping(environment_path, json.loads), "dataset", dict, environment_path)
+    model = _get(config, "model", dict, config_path)
     return {
-        "name": str(_get(config, "name", (str, int), config_path)),
+        "name": printable(str(_get(config, "name", (str, int), config_path))),
         "seed": _get(config, "seed", int, config_path),
         "rounds_planned": _get(config, "rounds", int, config_path),
-        "model": _get(_get(config, "model", dict, config_path), "name", str, config_path),
-        "dataset": _get(dataset, "name", str, environment_path),
-        "fallback": " ".join(str(dataset.get("fallback") or "").split()),
+        "model": printable(_get(model, "name", str, config_path)),
+        "dataset": printable(_get(dataset, "name", str, environment_path)),
+        "fallback": printable(" ".join(str(dataset.get("fallback") or "").split())),
     }
 
 
@@ -328,4 +340,4 @@ def _read_partition(path: Path) -> tuple[np.ndarray, list[str]]:
             f"{path}: labels_per_client has shape {labels_per_client.shape} for "
             f"{class_names.size} class names; {REPAIR}"
         )
-    return labels_per_client, [str(name) for name in class_names]
+    return labels_per_client, [printable(str(name)) for name in class_names]

@@ -1,7 +1,8 @@
 """Data: load a set of labelled pictures, serve augmented batches, split it over clients."""
 
 from .augment import Pictures
-from .datasets import Dataset, hold_out, load_dataset
+from .dataset import Dataset, hold_out
+from .datasets import load_dataset
 from .errors import DataError
 from .partition import partition_labels, save_partition
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .datasets import Dataset
+from .dataset import Dataset
 from .errors import DataError
 
 

@@ -9,63 +9,25 @@ import http.client
 import itertools
 import os
 import socket
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 
-from .errors import DataError
-from .layouts import as_fields, find_source, read_layout, stack_pictures, to_rgb
+from .dataset import Dataset
+from .errors import DataError, printable, say
+from .layouts import read_layout, stack_pictures, to_rgb
+from .sources import find_source
 
 DEFAULT_ROOT = "data"
 CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 )
+# Those that torchvision.datasets.ImageFolder reads.
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 DOWNLOAD_TIMEOUT = 10.0  # seconds without an answer from the server
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """N training and M test pictures with their labels."""
-
-    name: str  # what was really loaded, whatever was asked for
-    train_images: Tensor  # uint8 [N, H, W, 3]
-    train_labels: Tensor  # int64 [N]
-    test_images: Tensor  # uint8 [M, H, W, 3]
-    test_labels: Tensor  # int64 [M]
-    class_names: tuple[str, ...]
-    fingerprint: str  # sha256 hex over pictures, labels and names, in their order
-    fallback_reason: str = ""  # why this is not the set that was asked for, in one sentence
-    validation_images: Tensor = torch.empty(0)  # uint8 [V, H, W, 3], see hold_out()
-    validation_labels: Tensor = torch.empty(0)  # int64 [V]
-
-
-def hold_out(dataset: Dataset, share: float, seed: int) -> Dataset:
-    """Move a random share of the training pictures to validation, of each class alike up to one.
-
-    Raises DataError if that leaves none on one side.
-    """
-    labels = dataset.train_labels.numpy()
-    order = np.random.default_rng(seed).permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]  # by class, at random within it
-    places = np.floor((np.arange(len(order)) + 1) * share) > np.floor(np.arange(len(order)) * share)
-    held = torch.from_numpy(np.sort(order[places]))
-    kept = torch.from_numpy(np.sort(order[~places]))
-    if not len(held) or not len(kept):
-        raise DataError(f"data.validation: {share} of {len(order)} pictures leaves a side empty")
-    return replace(
-        dataset,
-        train_images=dataset.train_images[kept],
-        train_labels=dataset.train_labels[kept],
-        validation_images=dataset.train_images[held],
-        validation_labels=dataset.train_labels[held],
-    )
 
 
 class _Unavailable(DataError):
@@ -73,7 +35,7 @@ class _Unavailable(DataError):
 
     def __init__(self, reason: str, remedy: str):
         super().__init__(f"{reason}; {remedy}")
-        self.reason = reason
+        self.reason = printable(reason)
 
 
 def load_dataset(name: str, root: str, fallback: str = "") -> Dataset:
@@ -121,27 +83,26 @@ def _find_loader(name: str):
 def _load_cifar10(name: str, root: str) -> Dataset:
     folder = Path(os.path.expanduser(root))
     if (folder / "cifar-10-batches-py").is_dir():
-        return _read_cifar10_batches(folder)
+        return _read_cifar10_batches(name, folder)
     source = find_source(folder)
     if source is None:
         _check_root(root, folder)
         _download_cifar10(folder)
-        return _read_cifar10_batches(folder)
-    fields = read_layout(source, {".png"})
-    return Dataset(name=_check_cifar10(source.path, fields), **fields)
+        return _read_cifar10_batches(name, folder)
+    found = read_layout(name, source, (".png",))
+    return replace(found, name=_check_cifar10(source.path, found))
 
 
-def _check_cifar10(path: Path, fields: dict) -> str:
+def _check_cifar10(path: Path, found: Dataset) -> str:
     """The name of what was found: no table may say CIFAR-10 for something else."""
-    num_train, height, width, _ = fields["train_images"].shape
-    num_test, num_classes = len(fields["test_labels"]), len(fields["class_names"])
-    is_cifar10 = (height, width) == (32, 32) and fields["class_names"] == CIFAR10_CLASSES
+    num_train, height, width, _ = found.train_images.shape
+    num_test, num_classes = len(found.test_labels), len(found.class_names)
+    is_cifar10 = (height, width) == (32, 32) and found.class_names == CIFAR10_CLASSES
     name = "cifar10" if is_cifar10 else "imagefolder"
     if not is_cifar10 or (num_train, num_test) != (50_000, 10_000):
-        print(
+        say(
             f"warning: {path} is not all of CIFAR-10 but {num_train} + {num_test} pictures of "
-            f"{width}x{height} in {num_classes} classes; loaded as {name}",
-            file=sys.stderr,
+            f"{width}x{height} in {num_classes} classes; loaded as {name}"
         )
     return name
 
@@ -152,7 +113,7 @@ def _check_root(root: str, folder: Path) -> None:
         raise DataError(f"data.root: no such folder or zip: {root}; correct it or create it")
 
 
-def _read_cifar10_batches(folder: Path) -> Dataset:
+def _read_cifar10_batches(name: str, folder: Path) -> Dataset:
     """Read torchvision's own files, which it verifies by their md5 sums."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
@@ -170,14 +131,14 @@ def _read_cifar10_batches(folder: Path) -> Dataset:
     train = CIFAR10(folder, train=True, download=bool(damaged))
     test = CIFAR10(folder, train=False)
     images, labels = np.concatenate([train.data, test.data]), train.targets + test.targets
-    return Dataset(name="cifar10", **as_fields(images, labels, len(train.data), train.classes))
+    return Dataset.from_arrays(name, images, labels, len(train.data), train.classes)
 
 
 def _download_cifar10(folder: Path) -> None:
     """Let torchvision download and unpack into `folder`; what an earlier try left is replaced."""
     from torchvision.datasets import CIFAR10
 
-    print(f"downloading CIFAR-10 (170 MB) from {CIFAR10.url} to {folder}", file=sys.stderr)
+    say(f"downloading CIFAR-10 (170 MB) from {CIFAR10.url} to {folder}")
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
@@ -207,14 +168,14 @@ def _load_digits(name: str, root: str) -> Dataset:
     levels = np.rint(digits.images[order] * (255 / 16)).astype(np.uint8)
     images = np.repeat(levels[..., None], 3, axis=3)
     names = map(str, digits.target_names)
-    return Dataset(name=name, **as_fields(images, digits.target[order], (~is_test).sum(), names))
+    return Dataset.from_arrays(name, images, digits.target[order], (~is_test).sum(), names)
 
 
 # --- pictures of one's own ----------------------------------------------------------------------
 
 
 def _load_imagefolder(name: str, root: str) -> Dataset:
-    """train/<class>/ and test/<class>/ in `root`, of any picture files that PIL reads."""
+    """Load the pictures of train/<class>/ and test/<class>/ in `root`."""
     folder = Path(os.path.expanduser(root))
     _check_root(root, folder)
     source = find_source(folder)
@@ -223,10 +184,7 @@ def _load_imagefolder(name: str, root: str) -> Dataset:
             f"data.root: no train/<class>/ and test/<class>/ in {root}",
             "put pictures there or correct data.root",
         )
-    readable = {
-        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
-    }
-    return Dataset(name=name, **read_layout(source, readable))
+    return read_layout(name, source, PICTURE_SUFFIXES)
 
 
 def _load_huggingface(name: str, root: str) -> Dataset:
@@ -244,7 +202,7 @@ def _load_huggingface(name: str, root: str) -> Dataset:
         _huggingface_pictures(f"{name}: test picture", test, images),
     )
     stacked = stack_pictures(pictures, len(labels))
-    return Dataset(name=name, **as_fields(stacked, labels, len(train), class_names))
+    return Dataset.from_arrays(name, stacked, labels, len(train), class_names)
 
 
 def _huggingface_splits(name: str, path: str):
@@ -290,4 +248,10 @@ def _huggingface_pictures(what: str, split, column: str) -> Iterator[tuple[str, 
         yield where, to_rgb(where, lambda: next(rows)[column])
 
 
-LOADERS = {"cifar10": _load_cifar10, "digits": _load_digits, "imagefolder": _load_imagefolder}
+# data.name -> a function of data.name and data.root that returns the Dataset. A new data set is a
+# function and a line here.
+LOADERS = {
+    "cifar10": _load_cifar10,
+    "digits": _load_digits,
+    "imagefolder": _load_imagefolder,
+}

@@ -11,7 +11,6 @@ import hashlib
 import inspect
 import os
 import reprlib
-import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import DataError
+from .errors import DataError, say
 
 PARTITIONERS = {  # name -> class of flwr_datasets.partitioner
     "iid": "IidPartitioner",
@@ -320,10 +319,9 @@ OWN_METHODS = {"iid": _iid, "inner_dirichlet": _inner_dirichlet}
 def _check_clients(clients: list[np.ndarray], num_examples: int, name: str) -> None:
     num_empty = sum(len(indices) == 0 for indices in clients)
     if num_empty:
-        print(
+        say(
             f"note: partition {name} leaves {num_empty} of {len(clients)} clients without examples,"
-            f" who take no part; to change that, {REMEDIES[name]}",
-            file=sys.stderr,
+            f" who take no part; to change that, {REMEDIES[name]}"
         )
     indices = np.concatenate(clients)
     num_left_out = num_examples - len(indices)
@@ -335,10 +333,7 @@ def _check_clients(clients: list[np.ndarray], num_examples: int, name: str) -> N
             f"data.partition: {name} did not give each example to one client; use another"
         )
     if num_left_out:
-        print(
-            f"note: partition {name} leaves {num_left_out} of {num_examples} examples out",
-            file=sys.stderr,
-        )
+        say(f"note: partition {name} leaves {num_left_out} of {num_examples} examples out")
 
 
 def save_partition(

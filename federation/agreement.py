@@ -6,6 +6,7 @@ all that passes between them is a payload of one of the kinds in the table below
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,7 @@ class Agreement:
         self.mask = SharedMask(config.pruning.mask, layout, config.rounds, config.seed_for("mask"))
         self.sends_buffers = config.model.norm_policy == "average" and buffer_layout.size > 0
         self._kinds = {(kind.direction, kind.name): kind for kind in self._table()}
-        self.tell_mask()
+        self._tell_channels()
 
     def _table(self) -> Iterator[Kind]:
         """All kinds of messages that this run may send."""
@@ -106,11 +107,16 @@ class Agreement:
         left it to zero.
         """
         left = self.mask.change(kept)
-        self.tell_mask()
+        self._tell_channels()
         return left
 
-    def tell_mask(self) -> None:
-        """Tell the channels which weights exist: what makes masks looks at all of them."""
+    def load_mask(self, state: dict[str, Any]) -> None:
+        """Go on with the mask of a checkpoint, see SharedMask.state()."""
+        self.mask.load(state)
+        self._tell_channels()
+
+    def _tell_channels(self) -> None:
+        """Tell the channels which weights exist; what makes masks looks at all of them."""
         for kind in self._kinds.values():
             if kind.channel.layout is self.layout and kind.name not in ("scores", "growth"):
                 kind.channel.use_mask(self.mask.kept)

@@ -7,6 +7,7 @@ next.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -326,10 +327,9 @@ class Clients:
     def _make_torch_engine(self, precision: str) -> Engine:
         return TorchEngine(self.model, self.config.local, precision, self.team)
 
-    def load_mask(self, state: dict) -> None:
+    def load_mask(self, state: dict[str, Any]) -> None:
         """Go on with the mask of a checkpoint."""
-        self.mask.load(state)
-        self.agreement.tell_mask()
+        self.agreement.load_mask(state)
         self._use_mask()
 
 

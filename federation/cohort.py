@@ -7,11 +7,14 @@ from distributed import Ranks, place
 from federation.client_store import ClientStore
 
 
-def sample_cohort(config: Config, round_number: int) -> list[int]:
-    """clients.per_round different clients, ascending, drawn from the seed and the round."""
+def sample_cohort(config: Config, candidates: list[int], round_number: int) -> list[int]:
+    """clients.per_round different candidates, ascending, drawn from the seed and the round.
+
+    candidates: the clients that have examples, ascending; the others could only fail.
+    """
     rng = np.random.default_rng(config.seed_for("cohort", round_number))
-    clients = config.clients
-    return sorted(rng.choice(clients.total, clients.per_round, replace=False).tolist())
+    chosen = rng.choice(len(candidates), config.clients.per_round, replace=False)
+    return [candidates[index] for index in sorted(chosen.tolist())]
 
 
 class Placement:

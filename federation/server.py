@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import pruning
-from afo import make_optimizer, make_scheduler
+from afo import forget, make_optimizer, make_scheduler
 from compression import Decoded, PayloadError, all_finite
 from config import Config, ConfigError
 from federation.agreement import Agreement
@@ -238,7 +238,7 @@ class Server:
         if self.scheduler:
             self.scheduler.step()
         self.parameters.grad = None
-        if self.pruned is not None:  # momentum from before a change of the mask moves nothing
+        if self.pruned is not None:  # an optimizer may move what has no gradient: weight decay
             self.parameters.data.masked_fill_(self.pruned, 0.0)
         if not all_finite(self.parameters.data):
             raise ConfigError(
@@ -276,6 +276,7 @@ class Server:
         self.pruned = self.mask.pruned
         for link in self.downlinks.values():
             link.forget(left)
+        forget(self.optimizer, left)
         self.parameters.data.index_fill_(0, left, 0.0)
         if self.vector is not None:
             self.vector.index_fill_(0, left, 0.0)
@@ -306,8 +307,7 @@ class Server:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        self.mask.load(state["mask"])
-        self.agreement.tell_mask()
+        self.agreement.load_mask(state["mask"])
         self.pruned = self.mask.pruned
         self.history.load(state["mask_history"])
         self.parameters.data.copy_(state["parameters"])

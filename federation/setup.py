@@ -45,6 +45,12 @@ def partition(config: Config, dataset: Dataset) -> list[np.ndarray]:
         config.data.partition.args,
         config.seed_for("partition"),
     )
+    num_candidates = sum(len(indices) > 0 for indices in clients)
+    if num_candidates < config.clients.per_round:
+        raise ConfigError(
+            f"clients.per_round: {config.clients.per_round} is more than the {num_candidates} "
+            f"clients that have pictures; lower it, or change data.partition"
+        )
     smallest = min(range(len(clients)), key=lambda client: len(clients[client]) or np.inf)
     alone = min(len(clients[smallest]), config.local.batch_size) == 1
     if alone and config.model.norm == "batch" and config.model.name.startswith("resnet"):

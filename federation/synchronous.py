@@ -43,6 +43,9 @@ class Progress:
     simulated_seconds: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
+    num_failed: int = 0  # updates that could not be used
+    empty_rounds: int = 0  # the last so many rounds in a row had no update that could be used
+    last_failure: str = ""  # why the last one could not be used
     evaluations: list[dict[str, float | None]] = field(default_factory=list)  # oldest first
 
 
@@ -65,6 +68,7 @@ class Federation:
         self.labels_per_client = np.array(
             [np.bincount(labels[indices], minlength=num_classes) for indices in self.shards]
         )
+        self.candidates = [client for client, indices in enumerate(self.shards) if len(indices)]
         self.model = ranks.together(lambda: build_model(config, self.pictures, ranks.device))
         num_examples = list(map(len, self.shards))
         self.server = ranks.together(lambda: make_server(config, self.model, num_examples))
@@ -89,7 +93,7 @@ class Federation:
         Returns its row of rounds.jsonl and its rows of the ledger.
         """
         begin, round_number = time.perf_counter(), self.progress.round_number + 1
-        cohort = sample_cohort(self.config, round_number)
+        cohort = sample_cohort(self.config, self.candidates, round_number)
         if self.server.mask.awaits_scores:
             self._choose_mask(cohort)
         broadcast = self.server.broadcast(round_number, cohort).to(self.ranks.device)
@@ -199,6 +203,11 @@ class Federation:
         progress.bytes_down += down
         losses = [report.loss for report in reports if report.client in averaged]
         loss = sum(losses) / max(1, len(losses))
+        failures = {str(report.client): report.failure for report in reports if report.failure}
+        progress.num_failed += len(failures)
+        progress.empty_rounds = 0 if averaged else progress.empty_rounds + 1
+        for client, reason in failures.items():
+            progress.last_failure = f"client {client}: {reason}"
         wall = time.perf_counter() - begin
         progress.wall_seconds += wall
         row = {
@@ -206,7 +215,7 @@ class Federation:
             "num_clients": len(averaged),
             "num_failed": len(reports) - len(averaged),
             "num_skipped_steps": sum(report.num_skipped_steps for report in reports),
-            "failures": {str(r.client): r.failure for r in reports if r.failure},
+            "failures": failures,
             "lr": local_lr(self.config.local, round_number, self.config.rounds),
             "train_loss": loss if losses and np.isfinite(loss) else None,
             **scores,

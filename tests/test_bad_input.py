@@ -30,7 +30,7 @@ def refused(capsys, *words: str) -> str:
 
 CASES = {
     "a misspelt key": (["server.optimiser=FedAvg"], "did you mean 'optimizer'?"),
-    "a wrong type": (["rounds=many"], "rounds: Value 'many'"),
+    "a wrong type": (["rounds=many"], "rounds: takes a whole number, such as 3, not 'many'"),
     "a value out of range": (["pruning.density=1.5"], "pruning.density: 1.5 is out of range"),
     "an unknown server optimizer": (["server.optimizer=FedYogy"], "did you mean 'FedYogi'?"),
     "a setting of another optimizer": (

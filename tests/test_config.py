@@ -5,20 +5,22 @@ import json
 import math
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
 from command_line import load_config, read_command_line
 from compressors.quantisers import parse_values
-from config import Config, ConfigError
+from config import Config, ConfigError, from_here
+from typed_yaml import Settings
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Work in an empty folder: the repository's deepspeed_config.json is out of the way."""
+    """Work in an empty folder, as somebody who stands elsewhere does."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -68,6 +70,85 @@ def test_values_arrive_in_their_types():
     assert config.server.options == {"betas": [0.8, 0.9]} and config.trackers == []
 
 
+@pytest.mark.parametrize(
+    ("written", "key", "value"),
+    [
+        ("012", "seed", 12),  # YAML 1.1: 10, octal
+        ("008", "seed", 8),
+        ("1_000", "rounds", 1000),
+        ("3e5", "name", "3e5"),  # 300000.0
+        ("012", "name", "012"),
+        ("2026-13-45", "name", "2026-13-45"),  # a date that is none: a traceback
+        ("2026-11-27", "name", "2026-11-27"),
+        ("on", "name", "on"),  # True
+        ("1_000", "name", "1_000"),
+        ("0x1f", "name", "0x1f"),
+        ("no", "data.fallback", "no"),
+        ("1:30", "data.fallback", "1:30"),  # 90, sexagesimal
+        ("a#b", "data.fallback", "a#b"),
+        ("on", "data.flip", True),
+        ("No", "local.nesterov", False),
+        ("1", "local.lr", 1.0),
+        ("1e-3", "local.lr", 0.001),
+        ("5", "local.steps", 5),
+        ("null", "local.steps", None),
+    ],
+)
+def test_a_value_is_what_its_field_says_and_never_what_it_looks_like(written, key, value):
+    section, _, name = key.rpartition(".")
+    line = f"{section}: {{{name}: {written}}}" if section else f"{name}: {written}"
+    for config in (load(line), load("", f"{key}={written}")):
+        found = attrgetter(key)(config)
+        assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", ["a # b", "[a]", "{a", "'a'", "*a", "&a", "!a", "a: b", "- a"])
+def test_an_override_of_text_is_that_text(text):
+    assert load("", f"data.fallback={text}").data.fallback == text
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        *[("3", 3), ("-3", -3), ("0.5", 0.5), (".5", 0.5), ("1e-7", 1e-7), ("2.", 2.0)],
+        *[("true", True), ("False", False), ("null", None), ("~", None), ("adam", "adam")],
+        *[
+            ("'012'", "012"),
+            ('"on"', "on"),
+            ("[1, a]", [1, "a"]),
+            ("{a: {b: 0.1}}", {"a": {"b": 0.1}}),
+        ],
+    ],
+)
+def test_an_option_of_a_dict_is_guessed(written, value):
+    for config in (
+        load(f"server: {{options: {{x: {written}}}}}"),
+        load("", f"server.options.x={written}"),
+    ):
+        found = config.server.options
+        assert found == {"x": value} and type(found["x"]) is type(value)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [*("012", "08", "1_000", "0x1f", "1:30", "2026-11-27", "3rd", "1e999"), *("on", "no", "None")],
+)
+def test_an_option_that_could_be_two_things_is_refused(written):
+    for text, words, place in (
+        (f"server: {{options: {{x: {written}}}}}", [], "x.yaml:1: server.options"),
+        ("", [f"server.options.x={written}"], "command line: server.options"),
+    ):
+        assert mistake(text, *words).startswith(f"{place}: '{written}' is unclear; write ")
+
+
+def test_a_dict_is_replaced_and_its_options_are_changed_one_by_one():
+    text = "data: {partition: {name: dirichlet, args: {alpha: 0.1, seed: 3}}}"
+    assert load(text, "data.partition.args={}").data.partition.args == {}
+    assert load(text, "data.partition.args={alpha: 1}").data.partition.args == {"alpha": 1}
+    changed = load(text, "data.partition.args.alpha=1").data.partition
+    assert changed.args == {"alpha": 1, "seed": 3} and changed.name == "dirichlet"
+
+
 def test_null_is_for_optional_keys():
     text = "local: {steps: null}\ndata: {padding: null, flip: null}\nserver: {lr: null, v0: null}"
     config = load(text, "server.tau=null")
@@ -91,8 +172,10 @@ def test_config_is_frozen():
         ["server.optimizer=Adam", "server.options.betas=[0.8,0.9]", "server.lr=1e-05"],
         ["local.lr_schedule={name: step, gamma: 0.5, milestones: [1, 2]}", "local.steps=3"],
         ["data.partition.args={alpha: 1e-7, note: '1e5', when: '2020-01-01', word: 'on'}"],
-        ["name='1e5'", "seed=123456789012345678901"],
-        ["name=007", "data.root='~/a b/ü'"],
+        ["data.partition.args={a: '08', b: '1e5', c: 'None', d: 'y', e: '.inf', f: '1:30'}"],
+        ["server.options={a: null, b: -3, c: 1.5e-7, d: false, e: [x, 2, {f: g}], h: '', i: a b}"],
+        ["name=1e5", "seed=123456789012345678901"],
+        ["name=007", "data.root=~/a b/ü"],
     ],
 )
 def test_to_yaml_round_trips(overrides):
@@ -111,6 +194,88 @@ def test_every_yaml_of_the_repository_loads():
 def test_the_run_folder_is_named_after_the_run_and_its_seed():
     config = load("", "name=a.b-c", "seed=7", "output_dir=out")
     assert config.run_folder == Path("out/a.b-c-s7")
+
+
+# --- paths ----------------------------------------------------------------------------------------
+
+PATHS = ("data.root", "output_dir", "deepspeed_config")
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize(
+    ("text", "in_project"),
+    [
+        ("configs", "configs"),
+        ("./configs/../configs", "configs"),
+        (f"{ROOT}/configs", "configs"),
+        ("../elsewhere", "../elsewhere"),
+        ("/nowhere/at/all", "/nowhere/at/all"),
+    ],
+)
+def test_a_path_starts_from_the_project_in_yaml_and_from_here_in_words(key, text, in_project):
+    """A Config has it as somebody in the project folder would write it."""
+    section, _, name = key.rpartition(".")
+    Path("x.yaml").write_text(f"{section}: {{{name}: {text}}}" if section else f"{name}: {text}")
+    settings = Settings(Path("x.yaml"))
+    assert attrgetter(key)(settings.config()) == in_project
+    settings.override(f"{key}={text}")
+    found = attrgetter(key)(settings.config())
+    assert (ROOT / found).resolve() == Path(text).resolve()
+    assert from_here(found).resolve() == Path(text).resolve()
+
+
+def test_the_home_folder_is_a_home_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("ds.json").write_text("{}")
+    Path("home.yaml").write_text("seed: 8")
+    text = "data: {root: ~/pictures}\noutput_dir: ~/runs\ndeepspeed_config: ~/ds.json"
+    words = ["data.root=~/pictures", "output_dir=~/runs", "deepspeed_config=~/ds.json"]
+    for config in (load(text), load("", *words)):
+        assert config.data.root == str(tmp_path / "pictures")
+        assert config.run_folder == Path("runs/run-s1")  # as it is written where we stand
+        assert config.deepspeed_config == str(tmp_path / "ds.json")
+    config, _ = read_command_line("configs/default.yaml", ["--config", "~/home.yaml"])
+    assert config.seed == 8
+    assert "the home of nobody" in mistake("", "output_dir=~nobody-known/x")
+    assert "the home of nobody" in mistake("data: {root: ~nobody-known/x}")
+
+
+def test_the_run_folder_is_the_same_from_wherever_a_run_is_started(monkeypatch):
+    assert load().run_folder == ROOT / "outputFolder/run-s1"
+    monkeypatch.chdir(ROOT)
+    assert Config().run_folder == Path("outputFolder/run-s1")  # short, where one stands above it
+    assert Config(output_dir="../x").run_folder == ROOT.parent / "x/run-s1"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["deepspeed_config=missing.json"]),
+        ("deepspeed_config: missing.json", []),
+        ("deepspeed_config: ~/missing.json", []),
+        ("", ["deepspeed_config=/nowhere/ds.json"]),
+    ],
+)
+def test_a_deepspeed_config_that_was_named_must_be_there(text, words):
+    message = mistake(text, *words)
+    assert message.startswith("deepspeed_config: no such file: ") and "none" in message
+
+
+def test_no_deepspeed_config_and_no_output_folder():
+    assert load("", "deepspeed_config=").deepspeed_config == ""
+    assert mistake("", "output_dir=") == "command line: output_dir: names no folder"
+
+
+def test_main_from_another_folder_finds_its_files(tmp_path):
+    """The default config, deepspeed_config.json and the data of the project; our own output."""
+    words = ["data.name=digits", "model.name=lenet", "output_dir=mine", "--dry_run"]
+    command = [sys.executable, str(ROOT / "main.py"), *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line in ("name: default", "deepspeed_config: deepspeed_config.json", "  root: data"):
+        assert f"{line}\n" in done.stdout
+    done = subprocess.run([*command, "local.batch_size=x"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -146,17 +311,38 @@ def test_an_unknown_key_has_its_place_and_the_nearest_name(text, overrides, mess
     [
         ("rounds: 1.5", [], "x.yaml:1: rounds: "),
         ("rounds: true", [], "x.yaml:1: rounds: "),
-        ("seed: 1\nlocal:\n  lr: fast", [], "x.yaml:3: local.lr: Value 'fast'"),
-        ("data:\n  flip: maybe", [], "x.yaml:2: data.flip: Value 'maybe'"),
+        (
+            "seed: 1\nlocal:\n  lr: fast",
+            [],
+            "x.yaml:3: local.lr: takes a number, such as 0.1, not 'fast'",
+        ),
+        (
+            "data:\n  flip: maybe",
+            [],
+            "x.yaml:2: data.flip: takes true or false, or null, not 'maybe'",
+        ),
         ("data:\n  name: [a]", [], "x.yaml:2: data.name: "),
         ("", ["rounds="], "command line: rounds: "),
         ("rounds: 3", ["rounds={}"], "command line: rounds: "),
-        ("", ["local.lr.x=1"], "command line: local.lr: "),
-        ("local: 5", [], "x.yaml:1: local: a section of keys, not 5"),
-        ("seed: 1\nlocal:", [], "x.yaml:2: local: a section of keys, not None"),
-        ("", ["local=5"], "command line: local: a section of keys, not 5"),
+        ("", ["local.lr.x=1"], "command line: local.lr.x: no such key; local.lr takes a value"),
+        ("local: 5", [], "x.yaml:1: local: takes keys below it (algorithm, mu, "),
+        ("seed: 1\nlocal:", [], "x.yaml:2: local: takes keys below it (algorithm, mu, "),
+        (
+            "",
+            ["data.partition=5"],
+            "command line: data.partition: takes keys below it (name, args), not '5'",
+        ),
         ("data:\n  partition:\n    args: null", [], "x.yaml:3: data.partition.args: "),
         ("name: ${nope}", [], "x.yaml:1: name: "),
+        ("seed: 1:30", [], "x.yaml:1: seed: takes a whole number, such as 3, not '1:30'"),
+        ("", ["seed=0x1f"], "command line: seed: takes a whole number, such as 3, not '0x1f'"),
+        ("", ["local.lr=1:30"], "command line: local.lr: takes a number, such as 0.1, not '1:30'"),
+        (
+            "",
+            ["data.crop=2026-11-27"],
+            "command line: data.crop: takes a whole number, such as 3, ",
+        ),
+        ("", ["server.lr="], "command line: server.lr: nothing stands after the ="),
     ],
 )
 def test_a_wrong_type_has_its_place(text, overrides, start):
@@ -169,7 +355,7 @@ def test_a_wrong_type_has_its_place(text, overrides, start):
         (
             "local:\n  lr_schedule:\n    name: step\n    milestones: [a]",
             [],
-            "x.yaml:4: local.lr_schedule.milestones[0]: Value 'a'",
+            "x.yaml:4: local.lr_schedule.milestones: takes a whole number, such as 3, not 'a'",
         ),
         ("seed: 1\ntrackers: [null]", [], "x.yaml:2: trackers"),
         ("", ["trackers=[null]"], "command line: trackers"),
@@ -189,11 +375,43 @@ def test_a_wrong_item_of_a_list_has_the_place_of_its_key(text, overrides, start)
         ("", ["local.lr_schedule.milestones=5"], "command line: local.lr_schedule.milestones: "),
         ("", ["server.options=[1]"], "command line: server.options: "),
         ("", ["name=${nope}"], "command line: name: "),
-        ("", ["server.options.a=${nope}"], "command line: server.options.a: "),
     ],
 )
 def test_odd_mistakes_end_in_one_line_as_well(text, overrides, start):
     assert mistake(text, *overrides).startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        *((f"data.flip={value}", f"takes true or false, or null, not '{value}'")
+          for value in ("2", "1", "-1", "None", "maybe")),
+        *((f"local.nesterov={value}", f"takes true or false, not '{value}'")
+          for value in ("1", "0.0", "null", "None")),
+        *((f"rounds={value}", f"takes a whole number, such as 3, not '{value}'")
+          for value in ("true", "1.0", "1e3", "None", "null", "nan", "ten")),
+        *((f"local.steps={value}", f"takes a whole number, such as 3, or null, not '{value}'")
+          for value in ("None", "5.0", "true")),
+        *((f"local.lr={value}", f"takes a number, such as 0.1, not '{value}'")
+          for value in ("None", "true", "1%", "1,5", "10^-3")),
+        *((f"{key}={value}", f"takes text, not '{value}'")
+          for key in ("name", "data.fallback", "server.scheduler") for value in ("None", "null")),
+        *((f"trackers=[{value}]", f"takes text, not '{value}'") for value in ("None", "null")),
+        *((f"local.lr_schedule.milestones=[{value}]", f"{value} is out of range; at least 1")
+          for value in (-3, 0)),
+        ("local.lr_schedule.milestones=[2.5]", "takes a whole number, such as 3, not '2.5'"),
+        *((f"{key}=[0.5, {value}]", f"{shown} is out of range; above 0.0, at most 1.0")
+          for key in ("pruning.warmup", "pruning.client_densities", "downlink.pruning.warmup")
+          for value, shown in (("nan", "nan"), ("-1", "-1.0"), ("0", "0.0"), ("1.5", "1.5"))),
+    ],
+)  # fmt: skip
+def test_a_value_that_means_something_else_is_refused(override, reason):
+    key, _, value = override.partition("=")
+    assert mistake("", override) == f"command line: {key}: {reason}"
+    *sections, name = key.split(".")
+    lines = [f"{'  ' * depth}{section}:" for depth, section in enumerate(sections)]
+    lines.append(f"{'  ' * len(sections)}{name}: {value}")
+    assert mistake("\n".join(lines)) == f"x.yaml:{len(lines)}: {key}: {reason}"
 
 
 NUMBERS = [
@@ -208,9 +426,9 @@ NUMBERS = [
     *[f"{key}=-0.1" for key in ("network.latency_ms", "network.ms_per_example", "server.momentum")],
     *[f"{key}=1.1" for key in ("local.momentum", "server.momentum", "server.beta1")],
     *[f"{key}=1.1" for key in ("server.beta2", "pruning.density", "local.lr_schedule.gamma")],
-    *[f"{key}=.nan" for key in ("local.lr", "server.lr", "pruning.density", "local.clip")],
-    *[f"{key}=.inf" for key in ("local.lr", "server.tau", "model.width", "local.clip")],
-    "local.lr=-.inf",
+    *[f"{key}=nan" for key in ("local.lr", "server.lr", "pruning.density", "local.clip")],
+    *[f"{key}=inf" for key in ("local.lr", "server.tau", "model.width", "local.clip")],
+    *["local.lr=-inf", "local.lr=1e999", "server.v0=Infinity"],
     *[f"{key}=0" for key in ("pruning.chunk", "pruning.mask.density", "downlink.pruning.density")],
     *[f"{key}=-1" for key in ("uplink.dense_below", "downlink.dense_below", "uplink.momentum")],
     *[f"{key}={2**32}" for key in ("uplink.dense_below", "downlink.dense_below")],
@@ -263,8 +481,8 @@ def test_words():
         ("", ["name="], "command line: name: '' must be usable as a folder"),
         ("local:\n  lr_schedule:\n    name: step", [], "x.yaml:2: local.lr_schedule.milestones: "
          "step needs"),
-        ("pruning: {warmup: [0.5, 0]}", [], "x.yaml:1: pruning.warmup: every density must be"),
-        ("pruning: {client_densities: [2]}", [], "x.yaml:1: pruning.client_densities: every "),
+        ("pruning: {warmup: [0.5, 0]}", [], "x.yaml:1: pruning.warmup: 0.0 is out of range"),
+        ("pruning: {client_densities: [2]}", [], "x.yaml:1: pruning.client_densities: 2.0 is"),
         ("downlink: {pruning: {method: topk}}", [], "x.yaml:1: downlink.pruning.method: a part of "
          "the model can be sent only in mode: change"),
         ("uplink: {values: powersgd(2)}", [], "x.yaml:1: uplink.values: powersgd(2) needs whole "),
@@ -303,7 +521,7 @@ NO_VALUES = ["int1", "int17", "qsgd9", "eden5", "fp64", "powersgd(0)", "powersgd
 @pytest.mark.parametrize("word", VALUES)
 def test_values_that_codecs_know_are_words_of_the_config(word):
     parse_values(word)
-    both = [f"uplink.values='{word}'", f"downlink.values='{word}'"]
+    both = [f"uplink.values={word}", f"downlink.values={word}"]
     load("", *both, "pruning.method=none", "downlink.mode=change")
 
 
@@ -312,7 +530,7 @@ def test_values_that_codecs_do_not_know_are_refused(word):
     with pytest.raises(ValueError):
         parse_values(word)
     message = f"command line: uplink.values: {word!r} is none of the forms fp32, fp16, "
-    assert mistake("", f"uplink.values='{word}'").startswith(message)
+    assert mistake("", f"uplink.values={word}").startswith(message)
 
 
 def test_what_looks_like_a_contradiction_and_is_none():
@@ -333,10 +551,14 @@ def test_what_looks_like_a_contradiction_and_is_none():
         ("name: x\n\tseed: 1", "x.yaml:2: not valid YAML: "),
         ("local: {lr: 1", "x.yaml:1: not valid YAML: "),
         ("seed: 1\n---\nseed: 2", "x.yaml:2: not valid YAML: "),
-        ("name: !!python/name:os.system", "x.yaml:1: not valid YAML: could not determine"),
+        ("name: !!python/name:os.system", "x.yaml:1: not valid YAML: the tag "),
         ("[a, b]", "x.yaml:1: a config is a list of `key: value` lines"),
         ("hello", "x.yaml:1: a config is a list of `key: value` lines"),
-        ("data: &d\n  partition: *d", "x.yaml:1: not valid YAML: "),
+        ("data: &d\n  partition: *d", "x.yaml: not valid YAML: nested too deeply"),
+        ("server: {options: &o {a: *o}}", "x.yaml: not valid YAML: nested too deeply"),
+        (f"trackers: {'[' * 10000}", "x.yaml: not valid YAML: nested too deeply"),
+        ("seed: !!int 3", "x.yaml:1: not valid YAML: the tag "),
+        ("seed: 1\n? [a]\n: 2", "x.yaml:2: not valid YAML: a key must be a word"),
         ("seed: 1\0", "x.yaml: not valid YAML: "),
     ],
 )
@@ -351,7 +573,6 @@ def test_files_that_cannot_be_read(tmp_path):
         with pytest.raises(ConfigError) as error:
             load_config(Path(path), [])
         assert str(error.value).startswith(f"{path}: cannot be read: ")
-        assert str(error.value).endswith("; give a YAML file to --config")
 
 
 @pytest.mark.parametrize("override", ["foo", "=3", "--x", "a b=3", "1a=2", ".lr=1", "local.lr"])
@@ -360,8 +581,18 @@ def test_what_is_no_override(override):
     assert mistake("", "seed=1", override) == message
 
 
-def test_an_override_that_is_not_yaml():
-    assert mistake("", "local.lr=[1").startswith("command line: local.lr=[1: ")
+@pytest.mark.parametrize(
+    "override",
+    [
+        "pruning.warmup=[1",
+        "pruning.warmup=[1] 2",
+        "pruning.warmup=[1] # 2",
+        "server.options={a: 1, a: 2}",
+        "server.options.a='b",
+    ],
+)
+def test_an_override_that_is_not_yaml(override):
+    assert mistake("", override).startswith(f"command line: {override}: ")
 
 
 # --- deepspeed_config.json ------------------------------------------------------------------------
@@ -370,7 +601,7 @@ def test_an_override_that_is_not_yaml():
 def deepspeed(content: object, *overrides: str) -> Config:
     text = content if isinstance(content, str) else json.dumps(content)
     Path("deepspeed_config.json").write_text(text)
-    return load("", *overrides)
+    return load("", "deepspeed_config=deepspeed_config.json", *overrides)
 
 
 OURS = [  # theirs, our override, a value that agrees, one that does not
@@ -424,7 +655,6 @@ def test_another_deepspeed_config_can_be_named():
     Path("other.json").write_text('{"gradient_clipping": 5}')
     with pytest.raises(ConfigError, match="^other.json: gradient_clipping is 5 but local.clip"):
         load("", "deepspeed_config=other.json")
-    load("")  # without a file there is nothing to check
 
 
 def test_the_repositorys_deepspeed_config_fits_every_yaml():
@@ -460,18 +690,18 @@ def test_every_stream_has_a_seed_of_its_own():
 # --- the command line -----------------------------------------------------------------------------
 
 
-def test_the_command_line():
+def test_the_command_line(tmp_path):
     Path("default.yaml").write_text("seed: 3")
     Path("other.yaml").write_text("seed: 4")
-    assert read_command_line("default.yaml", []) == (Config(seed=3), False)
+    default = str(tmp_path / "default.yaml")
+    assert read_command_line(default, []) == (Config(seed=3), False)
     given = ["rounds=2", "--config", "other.yaml", "--local_rank=0", "--dry_run", "name=x"]
-    assert read_command_line("default.yaml", given) == (Config(seed=4, rounds=2, name="x"), True)
+    assert read_command_line(default, given) == (Config(seed=4, rounds=2, name="x"), True)
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_2(capsys):
-    Path("default.yaml").write_text("")
     with pytest.raises(SystemExit) as end:
-        read_command_line("default.yaml", ["locla.lr=1"])
+        read_command_line("configs/default.yaml", ["locla.lr=1"])
     assert end.value.code == 2
     out, err = capsys.readouterr()
     expected = "error: command line: locla: no such key; did you mean 'local'?\n"

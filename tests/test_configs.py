@@ -57,7 +57,7 @@ def test_every_import_is_in_the_list_of_packages():
     distribution = {
         "sklearn": "scikit-learn",
         "flwr_datasets": "flwr-datasets",
-        "yaml": "omegaconf",
+        "yaml": "PyYAML",
     }
     distribution |= {
         "datasets": "flwr-datasets",

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cnn_model import FlatModel
-from config import Config, ConfigError, Local
+from config import Config, ConfigError, Local, from_here
 from distributed import Team
 from training.deepspeed_keys import unknown_keys
 from training.engines import FIRST_SCALE_POWER, Amend, clip_gradient, make_sgd
@@ -154,13 +154,13 @@ class DeepSpeedEngine:
 
 
 def read_config(config: Config) -> dict[str, Any]:
-    """deepspeed_config.json, or {} if there is none, without what only repeats the YAML.
+    """deepspeed_config.json, or {} if none is named, without what only repeats the YAML.
 
     command_line.py has compared its values with the YAML's. Raises ConfigError for a key that
     DeepSpeed does not know, or that would do nothing here, or do it behind the YAML's back.
     """
-    path = Path(config.deepspeed_config)
-    given = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path = from_here(config.deepspeed_config)
+    given = json.loads(path.read_text(encoding="utf-8")) if config.deepspeed_config else {}
     try:
         unknown = unknown_keys(given)
     except ValueError as error:

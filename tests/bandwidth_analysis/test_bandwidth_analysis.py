@@ -1,6 +1,8 @@
 """bandwidth_analysis on small run folders written here, with numbers computed by hand."""
 
+import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +30,21 @@ PLOT_NAMES = [
 ]
 
 
+LEDGER_COLUMNS = (
+    *("round", "direction", "sender", "receiver", "kind"),
+    *("bytes", "dense_bytes", "num_values", "start", "seconds"),
+)
+
+
+def message(round_number: int, direction: str, client: int) -> dict:
+    """A row of the ledger: a model of 2 MB down, or an update of 10 kB up."""
+    is_up = direction == "up"
+    ends = (client, "server") if is_up else ("server", client)
+    what = ("update", 10_000, 4_000_000, 2000) if is_up else ("model", 2_000_000, 4_000_000, 10**6)
+    row = (round_number, direction, *ends, *what, 0.0, 0.25)
+    return dict(zip(LEDGER_COLUMNS, row, strict=True))
+
+
 def write_run(
     parent: Path,
     name: str = "topk",
@@ -37,6 +54,7 @@ def write_run(
     finished: bool = True,
     fallback: str = "",
     num_clients: int = 2,
+    class_names: tuple = ("cat", "dog", "ship"),
 ) -> Path:
     """A run folder in which two clients a round send an update and receive a model of 2 MB."""
     folder = parent / f"{name}-s{seed}"
@@ -45,20 +63,22 @@ def write_run(
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     dataset = {"name": "digits", "fingerprint": "00", "fallback": fallback}
     (folder / "environment.json").write_text(json.dumps({"dataset": dataset}))
-    ledger = ["round,client,direction,kind,bytes,dense_bytes,nonzeros,seconds"]
-    rows = []
-    for number, accuracy in enumerate(accuracies, start=1):
+    ledger, rows = [], []
+    for round_number, accuracy in enumerate(accuracies, start=1):
         for client in (0, 1):
-            ledger.append(f"{number},{client},down,model,2000000,4000000,1000000,0.5")
-            ledger.append(f"{number},{client},up,update,{bytes_up},4000000,2000,0.25")
-        rows.append({"round": number, "test_accuracy": accuracy, "bytes_up": 2 * bytes_up})
+            ledger += [message(round_number, "down", client), message(round_number, "up", client)]
+            ledger[-1]["bytes"] = bytes_up
+        rows.append({"round": round_number, "test_accuracy": accuracy, "bytes_up": 2 * bytes_up})
         rows[-1] |= {"bytes_down": 4_000_000, "simulated_seconds": 30.0, "wall_seconds": 1.5}
-    (folder / "ledger.csv").write_text("".join(line + "\n" for line in ledger))
+    with (folder / "ledger.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, LEDGER_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(ledger)
     (folder / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     np.savez(
         folder / "partition.npz",
         labels_per_client=np.arange(3 * num_clients).reshape(num_clients, 3) + seed,
-        class_names=np.array(["cat", "dog", "ship"]),
+        class_names=np.array(class_names),
     )
     if finished:
         summary = {
@@ -87,9 +107,16 @@ def texts(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(Text)]
 
 
-def run_module(*arguments: str | Path) -> subprocess.CompletedProcess:
+def run_module(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "bandwidth_analysis", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
 
 
 def test_table_of_a_finished_run(tmp_path):
@@ -129,8 +156,8 @@ def test_a_kill_in_the_last_round_costs_that_round_only(tmp_path, name, num_byte
 
 def test_messages_of_a_round_still_going_do_not_count(tmp_path):
     folder = write_run(tmp_path, finished=False)
-    with (folder / "ledger.csv").open("a") as file:
-        file.write("4,0,up,update,10000,4000000,2000,0.25\n")
+    with (folder / "ledger.csv").open("a", encoding="utf-8") as file:
+        csv.DictWriter(file, LEDGER_COLUMNS).writerow(message(4, "up", 0))
     assert read_run(folder).total("bytes_up") == 60_000
 
 
@@ -147,10 +174,10 @@ def edit(path: Path, old: str, new: str) -> None:
         ("summary.json", '"rounds_completed": 3', '"rounds_completed": 4', "counts 4 rounds"),
         ("summary.json", '"wall_seconds": 5.0', '"wall_seconds": "5"', "'wall_seconds' has no"),
         ("summary.json", "}", "", "half-written"),
-        ("ledger.csv", "up,update,10000", "up,update,10001", "bytes_up of round 1 is 20000 in"),
-        ("ledger.csv", "up,update,10000", "up,update,1e4x", "ledger.csv: damaged"),
-        ("ledger.csv", "up,update,10000", "up,update,-1", "negative"),
-        ("ledger.csv", "1,0,up", "-1,0,up", "below 0"),
+        ("ledger.csv", "update,10000", "update,10001", "bytes_up of round 1 is 20000 in"),
+        ("ledger.csv", "update,10000", "update,1e4x", "ledger.csv: damaged"),
+        ("ledger.csv", "update,10000", "update,-1", "negative"),
+        ("ledger.csv", "1,up,0", "-1,up,0", "below 0"),
         ("ledger.csv", ",up,", ",side,", "neither up nor down"),
         ("ledger.csv", "dense_bytes", "dense", "ledger.csv: damaged"),
         ("rounds.jsonl", '{"round": 2', '{"round": 4', "rounds.jsonl:2: should be round 2"),
@@ -318,3 +345,27 @@ def test_a_damaged_run_is_one_line_and_exit_2(tmp_path):
         f"error: {folder}: bytes_up is 60001 in summary.json but 60000 in ledger.csv; "
         "restore the file or repeat the run\n"
     )
+
+
+# --- text that is not ASCII -----------------------------------------------------------------------
+
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("locale", [{"PYTHONUTF8": "1"}, C_LOCALE], ids=["UTF-8", "C"])
+@pytest.mark.parametrize("name", ["caf\xe9", os.fsdecode(b"caf\xe9")])
+def test_any_locale_can_print_any_name(tmp_path, locale, name):
+    folder = write_run(tmp_path / name, name, class_names=(name, "dog", "ship"))
+    done = run_module(folder, **locale)
+    assert (done.returncode, done.stderr) == (0, "")
+    in_ascii = name.encode("ascii", "backslashreplace").decode()
+    shown = name if name.isprintable() and locale != C_LOCALE else in_ascii
+    assert f"{shown}-s0" in done.stdout
+    assert len(list((folder / "plots").glob("*.png"))) == 4
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "\udcff", "\x1b[31m"])
+def test_errors_are_a_line_that_can_be_printed(tmp_path, name, capsys):
+    assert main([str(tmp_path / name)]) == 2
+    said = capsys.readouterr().err.removesuffix("\n")
+    assert said.isprintable() and "no such folder" in said

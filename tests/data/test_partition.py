@@ -358,3 +358,14 @@ def test_a_saved_split_can_be_read_back_and_its_sum_is_of_the_split_alone(tmp_pa
     assert all(map(np.array_equal, np.split(indices, offsets[1:-1]), clients))
     content = offsets.astype("<i8").tobytes() + indices.astype("<i8").tobytes()
     assert digest == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "name", ["\udcff", "caf\xe9", "\U0001f408", "$\\frac{", "two\nlines", "x" * 999]
+)
+def test_any_class_name_can_be_saved(tmp_path, name):
+    clients = split("iid")
+    names = [name, *"bcdefghij"]
+    save_partition(tmp_path / "partition.npz", clients, LABELS, names)
+    with np.load(tmp_path / "partition.npz", allow_pickle=False) as saved:
+        assert saved["class_names"].tolist() == names

@@ -1,0 +1,68 @@
+"""What goes with what: coders, algorithms and optimizers declare it, and one function compares.
+
+A coder says whether it is unbiased, contractive, keeps norms, takes a selection and leaves a whole
+model of use (compressors/coder.py); an algorithm (algorithms.py) and an optimizer (afo.py) say what
+they need.
+"""
+
+from collections.abc import Iterator
+
+from afo import OURS
+from algorithms import FedAvg, make_algorithm
+from compression import Coder, parse_coder
+from config import Config, Downlink, Selection, Uplink
+
+
+def contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, why not) for choices that do not exist or do not go together."""
+    try:
+        algorithm = make_algorithm(config.local.algorithm, **config.local.options)
+    except ValueError as error:
+        name_is_wrong = str(error).startswith("no algorithm")
+        yield "local.algorithm" if name_is_wrong else "local.options", str(error)
+        return
+    masked = config.pruning.mask.method != "none"
+    up = config.uplink, config.pruning, "uplink", "pruning"
+    down = config.downlink, config.downlink.pruning, "downlink", "downlink.pruning"
+    for link, selection, name, section in (up, down):
+        try:
+            coder = parse_coder(link.values)
+        except ValueError as error:
+            yield f"{name}.values", str(error)
+            return
+        yield from _of_a_direction(link, coder, selection, name, section, masked)
+    yield from _of_the_optimizer(config, algorithm)
+
+
+def _of_a_direction(
+    link: Uplink | Downlink,
+    coder: Coder,
+    selection: Selection,
+    name: str,
+    section: str,
+    masked: bool,
+) -> Iterator[tuple[str, str]]:
+    if not coder.takes_selection and selection.method != "none":
+        yield f"{name}.values", f"{link.values} needs whole tensors: {section}.method must be none"
+    if not coder.takes_selection and masked:
+        yield f"{name}.values", f"{link.values} needs whole tensors: pruning.mask.method none"
+    if link.dense_below and selection.method == "random":
+        yield f"{name}.dense_below", f"{section}.method random leaves no tensor whole"
+    whole_model = isinstance(link, Downlink) and link.mode == "model"
+    if whole_model and selection.method != "none":
+        yield f"{section}.method", "a part of the model can be sent only in downlink.mode change"
+    if whole_model and coder.ruins_models:
+        yield f"{name}.values", f"{link.values} ruins a whole model: it needs downlink.mode change"
+
+
+def _of_the_optimizer(config: Config, algorithm: FedAvg) -> Iterator[tuple[str, str]]:
+    """A name of torch.optim declares nothing, so it needs nothing."""
+    name, key = config.server.optimizer, "server.optimizer"
+    optimizer = OURS.get(name)
+    if getattr(optimizer, "steps_by_average", False) and not algorithm.steps_by_average:
+        yield key, f"{name} needs the updates' average; {config.local.algorithm} makes another step"
+    if getattr(optimizer, "reads_norms", False):
+        scaled = config.pruning.method == "random" and not config.uplink.error_feedback
+        if scaled or not parse_coder(config.uplink.values).keeps_norms:
+            what = "a random choice" if scaled else config.uplink.values
+            yield key, f"{name} would take the noise of {what} for progress; take another coder"
