@@ -16,7 +16,7 @@ from federation.server import Server
 def load_data(config: Config) -> Dataset:
     """The data set of the config, with the validation pictures held out. Raises DataError."""
     data = config.data
-    dataset = load_dataset(data.name, from_here(data.root), data.fallback)
+    dataset = load_dataset(data.name, str(from_here(data.root)), data.fallback)
     if data.validation:
         dataset = hold_out(dataset, data.validation, config.seed_for("validation"))
     return dataset
