@@ -32,17 +32,18 @@ def test_a_clients_messages_go_one_after_the_other_around_its_training():
     link = Link(uplink_mbps=1.0, downlink_mbps=2.0, latency_ms=500.0)
     messages = [("down", 250_000), ("down", 0), ("up", 125_000), ("up", 12_500)]
     times, done = client_timeline(messages, link, computing=3.0)
-    assert times == pytest.approx([(0.0, 1.5), (1.5, 0.5), (5.0, 1.5), (6.5, 0.6)])
+    assert [*map(sum, times)] == pytest.approx([1.5, 2.0, 6.5, 7.1])  # when each has arrived
+    assert [start for start, _ in times] == pytest.approx([0.0, 1.5, 5.0, 6.5])
     assert done == pytest.approx(1.5 + 0.5 + 3.0 + 1.5 + 0.6)
 
 
 @pytest.mark.parametrize("computing", [0.0, 2.5])
-def test_a_client_that_sends_nothing_is_done_once_it_has_computed(computing):
+def test_a_client_computes_after_what_it_receives_and_before_what_it_sends(computing):
     assert client_timeline([], LINK, computing) == ([], computing)
-    times, done = client_timeline([("down", 1_250_000)], LINK, computing)
-    assert times == pytest.approx([(0.0, 0.25)]) and done == pytest.approx(0.25 + computing)
-    times, done = client_timeline([("up", 1_250_000)], LINK, computing)
-    assert times == pytest.approx([(computing, 1.05)]) and done == pytest.approx(computing + 1.05)
+    [(start, seconds)], done = client_timeline([("down", 1_250_000)], LINK, computing)
+    assert (start, seconds, done) == pytest.approx((0.0, 0.25, 0.25 + computing))
+    [(start, seconds)], done = client_timeline([("up", 1_250_000)], LINK, computing)
+    assert (start, seconds, done) == pytest.approx((computing, 1.05, computing + 1.05))
 
 
 positive = st.floats(1e-3, 1e5)
