@@ -108,10 +108,10 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatc
         "append",
         lambda *args: no_space() if calls.append(1) or len(calls) > 3 else original(*args),
     )
-    line = refused(capsys, f"output_dir={tmp_path}")
+    line = refused(capsys, f"output_dir={tmp_path}", "name=default")
     assert line == "error: ledger.csv: No space left on device"
     state = torch.load(tmp_path / "default-s1" / "checkpoint.pt", weights_only=True)
-    assert state["progress"]["round"] == 2
+    assert state["progress"]["round_number"] == 2
 
 
 def test_the_command_itself_prints_one_line_and_no_traceback(tmp_path):
@@ -144,7 +144,7 @@ def test_a_disk_that_is_really_full_and_then_read_only(tmp_path):
         assert full.returncode == 2 and full.stderr.count("\n") == 1, full.stderr
         assert "No space left on device" in full.stderr
         saved = torch.load(disk / "tiny-s1" / "checkpoint.pt", weights_only=True)
-        assert saved["progress"]["round"] == 2
+        assert saved["progress"]["round_number"] == 2
         mount("-o", "remount,ro")
         read_only = start(disk)
         assert read_only.returncode == 2 and read_only.stderr.count("\n") == 1, read_only.stderr

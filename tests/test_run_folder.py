@@ -44,6 +44,6 @@ def test_two_processes_do_not_share_a_run_folder(tmp_path, run, capsys):
         REPOSITORY / "configs/default.yaml", [*TINY, f"output_dir={tmp_path}", "name=tiny"]
     )
     held = RunFolder(config.run_folder)
-    held.start(config)
+    held.claim(config)
     assert run()[0] == 2
     assert "another process is running this" in capsys.readouterr().err

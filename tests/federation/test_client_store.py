@@ -11,16 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.runs import PYTHON, REPOSITORY, TINY, launch, summary, tiny_command
+from helpers.runs import PYTHON, REPOSITORY, launch, make_federation, summary, tiny_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from command_line import load_config
-from distributed import Ranks
 from federation import client_store
 from federation.client_store import ClientStore, remove_old_states, write_tensors
-from federation.synchronous import Federation
-from run_folder import RunFolder
 
 ENTRIES = 8  # of a state: 32 bytes
 PLENTY = 1e9
@@ -327,16 +323,11 @@ SPILLING += ["clients.state_memory_gib=2e-4", "local.batch_size=8", "evaluation.
 
 def unkilled(folder: Path) -> tuple[dict[tuple[int, int], bytes], str]:
     """Every residual that a run ever has, by client and version, and its model at the end."""
-    config = load_config(
-        REPOSITORY / "configs/default.yaml", [*TINY, *SPILLING, f"output_dir={folder}"]
-    )
-    run = RunFolder(config.run_folder)
-    run.start(config)
-    one, seen = Federation(config, Ranks(config), run), {}
-    for _ in range(config.rounds):
+    one, seen = make_federation(folder, *SPILLING), {}
+    for _ in range(one.config.rounds):
         one.run_round()
-        for client, version in one.trainer.store.versions.items():
-            seen[client, version] = one.trainer.store.get(client)["residual"].numpy().tobytes()
+        for client, version in one.clients.store.versions.items():
+            seen[client, version] = one.clients.store.get(client)["residual"].numpy().tobytes()
     return seen, one.server.sha256()
 
 

@@ -1,14 +1,15 @@
 """The downlink: what the server holds to be a client's model is what that client can decode."""
 
-import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from helpers.runs import summary
+from helpers.runs import ledger, summary
 
 from compression import decode
 from config import Config, Downlink, Selection
+from federation.agreement import Agreement
 from federation.channel import Channel
 from federation.downlink import Changes, WholeModel
 from layout import Layout
@@ -18,11 +19,13 @@ LAYOUT = Layout(("w", "b"), ((30, 20), (30,)))
 SEED = Config(seed=7).seed_for
 
 
+def agreement(**downlink):
+    return Agreement(Config(seed=7, downlink=Downlink(**downlink)), LAYOUT, Layout((), ()))
+
+
 def changes(start, **settings):
     selection = Selection(**({"method": "topk", "density": 0.05} | settings))
-    link = Downlink(mode="change", values="fp16", pruning=selection)
-    whole = Channel(LAYOUT, Selection(method="none"), Downlink(), False, SEED)
-    return Changes(Channel(LAYOUT, selection, link, False, SEED), whole, start)
+    return Changes(agreement(mode="change", values="fp16", pruning=selection), start)
 
 
 def moved(parameters, round):
@@ -59,8 +62,8 @@ def test_every_client_decodes_the_shared_model_whatever_it_missed():
             clients[client].receive(messages[client])
             kinds.add((messages[client][0].kind, len(messages[client]) > 1))
             assert torch.equal(clients[client].model, received)
-            assert messages[client][-1].dense == LAYOUT.size
-            assert sum(message.dense for message in messages[client]) == LAYOUT.size
+            assert messages[client][-1].dense_values == LAYOUT.size
+            assert sum(message.dense_values for message in messages[client]) == LAYOUT.size
         parameters = moved(parameters, round)
     assert kinds == {("model", False), ("model_change", False), ("model_change", True)}
 
@@ -103,23 +106,24 @@ def test_a_round_that_is_given_up_has_sent_nothing():
     first, _ = link.send(parameters, 1, [0])
     again, messages = link.send(parameters, 1, [0])
     assert torch.equal(first, again)
-    assert link.versions == {} and not link.shared.any()
+    assert link.version_of == {} and not link.shared.any()
 
 
 def test_the_whole_model_arrives_as_it_is_rounded():
     parameters = moved(torch.zeros(LAYOUT.size), 0)
-    channel = Channel(LAYOUT, Selection(method="none"), Downlink(values="fp16"), False, SEED)
-    received, messages = WholeModel(channel).send(parameters, 1, [4, 7])
+    received, messages = WholeModel(agreement(values="fp16")).send(parameters, 1, [4, 7])
     assert torch.equal(received, parameters.half().float())
-    assert messages[4] == messages[7] and messages[4][0].kind == "model"
+    assert [message.receiver for some in messages.values() for message in some] == [4, 7]
+    assert messages[4] == [replace(message, receiver=4) for message in messages[7]]
+    assert messages[4][0].kind == "model"
 
 
 def test_the_servers_random_choices_are_no_clients():
-    link = Channel(LAYOUT, Selection(method="random", density=0.1), Downlink(), False, SEED)
+    link = Channel(LAYOUT, "fp32", Selection(method="random", density=0.1), 0, SEED)
     vector = torch.ones(LAYOUT.size)
-    _, down = link.encode(vector, round=1)
+    _, down = link.encode(vector, round_number=1)
     for client in range(5):
-        _, up = link.encode(vector, round=1, client=client)
+        _, up = link.encode(vector, round_number=1, client=client)
         assert not np.array_equal(down.indices, up.indices)
 
 
@@ -130,8 +134,7 @@ COMPRESSED += ["downlink.pruning.density=0.05", "rounds=6", "clients.total=5"]
 def test_a_run_with_a_compressed_downlink_says_what_it_sent(run):
     status, folder = run(*COMPRESSED)
     assert status == 0
-    with open(folder / "ledger.csv", newline="") as file:
-        down = [row for row in csv.DictReader(file) if row["direction"] == "down"]
+    down = [row for row in ledger(folder) if row["direction"] == "down"]
     assert {row["kind"] for row in down} == {"model", "model_change"}
     result = summary(folder)
     assert result["bytes_down"] == sum(int(row["bytes"]) for row in down)

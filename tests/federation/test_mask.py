@@ -1,4 +1,4 @@
-"""masks.py and what hangs on it: whole runs with a mask, against what their payloads say."""
+"""mask.py and what hangs on it: whole runs with a mask, against what their payloads say."""
 
 from collections import Counter
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import naive_decoder
+from helpers.ends import make_server, mask_messages
 from helpers.runs import REPOSITORY, TINY, ledger, make_federation, summary
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 import pruning
 from command_line import load_config
 from compression import decode, encode
-from config import Mask
-from federation import client as trainer
+from config import Config, Mask, Pruning
+from federation import client
 from federation.mask import SharedMask
+from federation.server import Average, Server
 from federation.synchronous import Federation
 from layout import Layout
 from wire.container import OVERHEAD, PayloadError, pack
@@ -86,54 +88,61 @@ def test_a_payload_of_positions_is_no_update_and_the_other_way_round():
 # --- which client is told what --------------------------------------------------------------------
 
 
-def dynamic_mask(share: float = 0.3) -> SharedMask:
-    settings = Mask(method="dynamic", density=0.2, every=1, share=share)
-    return SharedMask(settings, LAYOUT, rounds=100, seed=3)
+def dynamic_server() -> Server:
+    mask = Mask(method="dynamic", density=0.2, every=1)
+    return make_server(Config(rounds=100, pruning=Pruning(mask=mask)), LAYOUT)
 
 
-def regrow(mask: SharedMask, round: int) -> None:
-    mask.regrow(*torch.randn(2, LAYOUT.size, generator=torch.Generator().manual_seed(round)), round)
+def regrow(server: Server, round_number: int, cohort: list[int]) -> None:
+    """End a round of this cohort with a change of the mask."""
+    generator = torch.Generator().manual_seed(round_number)
+    weights, server.growth = torch.randn(2, LAYOUT.size, generator=generator)
+    server.parameters.data.copy_(weights)
+    server.commit(round_number, cohort)
 
 
 def test_clients_get_the_change_or_the_mask_or_nothing():
-    mask = dynamic_mask()
-    first = mask.kept
-    assert mask.messages([0, 1]) == {0: [], 1: []}  # everybody can draw the first mask
-    regrow(mask, 1)
-    second = mask.kept
-    (change,) = mask.messages([0, 1])[1]
-    assert change.kind == "mask_change" and change.dense == 0
+    server = dynamic_server()
+    first = server.mask.kept
+    told = mask_messages(server, 1, [0, 1])
+    assert told == {0: [], 1: []}  # everybody can draw the first mask
+    regrow(server, 1, [])
+    second = server.mask.kept
+    (change,) = mask_messages(server, 2, [0, 1])[1]
+    assert change.kind == "mask_change" and change.dense_values == 0
     toggled = unpack_positions(change.payload, LAYOUT)
     assert np.setxor1d(first, toggled).tolist() == second.tolist()
-    mask.received([0])
-    assert mask.messages([0]) == {0: []}
-    regrow(mask, 2)
-    told = mask.messages([0, 1])
+    server.commit(2, [0])
+    assert mask_messages(server, 3, [0]) == {0: []}
+    regrow(server, 3, [])
+    told = mask_messages(server, 4, [0, 1])
     assert [m.kind for m in told[0]] == ["mask_change"]
     assert [m.kind for m in told[1]] == ["mask"]  # it missed one change: that alone would not do
-    assert unpack_positions(told[1][0].payload, LAYOUT).tolist() == mask.kept.tolist()
+    assert unpack_positions(told[1][0].payload, LAYOUT).tolist() == server.mask.kept.tolist()
     toggled = unpack_positions(told[0][0].payload, LAYOUT)
-    assert np.setxor1d(second, toggled).tolist() == mask.kept.tolist()
+    assert np.setxor1d(second, toggled).tolist() == server.mask.kept.tolist()
 
 
 def test_a_change_that_is_longer_than_the_mask_is_not_sent():
-    mask = SharedMask(Mask(method="snip", density=0.1), LAYOUT, rounds=1, seed=0)
-    assert mask.awaits_scores and mask.pruned is None
-    mask.choose(torch.rand(LAYOUT.size, generator=torch.Generator().manual_seed(1)))
-    assert not mask.awaits_scores
-    (whole,) = mask.messages([7])[7]
-    assert whole.kind == "mask" and whole.numbers == 1000 + 100
-    assert mask.pruned.sum() == 9000 and not mask.pruned[9000:9100].any()
+    mask = Mask(method="snip", density=0.1)
+    server = make_server(Config(rounds=1, pruning=Pruning(mask=mask)), LAYOUT)
+    assert server.mask.awaits_scores and server.mask.pruned is None
+    server.prune(torch.rand(LAYOUT.size, generator=torch.Generator().manual_seed(1)))
+    assert not server.mask.awaits_scores
+    (whole,) = mask_messages(server, 1, [7])[7]
+    assert whole.kind == "mask" and whole.num_values == 1000 + 100
+    pruned = server.mask.pruned
+    assert pruned.sum() == 9000 and not pruned[9000:9100].any()
+    assert not server.parameters[pruned].any() and server.parameters[~pruned].all()
 
 
 def test_a_mask_comes_back_from_its_checkpoint():
-    mask, again = dynamic_mask(), dynamic_mask()
-    regrow(mask, 1)
-    mask.received([2])
-    regrow(mask, 2)
-    again.load(mask.state())
-    assert again.messages([0, 2]) == mask.messages([0, 2])
-    assert again.kept.tolist() == mask.kept.tolist()
+    server, again = dynamic_server(), dynamic_server()
+    regrow(server, 1, [2])
+    regrow(server, 2, [2])
+    again.load(server.state())
+    assert mask_messages(again, 3, [0, 2]) == mask_messages(server, 3, [0, 2])
+    assert again.mask.kept.tolist() == server.mask.kept.tolist()
 
 
 def test_the_mask_never_changes_after_the_last_round():
@@ -147,7 +156,7 @@ def test_the_mask_never_changes_after_the_last_round():
 @pytest.mark.parametrize("method", SETTINGS)
 def test_the_global_model_and_all_messages_stay_on_the_mask(tmp_path, monkeypatch, method):
     received, learned = [], []
-    original = trainer.train
+    original = client.train
 
     def train(engine, *rest):
         received.append(engine.model.parameters.clone())
@@ -155,7 +164,7 @@ def test_the_global_model_and_all_messages_stay_on_the_mask(tmp_path, monkeypatc
         learned.append(engine.model.parameters.clone())
         return loss
 
-    monkeypatch.setattr(trainer, "train", train)
+    monkeypatch.setattr(client, "train", train)
     one = make_federation(tmp_path, *SETTINGS[method], "local.clip=0.5", "server.optimizer=FedAvgM")
     size, counts = one.model.layout.size, set()
     for number in range(1, 5):
@@ -176,14 +185,21 @@ def test_the_global_model_and_all_messages_stay_on_the_mask(tmp_path, monkeypatc
 
 def test_snip_keeps_the_weights_with_the_best_averaged_scores(tmp_path, monkeypatch):
     one = make_federation(tmp_path, *SNIP, "clients.total=3", "clients.per_round=3")
-    weights, seen = one.server.parameters.detach().clone(), []
-    choose = one.server.choose_mask
-    monkeypatch.setattr(one.server, "choose_mask", lambda r, *rest: seen.extend(r) or choose(r))
+    weights, examples, scores = one.server.parameters.detach().clone(), [], []
+    add = Average.add
+
+    def decode_and_add(self, report, round_number):
+        [message] = report.messages
+        assert message.kind == "scores"
+        examples.append(float(report.num_examples))
+        scores.append(decode(message.payload, one.model.layout).dense())
+        add(self, report, round_number)
+
+    monkeypatch.setattr(Average, "add", decode_and_add)
     state = torch.random.get_rng_state()
-    one.choose_mask([0, 1, 2])
+    one._choose_mask([0, 1, 2])
     assert torch.equal(torch.random.get_rng_state(), state)
-    examples = torch.tensor([float(r.num_examples) for r in seen])
-    scores = torch.stack([decode(r.payloads["scores"], one.model.layout).dense() for r in seen])
+    examples, scores = torch.tensor(examples), torch.stack(scores)
     average = (scores * (examples / examples.sum())[:, None]).sum(0)
     sizes, shapes = one.model.layout.sizes, one.model.layout.shapes
     prunable = np.repeat([len(shape) >= 2 for shape in shapes], sizes)
@@ -206,11 +222,11 @@ def test_the_ledger_of_snip(run):
         ("up", "scores"): 3,
     }
     assert all(row["dense_bytes"] == "0" for row in first)
-    told = [row["client"] for row in rows if row["kind"] == "mask"]
+    told = [row["receiver"] for row in rows if row["kind"] == "mask"]
     assert sorted(told) == ["0", "1", "2", "3"]  # each once, when it first takes part
     for row in rows:
         if row["kind"] == "update":  # two bytes a value on the mask and the container
-            assert int(row["bytes"]) == 2 * int(row["nonzeros"]) + 32
+            assert int(row["bytes"]) == 2 * int(row["num_values"]) + 32
     result = summary(folder)
     for direction in ("up", "down"):
         total = sum(int(row["bytes"]) for row in rows if row["direction"] == direction)
@@ -235,7 +251,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("last_call", [2, 9])  # of train: in round 1 and in round 3
 def test_a_killed_run_resumes_to_the_same_end(run, monkeypatch, method, last_call):
     _, whole = run(*SETTINGS[method], name="whole")
-    original, calls = trainer.train, []
+    original, calls = client.train, []
 
     def train(*args):
         calls.append(1)
@@ -244,7 +260,7 @@ def test_a_killed_run_resumes_to_the_same_end(run, monkeypatch, method, last_cal
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "train", train)
+        patch.setattr(client, "train", train)
         with pytest.raises(Killed):
             run(*SETTINGS[method], name="killed")
     assert run(*SETTINGS[method], name="killed")[0] == 0
@@ -255,16 +271,16 @@ def test_a_killed_run_resumes_to_the_same_end(run, monkeypatch, method, last_cal
 
 def test_an_interrupt_between_scoring_and_round_1_loses_nothing(run, monkeypatch):
     _, whole = run(*SETTINGS["snip"], name="whole")
-    original = Federation.choose_mask
+    original = Federation._choose_mask
 
     def stop_after(self, cohort):
         original(self, cohort)
-        self.trainer.stop_requested = True
+        self.clients.stop_requested = True
 
     with monkeypatch.context() as patch:
-        patch.setattr(Federation, "choose_mask", stop_after)
+        patch.setattr(Federation, "_choose_mask", stop_after)
         assert run(*SETTINGS["snip"], name="stopped")[0] == 130
-    monkeypatch.setattr(Federation, "choose_mask", None)  # the mask is in the checkpoint
+    monkeypatch.setattr(Federation, "_choose_mask", None)  # the mask is in the checkpoint
     status, stopped = run(*SETTINGS["snip"], name="stopped")
     assert status == 0
     assert summary(stopped)["model_sha256"] == summary(whole)["model_sha256"]
@@ -277,18 +293,19 @@ def test_what_was_owed_outside_a_new_mask_is_forgotten(tmp_path):
     one.run_round()
     one.run_round()  # the mask changes at its end
     gone = outside(one.server.mask.kept, one.model.layout.size)
-    assert one.trainer.store.get(0)["residual"][gone].any()
+    assert one.clients.store.get(0)["residual"][gone].any()
     one.run_round()
-    assert not one.trainer.store.get(0)["residual"][gone].any()
-    assert one.trainer.store.get(0)["residual"].any()
+    assert not one.clients.store.get(0)["residual"][gone].any()
+    assert one.clients.store.get(0)["residual"].any()
 
 
 def test_ends_with_different_masks_refuse_each_other(tmp_path):
     one = make_federation(tmp_path, *DYNAMIC)
-    payload, _ = one.server.uplinks["update"].encode(torch.ones(one.model.layout.size), 1, 0)
-    one.server.uplinks["update"].use_mask(one.server.mask.kept[1:])
+    channel = one.server.agreement.channel("up", "update")
+    payload, _ = channel.encode(torch.ones(one.model.layout.size), 1, 0)
+    channel.use_mask(one.server.mask.kept[1:])
     with pytest.raises(PayloadError, match="another layout"):
-        one.server.uplinks["update"].decode(payload, 1, 0)
+        channel.decode(payload, 1, 0)
 
 
 def test_a_batchnorm_network_with_a_mask_keeps_its_statistics_sane(tmp_path):
@@ -307,11 +324,16 @@ def test_a_batchnorm_network_with_a_mask_keeps_its_statistics_sane(tmp_path):
 def test_dry_run_counts_the_pruned_model(tmp_path, capsys):
     from experiment import main
 
-    sizes = []
+    sizes = {}
     for method in ("none", "snip", "dynamic"):
         words = [*TINY, f"output_dir={tmp_path}", f"pruning.mask.method={method}"]
         config = load_config(REPOSITORY / "configs/default.yaml", words)
         assert main(config, dry_run=True) == 0
-        line = next(li for li in capsys.readouterr().out.splitlines() if "MB down" in li)
-        sizes.append(float(line.split()[1]))
-    assert sizes[1] == sizes[2] < 0.2 * sizes[0]
+        line = next(li for li in capsys.readouterr().out.splitlines() if "down model " in li)
+        count, *_, size, _ = line.split(", ")[0].split()
+        sizes[method] = int(count), float(size)  # MB of so many messages
+    assert sizes["none"][0] == sizes["dynamic"][0] == 3
+    assert sizes["dynamic"][1] < 0.2 * sizes["none"][1]
+    assert sizes["snip"][0] == 6  # the whole model to be scored, then what is left of it
+    both = sizes["none"][1] + sizes["dynamic"][1]
+    assert sizes["snip"][1] == pytest.approx(both, abs=0.0015)

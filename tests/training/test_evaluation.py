@@ -33,8 +33,8 @@ def test_scores_of_a_run_are_those_of_a_plain_loop(tmp_path):
         *("data.partition.name=pathological", "data.validation=0.1", "clients.total=20"),
         *("data.partition.args={num_classes_per_partition: 2}", "evaluation.batch_size=100"),
     )
-    row = one.run_round()
-    one.trainer.load(one.server.parameters.detach(), one.server.buffers)
+    row, _ = one.run_round()
+    one.clients.load(one.server.parameters.detach(), one.server.buffers)
     network, pictures = one.model.network.eval(), one.pictures
     for split, size in (("test", 360), ("validation", len(one.dataset.validation_labels))):
         images, labels = pictures.evaluation_batch(split, 0, size)
@@ -46,7 +46,7 @@ def test_scores_of_a_run_are_those_of_a_plain_loop(tmp_path):
         if split == "test":
             rate = [float(right[labels == c].float().mean()) for c in range(10)]
     seen = []
-    for indices in one.clients:
+    for indices in one.shards:
         own = one.dataset.train_labels[indices].tolist()
         seen.append(sum(rate[label] for label in own) / len(own))
     assert row["client_accuracy_mean"] == pytest.approx(np.mean(seen))
