@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from config import NEUTRAL, Config, ConfigError, Selection, from_here
+from training.deepspeed_file import read_deepspeed_file
 from typed_yaml import Settings
 
 LONGEST_NAME = 100  # characters of a name that we make
@@ -58,7 +59,7 @@ def load_config(path: Path, overrides: list[str]) -> Config:
         config = replace(config, name=name_with_changes(before, config))
     for key, message in _violations(config):
         raise ConfigError(f"{settings.place(key)}: {key}: {message}")
-    check_deepspeed(config)
+    read_deepspeed_file(config)  # for its errors; a DeepSpeed engine reads it again
     return config
 
 
@@ -75,7 +76,7 @@ def name_with_changes(before: Config, after: Config) -> str:
     for key in changed:
         text = new.get(key, "")
         whole += f"+{key}={text}"
-        short += f"+{key}={UNFIT.sub('', text.rpartition('/')[2])}"
+        short += f"+{UNFIT.sub('', key)}={UNFIT.sub('', text.rpartition('/')[2])}"
     if changed and (short != whole or len(short) > LONGEST_NAME):
         digest = hashlib.blake2b(whole.encode(), digest_size=5).hexdigest()
         short = f"{short[: LONGEST_NAME - len(digest) - 1]}-{digest}"
@@ -202,50 +203,3 @@ def _selection_contradictions(section: str, selection: Selection) -> Iterator[tu
                 yield f"{section}.{key}", f"method {selection.method} has no density"
     if selection.method == "threshold" and selection.relative and selection.threshold >= 1:
         yield f"{section}.threshold", "nothing is above the largest: relative needs one below 1"
-
-
-def check_deepspeed(config: Config) -> None:
-    """Refuse a deepspeed_config.json that repeats a setting with another value.
-
-    What DeepSpeed's file repeats must say "auto" or agree: one home for each value.
-    """
-    if not config.deepspeed_config:
-        return
-    path = from_here(config.deepspeed_config)
-    if not path.exists():
-        raise ConfigError(
-            f"deepspeed_config: no such file: {path}; correct it, or give '' for none"
-        )
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(given, dict):
-        raise ConfigError(f'{path}: a DeepSpeed config is an object of keys, like {{"key": value}}')
-    ours = {  # DeepSpeed's key: (our key, our value)
-        "train_micro_batch_size_per_gpu": ("local.batch_size", config.local.batch_size),
-        "gradient_accumulation_steps": ("one step a batch", 1),
-        "gradient_clipping": ("local.clip", config.local.clip),
-        "optimizer.type": ("local.optimizer", config.local.optimizer),
-        "optimizer.params.lr": ("local.lr", config.local.lr),
-        "optimizer.params.momentum": ("local.momentum", config.local.momentum),
-        "optimizer.params.weight_decay": ("local.weight_decay", config.local.weight_decay),
-        "optimizer.params.nesterov": ("local.nesterov", config.local.nesterov),
-    }
-    if config.precision != "auto":
-        for kind in ("fp16", "bf16"):
-            ours[f"{kind}.enabled"] = ("precision", config.precision == kind)
-    for theirs, (key, value) in ours.items():
-        found = _walk(given, theirs)
-        if found is not None and found != "auto" and found != value:
-            raise ConfigError(
-                f'{path}: {theirs} is {found!r} but {key} is {value!r}; write "auto" there'
-            )
-
-
-def _walk(tree: Any, dotted: str) -> Any:
-    for key in dotted.split("."):
-        if not isinstance(tree, dict):
-            return None
-        tree = tree.get(key)
-    return tree

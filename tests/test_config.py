@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 import re
 import subprocess
@@ -250,6 +249,7 @@ def test_what_the_yaml_says_stands_in_no_name():
         ("data.name=uoft-cs/cifar100", "base+data.name=cifar100-"),
         ("server.options={betas: [0.8, 0.9]}", "base+server.options.betas=0.8,0.9-"),
         ("server.options.a='1'", "base+server.options.a=1-"),  # text, where 1 is a number
+        ("server.options={a/b: 1}", "base+server.options.ab=1-"),
     ],
 )
 def test_a_name_that_leaves_something_out_ends_in_a_hash(override, readable):
@@ -350,22 +350,7 @@ def test_the_run_folder_is_the_same_from_wherever_a_run_is_started(monkeypatch):
     assert Config(output_dir="../x").run_folder == ROOT.parent / "x/run-s1"
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", ["deepspeed_config=missing.json"]),
-        ("deepspeed_config: missing.json", []),
-        ("deepspeed_config: ~/missing.json", []),
-        ("", ["deepspeed_config=/nowhere/ds.json"]),
-    ],
-)
-def test_a_deepspeed_config_that_was_named_must_be_there(text, words):
-    message = mistake(text, *words)
-    assert message.startswith("deepspeed_config: no such file: ") and "none" in message
-
-
-def test_no_deepspeed_config_and_no_output_folder():
-    assert load("", "deepspeed_config=").deepspeed_config == ""
+def test_an_output_folder_must_have_a_name():
     assert mistake("", "output_dir=") == "command line: output_dir: names no folder"
 
 
@@ -704,74 +689,6 @@ def test_what_is_no_override(override):
 )
 def test_an_override_that_is_not_yaml(override):
     assert mistake("", override).startswith(f"command line: {override}: ")
-
-
-# --- deepspeed_config.json ------------------------------------------------------------------------
-
-
-def deepspeed(content: object, *overrides: str) -> Config:
-    text = content if isinstance(content, str) else json.dumps(content)
-    Path("deepspeed_config.json").write_text(text)
-    return load("", "deepspeed_config=deepspeed_config.json", *overrides)
-
-
-OURS = [  # theirs, our override, a value that agrees, one that does not
-    ("train_micro_batch_size_per_gpu", "local.batch_size=32", 32, 64),
-    ("gradient_accumulation_steps", "seed=1", 1, 2),
-    ("gradient_clipping", "local.clip=1.5", 1.5, 1.0),
-    ("optimizer.type", "local.optimizer=SGD", "SGD", "AdamW"),
-    ("optimizer.params.lr", "local.lr=0.25", 0.25, 0.1),
-    ("optimizer.params.momentum", "local.momentum=0.5", 0.5, 0.9),
-    ("optimizer.params.weight_decay", "local.weight_decay=0.5", 0.5, 0),
-    ("optimizer.params.nesterov", "local.nesterov=true", True, False),
-    ("fp16.enabled", "precision=fp16", True, False),
-    ("fp16.enabled", "precision=bf16", False, True),
-    ("bf16.enabled", "precision=bf16", True, False),
-    ("bf16.enabled", "precision=fp32", False, True),
-]
-
-
-@pytest.mark.parametrize(("theirs", "override", "same", "other"), OURS)
-def test_deepspeed_must_agree_or_say_auto(theirs, override, same, other):
-    def nested(value):
-        for key in reversed(theirs.split(".")):
-            value = {key: value}
-        return value
-
-    for value in (same, "auto"):
-        deepspeed(nested(value), override)
-    with pytest.raises(ConfigError) as error:
-        deepspeed(nested(other), override)
-    message = str(error.value)
-    assert message.startswith(f"deepspeed_config.json: {theirs} is {other!r} but ")
-    assert message.endswith('; write "auto" there') and "\n" not in message
-    if theirs != "gradient_accumulation_steps":
-        assert override.partition("=")[0] in message
-
-
-def test_deepspeed_may_say_what_we_do_not():
-    deepspeed({"zero_optimization": {"stage": 2}, "optimizer": "auto", "fp16": {}})
-    deepspeed({"fp16": {"enabled": True}})  # precision is auto
-
-
-@pytest.mark.parametrize("content", ["", "{", "[1]", "3", '{"a": }'])
-def test_a_broken_deepspeed_config_is_named(content):
-    with pytest.raises(ConfigError) as error:
-        deepspeed(content)
-    message = str(error.value)
-    assert message.startswith("deepspeed_config.json: ") and "\n" not in message
-
-
-def test_another_deepspeed_config_can_be_named():
-    Path("other.json").write_text('{"gradient_clipping": 5}')
-    with pytest.raises(ConfigError, match="^other.json: gradient_clipping is 5 but local.clip"):
-        load("", "deepspeed_config=other.json")
-
-
-def test_the_repositorys_deepspeed_config_fits_every_yaml():
-    path = ROOT / "deepspeed_config.json"
-    for config in sorted((ROOT / "configs").glob("*.yaml")):
-        load_config(config, [f"deepspeed_config={path}"])
 
 
 # --- seeds ----------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def test_a_damaged_run_is_one_line_and_exit_2(tmp_path):
 
 
 @pytest.mark.parametrize("locale", LOCALES)
-@pytest.mark.parametrize("name", ["caf\xe9", os.fsdecode(b"caf\xe9")])
+@pytest.mark.parametrize("name", ["caf\xe9", "\u732b", os.fsdecode(b"caf\xe9")])
 def test_any_locale_can_print_any_name(tmp_path, locale, name):
     folder = write_run(tmp_path / name, name, class_names=(name, "dog", "ship"))
     done = run_module(folder, **LOCALES[locale])

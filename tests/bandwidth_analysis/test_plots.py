@@ -1,5 +1,7 @@
 """bandwidth_analysis/plots.py, with numbers computed by hand."""
 
+from dataclasses import replace
+
 import matplotlib.image
 import numpy as np
 import pytest
@@ -74,10 +76,53 @@ def test_runs_of_one_partition_share_a_panel(tmp_path):
     ]
 
 
-def test_names_are_not_read_as_formulas(tmp_path):
-    run = read_run(write_run(tmp_path, "_$x^$"))
-    plots.accuracy_vs_rounds([run]).draw_without_rendering()
-    assert r"_\$x^\$-s0" in texts(plots.accuracy_vs_rounds([run]))
+# --- names that are hard to draw ------------------------------------------------------------------
+
+HARD_NAMES = {
+    "formula": ("_$x^$", "_$x^$"),
+    "half a formula": (r"$\frac{", r"$\frac{"),
+    "escaped dollar": (r"\$x^\$", r"\$x^\$"),
+    "two lines": ("a\nb", r"a\nb"),
+    "emoji": ("\U0001f408", r"\U0001f408"),
+    "Chinese": ("\u732b", r"\u732b"),
+    "accent": ("caf\xe9", "caf\xe9"),
+    "half a character": ("\udcff", r"\udcff"),
+    "terminal": ("\x1b[31m", r"\x1b[31m"),
+    "no glyph": ("\x00\u202e", r"\x00\u202e"),
+}
+
+
+@pytest.mark.parametrize(("name", "drawn"), HARD_NAMES.values(), ids=HARD_NAMES)
+def test_any_name_is_drawn_as_it_is_or_escaped(tmp_path, name, drawn, recwarn):
+    run = replace(read_run(write_run(tmp_path)), name=name, model=name)
+    assert plots.render(plots.accuracy_vs_rounds, [run]).startswith(b"\x89PNG")
+    with plots.style():
+        shown = texts(plots.accuracy_vs_rounds([run]))
+    assert f"{drawn}-s0" in shown and f"Test accuracy: {drawn} on digits" in shown
+    assert not recwarn.list
+
+
+def test_any_class_name_is_drawn_as_it_is_or_escaped(tmp_path, recwarn):
+    names, drawn = zip(*HARD_NAMES.values(), strict=True)
+    counts = np.ones((2, len(names)), np.int64)
+    run = replace(read_run(write_run(tmp_path)), class_names=list(names), labels_per_client=counts)
+    assert plots.render(plots.labels_per_client, [run]).startswith(b"\x89PNG")
+    with plots.style():
+        assert set(drawn) <= set(texts(plots.labels_per_client([run])))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("word", ["x", "a b ", "$"])
+def test_long_names_are_cut_and_still_tell_classes_apart(tmp_path, word):
+    names = [f"{number} {word * 5000}" for number in range(3)]
+    run = read_run(write_run(tmp_path, fallback=word * 5000))
+    run = replace(run, name=names[0], dataset=names[1], class_names=names)
+    for path in write_plots([run], tmp_path / "plots"):
+        assert matplotlib.image.imread(path).shape[0] < 2000
+    with plots.style():
+        shown = texts(plots.labels_per_client([run]))
+    for name in names:
+        assert name[:13] + "..." in shown
 
 
 def test_a_run_without_a_round_yet_says_so(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 
+import numpy as np
 import pytest
 from helpers.run_folders import (
     LEDGER_COLUMNS,
@@ -71,7 +72,11 @@ def test_missing_files_are_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["rounds.jsonl", "ledger.csv", "partition.npz", "summary.json"])
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00PK", b"PK\x03\x04", b"[]\n"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff\xfe\x00PK", b"PK\x03\x04", b"[]\n", b"[" * 99_999 + b"\n"],
+    ids=["empty", "not text", "half a zip", "a list", "too deep"],
+)
 def test_overwritten_files_are_refused(tmp_path, name, content):
     folder = write_run(tmp_path)
     (folder / name).write_bytes(content)
@@ -88,3 +93,21 @@ def test_labels_are_short_and_never_ambiguous(tmp_path):
     ]
     labels = run_labels([read_run(folder) for folder in folders])
     assert labels == ["dense-s0", "monday/topk-s0", "tuesday/topk-s0", "topk-s1"]
+
+
+@pytest.mark.parametrize("flag", [0x01, 0x20], ids=["encrypted", "patched"])
+def test_a_partition_in_a_zip_of_another_kind_is_refused(tmp_path, flag):
+    path = write_run(tmp_path) / "partition.npz"
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= flag
+    path.write_bytes(content)
+    with pytest.raises(AnalysisError, match="partition.npz: damaged"):
+        read_run(path.parent)
+
+
+@pytest.mark.parametrize("counts", [[[0.5, 1, 1]], [["1", "1", "1"]], [1, 1, 1], [[1, 1]]])
+def test_a_partition_that_is_no_table_of_counts_is_refused(tmp_path, counts):
+    path = write_run(tmp_path) / "partition.npz"
+    np.savez(path, labels_per_client=np.array(counts), class_names=np.array(["a", "b", "c"]))
+    with pytest.raises(AnalysisError, match="partition.npz: labels_per_client is"):
+        read_run(path.parent)
