@@ -24,7 +24,7 @@ ALGORITHM_SETTINGS = {  # whose a setting of local is
     "alpha": ("FedDyn", "FedCM"),
     "option": ("SCAFFOLD",),
 }
-LONGEST_NAME = 100  # characters of a name that we make
+LONGEST_NAME = 120  # characters of a name that we make
 UNFIT = re.compile(r"[^\w.,-]")  # for the name of a folder, unquoted in a shell
 
 
@@ -92,23 +92,24 @@ def load_config(path: Path, overrides: list[str]) -> Config:
 
 
 def name_with_changes(before: Config, after: Config) -> str:
-    """The name of a run: the config's, and what the command line changed, in the order of keys.
+    """The name of a run: the config's, and what the command line changed, sorted by key.
 
-    default+server.optimizer=FedYogi. Characters that file systems or shells do not like, and
-    folders of a path, are left out. A name that is not all said thereby, or that is too long, ends
-    in a hash over all of it, so that two settings never share a name.
+    It reads like default+server.optimizer=FedYogi. Characters that file systems or shells do not
+    like and the folders of a path are left out, and so are the sections of keys if the name is
+    long. A name that leaves something out ends in a hash over the whole, so that other settings
+    have another name.
     """
     old, new = dict(_texts(before)), dict(_texts(after))
-    changed = sorted(key for key in old | new if old.get(key) != new.get(key))
-    whole = short = before.name
-    for key in changed:
-        text = new.get(key, "")
-        whole += f"+{key}={text}"
-        short += f"+{UNFIT.sub('', key)}={UNFIT.sub('', text.rpartition('/')[2])}"
-    if changed and (short != whole or len(short) > LONGEST_NAME):
-        digest = hashlib.blake2b(whole.encode(), digest_size=5).hexdigest()
-        short = f"{short[: LONGEST_NAME - len(digest) - 1]}-{digest}"
-    return short
+    changed = {key: new.get(key, "") for key in sorted(old | new) if old.get(key) != new.get(key)}
+    whole = before.name + "".join(f"+{key}={text}" for key, text in changed.items())
+    words = [(UNFIT.sub("", k), UNFIT.sub("", t.rpartition("/")[2])) for k, t in changed.items()]
+    name = before.name + "".join(f"+{key}={text}" for key, text in words)
+    if not changed or (name == whole and len(name) <= LONGEST_NAME):
+        return name
+    if len(name) > LONGEST_NAME:
+        name = before.name + "".join(f"+{key.rpartition('.')[2]}={text}" for key, text in words)
+    digest = hashlib.blake2b(whole.encode(), digest_size=5).hexdigest()
+    return f"{name[: LONGEST_NAME - len(digest) - 1]}-{digest}"
 
 
 def _texts(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -94,13 +94,16 @@ def test_what_a_name_leaves_out_still_makes_another():
 
 def test_a_long_name_is_shortened_and_never_collides():
     words = ["clients.total=50", "clients.per_round=5", "model.name=lenet", "local.batch_size=16"]
-    words += ["network.latency_ms=7", "pruning.density=0.001", "uplink.values=fp16"]
-    names = [name("", *words, f"rounds={rounds}") for rounds in range(1, 200)]
+    words += ["network.latency_ms=7", "pruning.density=0.001"]
+    names = [name("", *words, f"rounds={rounds}") for rounds in range(100, 300)]
     assert len(set(names)) == len(names)
-    for found in names:
-        assert len(found) == 100
-        assert found.startswith("base+clients.per_round=5+clients.total=50+local.batch_size=16+")
-    assert name("", *reversed(words), "rounds=7") == names[6]
+    start = "base+per_round=5+total=50+batch_size=16+name=lenet+latency_ms=7.0+density=0.001"
+    for rounds, found in enumerate(names, start=100):
+        assert re.fullmatch(re.escape(f"{start}+rounds={rounds}-") + "[0-9a-f]{10}", found)
+    assert name("", *reversed(words), "rounds=107") == names[7]
+    words += ["local.steps=5", "uplink.values=fp16", "server.optimizer=FedYogi"]
+    longer = [name("", *words, f"rounds={rounds}") for rounds in range(100, 120)]
+    assert len(set(longer)) == len(longer) and {len(found) for found in longer} == {120}
 
 
 def test_a_resolved_config_has_its_name_already():
