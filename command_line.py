@@ -4,6 +4,7 @@ A mistake ends as one line that names the file, the line and the nearest valid n
 """
 
 import argparse
+import difflib
 import hashlib
 import json
 import math
@@ -12,13 +13,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from config import NEUTRAL, Config, ConfigError, Selection, from_here
 from training.deepspeed_file import read_deepspeed_file
 from typed_yaml import Settings
 
-LONGEST_NAME = 100  # characters of a name that we make
+LONGEST_NAME = 120  # characters of a name that we make
 UNFIT = re.compile(r"[^\w.,-]")  # for the name of a folder, unquoted in a shell
 
 
@@ -27,20 +28,42 @@ def read_command_line(default: str, arguments: list[str]) -> tuple[Config, bool]
 
     `default` is the YAML file, in the project folder, that is read without --config.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="%(prog)s [--config FILE] [--dry_run] [key=value ...]",
         description="Any key of the config can be given as key=value, such as server.lr=0.01.",
+        allow_abbrev=False,
     )
-    parser.add_argument("--config", default=from_here(default), help=f"default: {default}")
+    parser.add_argument("--config", help=f"default: {default}")
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, and end")
-    parser.add_argument("--local_rank", type=int, help="given by launchers; not needed")
+    parser.add_argument("--local_rank", "--local-rank", help="given by launchers; not needed")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    given = parser.parse_intermixed_args(arguments)
+    given, unknown = parser.parse_known_intermixed_args(arguments)
     try:
-        path = Path(os.path.expanduser(given.config))
+        for word in unknown:
+            raise ConfigError(f"command line: there is no option {word}; {_right_option(word)}")
+        is_ours = given.config is None
+        path = from_here(default) if is_ours else Path(os.path.expanduser(given.config))
         return load_config(path, given.overrides), given.dry_run
     except ConfigError as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.exit(2, f"error: {one_line(str(error))}\n")
+    except FileNotFoundError:  # of Path.cwd()
+        parser.exit(2, "error: the working directory is gone; change to one that is there\n")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: command line: {one_line(message)}; see --help\n")
+
+
+def _right_option(word: str) -> str:
+    name, _, value = word.lstrip("-").partition("=")
+    near = difflib.get_close_matches(f"--{name}", ("--config", "--dry_run"), 1)
+    return f"did you mean {near[0]}?" if near else f"a key stands without dashes: {name}={value}"
+
+
+def one_line(text: str) -> str:
+    """The text with everything escaped that is not printable, such as line ends and odd bytes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:
@@ -64,23 +87,24 @@ def load_config(path: Path, overrides: list[str]) -> Config:
 
 
 def name_with_changes(before: Config, after: Config) -> str:
-    """The name of a run: the config's, and what the command line changed, in the order of keys.
+    """The name of a run: the config's, and what the command line changed, sorted by key.
 
-    default+server.optimizer=FedYogi. Characters that file systems or shells do not like, and
-    folders of a path, are left out. A name that is not all said thereby, or that is too long, ends
-    in a hash over all of it, so that two settings never share a name.
+    It reads like default+server.optimizer=FedYogi. Characters that file systems or shells do not
+    like and the folders of a path are left out, and so are the sections of keys if the name is
+    long. A name that leaves something out ends in a hash over the whole, so that other settings
+    have another name.
     """
     old, new = dict(_texts(before)), dict(_texts(after))
-    changed = sorted(key for key in old | new if old.get(key) != new.get(key))
-    whole = short = before.name
-    for key in changed:
-        text = new.get(key, "")
-        whole += f"+{key}={text}"
-        short += f"+{UNFIT.sub('', key)}={UNFIT.sub('', text.rpartition('/')[2])}"
-    if changed and (short != whole or len(short) > LONGEST_NAME):
-        digest = hashlib.blake2b(whole.encode(), digest_size=5).hexdigest()
-        short = f"{short[: LONGEST_NAME - len(digest) - 1]}-{digest}"
-    return short
+    changed = {key: new.get(key, "") for key in sorted(old | new) if old.get(key) != new.get(key)}
+    whole = before.name + "".join(f"+{key}={text}" for key, text in changed.items())
+    words = [(UNFIT.sub("", k), UNFIT.sub("", t.rpartition("/")[2])) for k, t in changed.items()]
+    name = before.name + "".join(f"+{key}={text}" for key, text in words)
+    if not changed or (name == whole and len(name) <= LONGEST_NAME):
+        return name
+    if len(name) > LONGEST_NAME:
+        name = before.name + "".join(f"+{key.rpartition('.')[2]}={text}" for key, text in words)
+    digest = hashlib.blake2b(whole.encode(), digest_size=5).hexdigest()
+    return f"{name[: LONGEST_NAME - len(digest) - 1]}-{digest}"
 
 
 def _texts(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

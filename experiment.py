@@ -337,16 +337,8 @@ def _request_stop(federation: Federation, number: int) -> None:
 
 
 def _say(ranks: Ranks | None, text: str, file: Any = None) -> None:
-    """Print on the main rank. A reader who has closed the pipe does not end the run."""
-    if ranks is not None and not ranks.is_main:
-        return
-    stream = file or sys.stdout
-    try:
-        print(text, file=stream, flush=True)
-    except UnicodeEncodeError:
-        print(text.encode("ascii", "backslashreplace").decode(), file=stream, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if ranks is None or ranks.is_main:
+        print(text, file=file or sys.stdout, flush=True)
 
 
 def _say_on_this_rank(text: str) -> None:

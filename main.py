@@ -4,11 +4,13 @@ import os
 import sys
 
 from command_line import read_command_line
+from terminal import outlive_readers
 
 # On a busy machine OpenMP's threads wait for each other up to eight times longer when they spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if __name__ == "__main__":
+    outlive_readers()
     config, dry_run = read_command_line("configs/default.yaml", sys.argv[1:])
     from experiment import main  # after the config is known to be good: torch takes a while
 

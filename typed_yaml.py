@@ -34,6 +34,7 @@ EXPECTED = {
 NULLS = ("", "~", "null", "Null", "NULL")
 WHOLE_NUMBER = re.compile(r"[-+]?(0|[1-9]\d*)")
 NUMBER = re.compile(r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
+NOT_UTF8 = re.compile("[\0\ud800-\udfff]")  # Python keeps an odd byte as a lone surrogate
 TEXT, LIST, MAPPING = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
 Section = TypeVar("Section")
 
@@ -73,6 +74,8 @@ class Settings:
             self.places[key] = "command line"
         if names and get_origin(kind) is not dict:
             raise ConfigError(f"command line: {dotted}: no such key; {key} takes a value")
+        if NOT_UTF8.search(text):
+            raise ConfigError(f"command line: {dotted}: {text!r} is not UTF-8 text")
         if not text and kind is not str:
             raise ConfigError(f"command line: {dotted}: nothing stands after the =")
         try:
@@ -133,7 +136,7 @@ def _compose(text: str) -> yaml.Node | None:
 
 
 def _check_tree(node: yaml.Node) -> None:
-    """Raises YAMLError for a tag, a key that is no word, and a key that is given twice."""
+    """Raises YAMLError for odd text, a tag, a key that is no word, and a key given twice."""
 
     def refuse(problem: str, node: yaml.Node) -> None:
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
@@ -141,6 +144,8 @@ def _check_tree(node: yaml.Node) -> None:
     if node.tag not in (TEXT, LIST, MAPPING):
         refuse(f"the tag {node.tag!r} has no meaning here", node)
     if isinstance(node, yaml.ScalarNode):
+        if NOT_UTF8.search(node.value):
+            refuse(f"{node.value!r} is not UTF-8 text", node)
         return
     seen = set()
     for child in node.value:
