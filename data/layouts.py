@@ -6,6 +6,7 @@ below that, and are taken in the sorted order of folder and file name. So a fold
 same files give equal arrays.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
@@ -124,9 +125,12 @@ def _decode(
 
 
 def _has_deep_colour(picture: Image.Image) -> bool:
-    """Whether the file has more than 8 bits a channel; PIL opens such colours in 8-bit modes."""
-    for codec, _, _, arguments in picture.tile:
-        if ";16" in str(arguments) or (codec.startswith("ppm") and arguments[-1] > 255):
+    """Tell whether the file has more than 8 bits a channel, of which PIL keeps the upper 8."""
+    for codec, _, _, arguments in picture.tile:  # what PIL is about to read, and how
+        is_netpbm = codec.startswith("ppm") and isinstance(arguments, tuple)
+        if is_netpbm and arguments[1] > 255:  # the largest level
+            return True
+        if re.search(";16[BLN]", str(arguments)):  # two bytes a channel, in some byte order
             return True
     return False
 

@@ -40,6 +40,14 @@ def test_folder_and_zip_give_the_same_arrays_in_sorted_order(tmp_path):
 # --- as torchvision does ------------------------------------------------------------------------
 
 
+def bmp_of_16_bits_a_pixel() -> bytes:
+    """A BMP file, 5x4, whose pixels have 5 bits of red, 6 of green and 5 of blue."""
+    pixels = np.random.default_rng(0).integers(0, 65536, (4, 6)).astype("<u2").tobytes()
+    header = struct.pack("<IiiHHIIiiII", 40, 5, 4, 1, 16, 3, len(pixels), 0, 0, 0, 0)
+    masks = struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    return struct.pack("<2sIII", b"BM", 66 + len(pixels), 0, 66) + header + masks + pixels
+
+
 def write_varied_folder(root: Path) -> Path:
     """Pictures of every kind that torchvision reads, some of them in folders of their own."""
     folder = write_folder(root)
@@ -55,6 +63,8 @@ def write_varied_folder(root: Path) -> Path:
     picture.convert("P").save(folder / "train" / "bee-like" / "a.PNG")
     picture.convert("LA").save(folder / "test" / "bee-like" / "b.png")
     picture.convert("CMYK").save(bee / "c.Jpg")
+    (bee / "bits.pgm").write_text("P1 5 4\n" + "0 1 " * 10)
+    (bee / "d.bmp").write_bytes(bmp_of_16_bits_a_pixel())
     return folder
 
 
@@ -69,7 +79,7 @@ def test_pictures_are_those_of_torchvisions_imagefolder(tmp_path, zipped, capsys
         assert getattr(data, f"{split}_labels").tolist() == theirs.targets
         pixels = np.stack([np.asarray(picture) for picture, _ in theirs])
         assert np.array_equal(getattr(data, f"{split}_images"), pixels)
-    assert len(data.train_labels) == 9 + 12 and capsys.readouterr().err == ""
+    assert len(data.train_labels) == 9 + 14 and capsys.readouterr().err == ""
 
 
 def test_the_suffixes_are_torchvisions():
