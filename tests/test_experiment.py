@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.runs import summary
 
+from experiment import GIVE_UP_AFTER
 from federation import client
 from run_folder import RunFolder
 
@@ -91,8 +92,8 @@ def test_a_rank_that_leaves_the_last_checkpoint_late_misses_no_states(run, monke
     """Once the last checkpoint stands, rank 0 deletes all clients' states without waiting."""
     save, deleted = RunFolder.save, []
 
-    def save_then_finish(self, state):
-        save(self, state)
+    def save_then_finish(self, config, state):
+        save(self, config, state)
         if state["progress"]["round_number"] == 4:
             deleted.extend(self.clients.glob("*.pt"))
             shutil.rmtree(self.clients)
@@ -125,8 +126,31 @@ def test_an_interrupt_writes_a_checkpoint_and_the_same_command_goes_on(run, monk
     assert summary(folder)["model_sha256"] == summary(whole)["model_sha256"]
 
 
-def test_a_run_says_who_was_left_out(run, capsys):
-    status, _ = run("local.lr=1e30", "rounds=1")
-    assert status == 0
+def test_a_run_says_who_was_left_out_and_that_nothing_was_learned(run, capsys):
+    status, folder = run("local.lr=1e30", "rounds=1")
+    assert status == 3
     said = capsys.readouterr().err
     assert "round 1: 3 clients left out; client " in said and "the update is not finite" in said
+    assert said.splitlines()[-1].startswith("error: no client's update could be used in the last")
+    assert summary(folder)["num_failed"] == 3
+
+
+def test_a_run_without_a_usable_update_ends_early_with_a_checkpoint(run, capsys):
+    status, folder = run("local.lr=1e30", "rounds=50", "checkpoint.every=50")
+    assert status == 3 and not (folder / "summary.json").exists()
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert state["progress"]["round_number"] == GIVE_UP_AFTER
+    assert f"in the last {GIVE_UP_AFTER} rounds (client " in capsys.readouterr().err
+
+
+def test_a_run_in_which_one_client_fails_goes_on_and_counts_it(run, monkeypatch):
+    def train(engine, *rest):
+        if calls.append(1) or len(calls) % 3 == 1:
+            engine.model.parameters.fill_(float("nan"))
+            return float("nan"), 0
+        return original(engine, *rest)
+
+    calls, original = [], client.train
+    monkeypatch.setattr(client, "train", train)
+    status, folder = run()
+    assert status == 0 and summary(folder)["num_failed"] == 4
