@@ -4,17 +4,22 @@ A mistake ends as one line that names the file, the line and the nearest valid n
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from config import Config, ConfigError, Selection, from_here
+from config import NEUTRAL, Config, ConfigError, Selection, from_here
+from training.deepspeed_file import read_deepspeed_file
 from typed_yaml import Settings
+
+LONGEST_NAME = 100  # characters of a name that we make
+UNFIT = re.compile(r"[^\w.,-]")  # for the name of a folder, unquoted in a shell
 
 
 def read_command_line(default: str, arguments: list[str]) -> tuple[Config, bool]:
@@ -41,17 +46,57 @@ def read_command_line(default: str, arguments: list[str]) -> tuple[Config, bool]
 def load_config(path: Path, overrides: list[str]) -> Config:
     """Read the defaults, then the YAML file, then `key=value` overrides.
 
+    The name of the config takes what the overrides changed, unless it is among them itself.
     Raises ConfigError: unknown key, wrong type, value out of range, settings that contradict each
     other or deepspeed_config.json, unreadable file.
     """
     settings = Settings(path)
+    before = settings.config()
     for word in overrides:
         settings.override(word)
     config = settings.config()
+    if not any(word.startswith("name=") for word in overrides):
+        config = replace(config, name=name_with_changes(before, config))
     for key, message in _violations(config):
         raise ConfigError(f"{settings.place(key)}: {key}: {message}")
-    check_deepspeed(config)
+    read_deepspeed_file(config)  # for its errors; a DeepSpeed engine reads it again
     return config
+
+
+def name_with_changes(before: Config, after: Config) -> str:
+    """The name of a run: the config's, and what the command line changed, in the order of keys.
+
+    default+server.optimizer=FedYogi. Characters that file systems or shells do not like, and
+    folders of a path, are left out. A name that is not all said thereby, or that is too long, ends
+    in a hash over all of it, so that two settings never share a name.
+    """
+    old, new = dict(_texts(before)), dict(_texts(after))
+    changed = sorted(key for key in old | new if old.get(key) != new.get(key))
+    whole = short = before.name
+    for key in changed:
+        text = new.get(key, "")
+        whole += f"+{key}={text}"
+        short += f"+{UNFIT.sub('', key)}={UNFIT.sub('', text.rpartition('/')[2])}"
+    if changed and (short != whole or len(short) > LONGEST_NAME):
+        digest = hashlib.blake2b(whole.encode(), digest_size=5).hexdigest()
+        short = f"{short[: LONGEST_NAME - len(digest) - 1]}-{digest}"
+    return short
+
+
+def _texts(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted keys that make another run, with their values as text."""
+    for f in fields(section):
+        key, value = f"{prefix}{f.name}", getattr(section, f.name)
+        if key in (*NEUTRAL, "name", "seed"):
+            continue
+        if is_dataclass(value):
+            yield from _texts(value, f"{key}.")
+        elif isinstance(value, dict):
+            yield from ((f"{key}.{option}", json.dumps(value[option])) for option in value)
+        elif isinstance(value, list):
+            yield key, ",".join(map(str, value))
+        else:
+            yield key, value if isinstance(value, str) else json.dumps(value)
 
 
 def _violations(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -91,8 +136,10 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "local.nesterov", "needs local.momentum above 0"
     if not re.fullmatch(r"batch|group\([1-9]\d*\)", model.norm):
         yield "model.norm", f"{model.norm!r} is neither batch nor group(n), such as group(2)"
-    if not re.fullmatch(r"[\w.-]+", config.name) or config.name.startswith("."):
-        yield "name", f"{config.name!r} must be usable as a folder: letters, digits, - _ ."
+    if not re.fullmatch(r"[\w.,+=-]+", config.name) or config.name[0] in ".-":
+        yield "name", f"{config.name!r} must be usable as a folder: letters, digits, - _ . , + ="
+    if len(os.fsencode(f"{config.name}-s{config.seed}")) > 255:
+        yield "name", "with the seed it is longer than the 255 bytes that a folder's may have"
     if not config.output_dir:
         yield "output_dir", "names no folder"
     if local.lr_schedule.name == "step" and not local.lr_schedule.milestones:
@@ -156,50 +203,3 @@ def _selection_contradictions(section: str, selection: Selection) -> Iterator[tu
                 yield f"{section}.{key}", f"method {selection.method} has no density"
     if selection.method == "threshold" and selection.relative and selection.threshold >= 1:
         yield f"{section}.threshold", "nothing is above the largest: relative needs one below 1"
-
-
-def check_deepspeed(config: Config) -> None:
-    """Refuse a deepspeed_config.json that repeats a setting with another value.
-
-    What DeepSpeed's file repeats must say "auto" or agree: one home for each value.
-    """
-    if not config.deepspeed_config:
-        return
-    path = from_here(config.deepspeed_config)
-    if not path.exists():
-        raise ConfigError(
-            f"deepspeed_config: no such file: {path}; correct it, or give '' for none"
-        )
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(given, dict):
-        raise ConfigError(f'{path}: a DeepSpeed config is an object of keys, like {{"key": value}}')
-    ours = {  # DeepSpeed's key: (our key, our value)
-        "train_micro_batch_size_per_gpu": ("local.batch_size", config.local.batch_size),
-        "gradient_accumulation_steps": ("one step a batch", 1),
-        "gradient_clipping": ("local.clip", config.local.clip),
-        "optimizer.type": ("local.optimizer", config.local.optimizer),
-        "optimizer.params.lr": ("local.lr", config.local.lr),
-        "optimizer.params.momentum": ("local.momentum", config.local.momentum),
-        "optimizer.params.weight_decay": ("local.weight_decay", config.local.weight_decay),
-        "optimizer.params.nesterov": ("local.nesterov", config.local.nesterov),
-    }
-    if config.precision != "auto":
-        for kind in ("fp16", "bf16"):
-            ours[f"{kind}.enabled"] = ("precision", config.precision == kind)
-    for theirs, (key, value) in ours.items():
-        found = _walk(given, theirs)
-        if found is not None and found != "auto" and found != value:
-            raise ConfigError(
-                f'{path}: {theirs} is {found!r} but {key} is {value!r}; write "auto" there'
-            )
-
-
-def _walk(tree: Any, dotted: str) -> Any:
-    for key in dotted.split("."):
-        if not isinstance(tree, dict):
-            return None
-        tree = tree.get(key)
-    return tree

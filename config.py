@@ -19,6 +19,9 @@ from typing import Any
 import yaml
 
 PROJECT = Path(__file__).resolve().parent
+# Keys and sections that change nothing that is computed: a run may go on with others.
+NEUTRAL = ("output_dir", "trackers", "clients.state_memory_gib", "distributed.timeout_seconds")
+NEUTRAL += ("checkpoint",)
 # Text that a reader of YAML could take for a number, a date, true, false or null.
 UNCLEAR = re.compile(r"([-+.]*\d.*|(?i:yes|no|on|off|y|n|none|[-+.]*(nan|inf)(inity)?))\Z")
 
@@ -233,7 +236,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Config:
-    name: str = "run"
+    name: str = "run"  # command_line.py adds what the command line changed
     seed: int = between(1, 0)
     rounds: int = between(10, 1)
     output_dir: str = path_to("outputFolder")

@@ -10,6 +10,9 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from heapq import heappop, heappush
+from itertools import groupby
+from math import inf
 from typing import Any, TypeVar
 
 import numpy as np
@@ -167,23 +170,42 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def place(costs: dict[int, float], num_teams: int, homes: dict[int, int]) -> dict[int, int]:
-    """Which team trains which client: longest expected time first, to the team that is done first.
+def place(costs: dict[int, float], num_teams: int, holders: dict[int, int]) -> dict[int, int]:
+    """Choose the team that trains each client: {client: team}.
 
-    (Graham 1969: at most 4/3 of the best.) costs: by client; homes: where clients' states are. Of
-    equally long clients and of teams that are done together, those come first that are at home.
+    costs: each client's expected work, at least 0; holders: the teams that hold clients' states.
+
+    The longest client comes first and goes to the team with the least work so far (Graham 1969:
+    the last team ends at most 4/3 of the shortest possible time later). Among equally long clients
+    and equally loaded teams, a client whose state such a team holds comes first and goes there.
     """
+    holder = {client: holders.get(client, client % num_teams) for client in costs}
     loads, placed = [0.0] * num_teams, {}
-    waiting = sorted(costs, key=lambda client: (-costs[client], client))
-    while waiting:
-        done = [team for team in range(num_teams) if loads[team] == min(loads)]
-        longest = [client for client in waiting if costs[client] == costs[waiting[0]]]
-        at_home = (c for c in longest if homes.get(c, c % num_teams) in done)
-        client = next(at_home, longest[0])
-        home = homes.get(client, client % num_teams)
-        placed[client] = home if home in done else done[0]
-        loads[placed[client]] += costs[client]
-        waiting.remove(client)
+    waiting = [[] for _ in range(num_teams)]  # by holder: the longest clients, in falling order
+
+    def priority(team: int) -> tuple[float, float, int]:
+        return loads[team], waiting[team][-1] if waiting[team] else inf, team
+
+    teams = [priority(team) for team in range(num_teams)]  # a heap, with outdated entries in it
+    longest_first = sorted(costs, key=lambda client: (-costs[client], client))
+    for cost, group in groupby(longest_first, costs.get):
+        equals = list(group)
+        for client in reversed(equals):
+            waiting[holder[client]].append(client)
+        for team in {holder[client] for client in equals}:
+            heappush(teams, priority(team))
+        rest = iter(equals)
+        for _ in equals:
+            while teams[0] != priority(teams[0][2]):
+                heappop(teams)
+            _, client, team = teams[0]
+            if client == inf:  # no team with the least work holds a waiting client's state
+                client = next(client for client in rest if client not in placed)
+            placed[client] = team
+            loads[team] += cost
+            waiting[holder[client]].pop()  # this is the client: the first of its holder's
+            for changed in {team, holder[client]}:
+                heappush(teams, priority(changed))
     return placed
 
 

@@ -287,8 +287,8 @@ def _check_that_something_was_learned(federation: Federation, at_the_end: bool =
     ):
         return
     raise NothingLearned(
-        f"no client's update could be used in the last {progress.empty_rounds} rounds "
-        f"({progress.last_failure}); lower local.lr or set local.clip"
+        f"no client's update could be used in {progress.empty_rounds} rounds in a row (the last: "
+        f"{progress.last_failure}); lower local.lr or set local.clip"
     )
 
 

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import torch
 
-from config import Config
+from config import NEUTRAL, Config
 from federation.client_store import remove_old_states, sync, write_tensors
 from federation.ledger import LedgerRow
 
@@ -30,8 +30,6 @@ FORMAT = 4  # of checkpoint.pt: raised whenever what it holds changes
 LOGS = ("rounds.jsonl", "ledger.csv")
 OURS = (*LOGS, "config.yaml", "environment.json", "partition.npz", "checkpoint.pt", "summary.json")
 OURS += ("clients", "plots", "tensorboard")
-NEUTRAL = ("checkpoint", "output_dir", "trackers", "clients.state_memory_gib")
-NEUTRAL += ("distributed.timeout_seconds",)
 PACKAGES = ("torch", "torchvision", "accelerate", "deepspeed", "numpy", "flwr-datasets")
 
 

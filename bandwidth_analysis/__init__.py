@@ -4,7 +4,7 @@
 Run folders are only read, but for the plots folder named by the caller.
 """
 
-from bandwidth_analysis.plots import write_plots
+from bandwidth_analysis.plot_files import write_plots
 from bandwidth_analysis.runs import AnalysisError, Run, read_run
 from bandwidth_analysis.table import comparison_table
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bandwidth_analysis.plots import write_plots
+from bandwidth_analysis.plot_files import write_plots
 from bandwidth_analysis.runs import AnalysisError, read_run
 from bandwidth_analysis.table import comparison_table
 
@@ -47,11 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         folders = run_folders(arguments.runs)
         runs = [read_run(folder) for folder in folders]
+        _print(comparison_table(runs))
         paths = write_plots(runs, arguments.output or default_output(folders))
     except AnalysisError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    _print(comparison_table(runs), "\nplots:", *(f"  {path}" for path in paths))
+    _print("\nplots:", *(f"  {path}" for path in paths))
     return 0
 
 

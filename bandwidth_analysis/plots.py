@@ -1,18 +1,22 @@
 """The plots: accuracy by round and by megabyte, bytes per round, labels per client.
 
-Each function that returns a Figure draws one plot; write_plots turns all of them into files.
+Each function of PLOTS draws one plot as a Figure; render() turns it into a PNG file.
 """
 
 import io
 import textwrap
-from pathlib import Path
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import (
     EngFormatter,
@@ -23,7 +27,7 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
-from bandwidth_analysis.runs import AnalysisError, Run, fallback_notes, run_labels
+from bandwidth_analysis.runs import Run, fallback_notes, run_labels
 
 WIDTH = 8.0  # inches; 1,200 pixels, which a README shows at about two thirds
 DPI = 150
@@ -43,6 +47,7 @@ STYLE = {
     "grid.color": "#DDDDDD",
     "legend.frameon": False,
     "lines.markersize": 5,
+    "text.parse_math": False,  # a dollar in a name is a dollar
 }
 REFERENCE_LINE = {"linestyle": "--", "linewidth": 1.3}
 NOTE_FRAME = {"facecolor": "#FFF3E0", "edgecolor": "#D55E00", "boxstyle": "round,pad=0.4"}
@@ -50,22 +55,22 @@ MAX_MARKED = 30  # a line of more points than this shows no markers
 LOG_RATIO = 20  # an axis is logarithmic if its values differ by more than this
 MAX_NAMED_CLASSES = 20  # beyond, classes are numbered
 MAX_CLIENTS_IN_ORDER = 100  # beyond, a heat map of clients as numbered looks like noise
+MAX_LINES = 4  # of a title or a label
 LEGEND_CHARACTERS = 105  # that fit side by side under a plot
 
 
-def write_plots(runs: list[Run], folder: Path) -> list[Path]:
-    """Draw the runs together into PNG files in `folder`, made if need be; returns their paths.
+def style() -> AbstractContextManager:
+    """Draw in our style, and else in matplotlib's own, whatever the user's matplotlibrc says."""
+    return matplotlib.style.context(STYLE, after_reset=True)
 
-    A file appears whole or not at all. Raises AnalysisError if the folder cannot be written.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with matplotlib.rc_context(STYLE):
-            return [_write_png(draw(runs), folder / f"{name}.png") for name, draw in PLOTS.items()]
-    except OSError as error:
-        problem = f"{folder}: plots cannot be written ({error.strerror})"
-        raise AnalysisError(f"{problem}; make room or name another folder") from None
+
+def render(draw: Callable[[list[Run]], Figure], runs: list[Run]) -> bytes:
+    """Draw one plot of the runs; return it as a PNG file."""
+    png = io.BytesIO()
+    with style(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a layout that is too tight is a flaw, not a failure
+        FigureCanvasAgg(draw(runs)).print_png(png)
+    return png.getvalue()
 
 
 def accuracy_vs_rounds(runs: list[Run]) -> Figure:
@@ -147,8 +152,7 @@ def labels_per_client(runs: list[Run]) -> Figure:
     for position, (run, labels) in enumerate(partitions, start=1):
         axes = figure.add_subplot(num_rows, num_columns, position)
         _draw_partition(axes, run)
-        title = f"Labels per client: {', '.join(labels)}"
-        axes.set_title(_plain(textwrap.shorten(title, 200, placeholder=" ..."), 80 // num_columns))
+        axes.set_title(_plain(f"Labels per client: {', '.join(labels)}", 80 // num_columns))
     return figure
 
 
@@ -158,18 +162,6 @@ PLOTS = {
     "bytes_per_round": bytes_per_round,
     "labels_per_client": labels_per_client,
 }
-
-
-def _write_png(figure: Figure, path: Path) -> Path:
-    """Render, then write beside `path` and rename, so that a kill leaves no half picture there."""
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(png.getvalue())
-        return temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _figure(runs: list[Run], height: float) -> Figure:
@@ -190,8 +182,27 @@ def _title(what: str, runs: list[Run], width: int = 80) -> str:
 
 
 def _plain(text: str, width: int) -> str:
-    """The text wrapped, and its dollars kept from matplotlib, which would read formulas there."""
-    return textwrap.fill(text, width).replace("$", r"\$")
+    """The text as it can be drawn, in at most MAX_LINES lines of about `width` characters."""
+    return textwrap.fill(_cut(_drawable(text), MAX_LINES * width), width)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def _drawable(text: str) -> str:
+    """The text with escapes for the characters that the font lacks, such as emoji."""
+    return "".join(
+        character
+        if character.isprintable() and ord(character) in _characters_of_font()
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
+@cache
+def _characters_of_font() -> set[int]:
+    return set(get_font(findfont("DejaVu Sans")).get_charmap())
 
 
 def _line_style(index: int, num_points: int) -> dict:
@@ -295,7 +306,7 @@ def _draw_partition(axes: Axes, run: Run) -> None:
     axes.set(xlabel=f"Client ({num_clients:,} in all, {order})", ylabel="Class")
     _count_on(axes.xaxis)
     if num_classes <= MAX_NAMED_CLASSES:
-        names = [textwrap.shorten(name, 16, placeholder="...") for name in run.class_names]
+        names = [_cut(_drawable(name), 16) for name in run.class_names]
         axes.set_yticks(range(num_classes), names)
     else:
         _count_on(axes.yaxis)

@@ -7,8 +7,6 @@ its sums, and a run in which they differ is refused rather than reported.
 import json
 import os
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +145,7 @@ def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict:
     """The one mapping that a YAML or JSON file holds."""
     try:
         mapping = parse(_read_text(path))
-    except (ValueError, yaml.YAMLError):
+    except (ValueError, RecursionError, yaml.YAMLError):
         raise AnalysisError(f"{path}: damaged or half-written; {REPAIR}") from None
     if not isinstance(mapping, dict):
         raise AnalysisError(f"{path}: damaged, holds no keys; {REPAIR}")
@@ -188,7 +186,7 @@ def _read_rounds(path: Path, may_be_missing: bool) -> list[dict]:
         source = f"{path}:{number}"
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise AnalysisError(f"{source}: damaged line; {REPAIR}") from None
         if not isinstance(row, dict) or row.get("round") != number:
             raise AnalysisError(f"{source}: should be round {number}; {REPAIR}")
@@ -333,11 +331,12 @@ def _read_partition(path: Path) -> tuple[np.ndarray, list[str]]:
             labels_per_client, class_names = arrays["labels_per_client"], arrays["class_names"]
     except OSError as error:
         raise AnalysisError(f"{path}: cannot be read ({error}); {REPAIR}") from None
-    except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error):
+    except Exception:  # numpy and zipfile raise a dozen kinds for damaged files
         raise AnalysisError(f"{path}: damaged or half-written; {REPAIR}") from None
-    if labels_per_client.ndim != 2 or labels_per_client.shape[1:] != class_names.shape:
+    is_table = labels_per_client.ndim == 2 and np.issubdtype(labels_per_client.dtype, np.integer)
+    if not is_table or labels_per_client.shape[1:] != class_names.shape:
         raise AnalysisError(
-            f"{path}: labels_per_client has shape {labels_per_client.shape} for "
-            f"{class_names.size} class names; {REPAIR}"
+            f"{path}: labels_per_client is {labels_per_client.dtype} of shape "
+            f"{labels_per_client.shape} for {class_names.size} class names; {REPAIR}"
         )
     return labels_per_client, [printable(str(name)) for name in class_names]

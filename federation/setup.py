@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from cnn_model import FlatModel, build_network
-from config import Config, ConfigError
+from config import Config, ConfigError, from_here
 from data import Dataset, Pictures, hold_out, load_dataset, partition_labels
 from distributed import Ranks
 from federation.agreement import Agreement
@@ -16,7 +16,7 @@ from federation.server import Server
 def load_data(config: Config) -> Dataset:
     """The data set of the config, with the validation pictures held out. Raises DataError."""
     data = config.data
-    dataset = load_dataset(data.name, data.root, data.fallback)
+    dataset = load_dataset(data.name, str(from_here(data.root)), data.fallback)
     if data.validation:
         dataset = hold_out(dataset, data.validation, config.seed_for("validation"))
     return dataset

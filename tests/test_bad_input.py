@@ -108,7 +108,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatc
         "append",
         lambda *args: no_space() if calls.append(1) or len(calls) > 3 else original(*args),
     )
-    line = refused(capsys, f"output_dir={tmp_path}")
+    line = refused(capsys, f"output_dir={tmp_path}", "name=default")
     assert line == "error: ledger.csv: No space left on device"
     state = torch.load(tmp_path / "default-s1" / "checkpoint.pt", weights_only=True)
     assert state["progress"]["round_number"] == 2

@@ -1,14 +1,17 @@
 """config.py: precedence, and that every mistake is one line with its place and a hint."""
 
 import dataclasses
-import json
+import itertools
 import math
+import re
 import subprocess
 import sys
 from operator import attrgetter
 from pathlib import Path
 
 import pytest
+import yaml
+from PIL import Image
 
 from command_line import load_config, read_command_line
 from compressors.quantisers import parse_values
@@ -196,6 +199,106 @@ def test_the_run_folder_is_named_after_the_run_and_its_seed():
     assert config.run_folder == Path("out/a.b-c-s7")
 
 
+# --- names ----------------------------------------------------------------------------------------
+
+
+def name(text: str, *overrides: str) -> str:
+    return load(f"name: base\n{text}", *overrides).name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], "base"),
+        (["server.optimizer=FedYogi"], "base+server.optimizer=FedYogi"),
+        (["rounds=3", "local.lr=1e-2"], "base+local.lr=0.01+rounds=3"),
+        (["local.lr=0.010", "rounds=03"], "base+local.lr=0.01+rounds=3"),  # another order, spelling
+        (["data.partition.args.alpha=.30"], "base+data.partition.args.alpha=0.3"),
+        (["server.options={b: 2, a: 1}"], "base+server.options.a=1+server.options.b=2"),
+        (["data.flip=no", "local.steps=5"], "base+data.flip=false+local.steps=5"),
+        (["pruning.warmup=[0.25, 0.0625]"], "base+pruning.warmup=0.25,0.0625"),
+        (["server.lr=1", "server.lr=null"], "base"),  # the last one counts
+        (["rounds=10", "data.fallback=", "pruning.warmup=[]"], "base"),  # as it is without them
+        (["seed=7"], "base"),  # in the folder's -s7
+        (["output_dir=x", "trackers=[]", "checkpoint.every=2", "checkpoint.resume=never"], "base"),
+        (["clients.state_memory_gib=1", "distributed.timeout_seconds=9"], "base"),
+        (["name=mine", "rounds=3"], "mine"),
+        (["rounds=3", "name=base"], "base"),
+    ],
+)  # fmt: skip
+def test_a_name_takes_what_the_command_line_changed(overrides, expected):
+    assert name("", *overrides) == expected
+
+
+def test_what_the_yaml_says_stands_in_no_name():
+    text = "server: {lr: 0.5}\ndata: {partition: {name: dirichlet, args: {alpha: 0.3}}}"
+    assert name(text) == name(text, "server.lr=0.50", "data.partition.args.alpha=0.3") == "base"
+    assert name(text, "server.lr=null") == "base+server.lr=null"
+    assert name(text, "data.partition.args={}") == "base+data.partition.args.alpha="
+    assert name("downlink: {pruning: {density: 0.5}}", "downlink.pruning.density=0.01").endswith(
+        "+downlink.pruning.density=0.01"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "readable"),
+    [
+        ("data.root=../shared/data", "base+data.root=data-"),
+        ("data.root=/mnt/all pictures/cifar10.zip", "base+data.root=cifar10.zip-"),
+        ("uplink.values=bounded(0.01)", "base+uplink.values=bounded0.01-"),
+        ("data.name=uoft-cs/cifar100", "base+data.name=cifar100-"),
+        ("server.options={betas: [0.8, 0.9]}", "base+server.options.betas=0.8,0.9-"),
+        ("server.options.a='1'", "base+server.options.a=1-"),  # text, where 1 is a number
+        ("server.options={a/b: 1}", "base+server.options.ab=1-"),
+    ],
+)
+def test_a_name_that_leaves_something_out_ends_in_a_hash(override, readable):
+    found = name("", override)
+    assert re.fullmatch(re.escape(readable) + "[0-9a-f]{10}", found)
+    assert found == name("", override)
+
+
+def test_what_a_name_leaves_out_still_makes_another():
+    for key, values in (
+        ("data.root", ["../data", "a/data", "data/", "/data", "da ta"]),
+        ("data.name", ["a/b", "b", "c/b", "(b)", "b+rounds=3"]),
+        ("server.options.x", ["1", "'1'", "[1]", "{1: 1}", "null", "'null'", "''"]),
+    ):
+        names = [name("data: {name: x}", f"{key}={value}") for value in values]
+        assert len(set(names)) == len(names), names
+
+
+def test_a_long_name_is_shortened_and_never_collides():
+    words = ["clients.total=50", "clients.per_round=5", "model.name=lenet", "local.batch_size=16"]
+    words += ["network.latency_ms=7", "pruning.density=0.001", "uplink.values=fp16"]
+    names = [name("", *words, f"rounds={rounds}") for rounds in range(1, 200)]
+    assert len(set(names)) == len(names)
+    for found in names:
+        assert len(found) == 100
+        assert found.startswith("base+clients.per_round=5+clients.total=50+local.batch_size=16+")
+    assert name("", *reversed(words), "rounds=7") == names[6]
+
+
+def test_a_resolved_config_has_its_name_already():
+    """The config.yaml of a run folder, given to --config, is that run again."""
+    config = load("name: base", "server.optimizer=FedYogi", "uplink.values=bounded(0.5)")
+    assert load(config.to_yaml()) == config
+    assert load(config.to_yaml(), "rounds=3").name == f"{config.name}+rounds=3"
+
+
+def test_another_word_is_another_run_and_the_same_words_are_the_same(tmp_path):
+    """As in README: one changed word after the other, each of them with a folder of its own."""
+    variants = [[], ["server.optimizer=FedYogi"], ["local.algorithm=SCAFFOLD"], ["seed=2"]]
+    variants += [["pruning.density=0.001", "uplink.values=fp16"], ["data.root=elsewhere"]]
+    default = str(ROOT / "configs/default.yaml")
+    folders = [read_command_line(default, words)[0].run_folder for words in variants]
+    assert len(set(folders)) == len(folders)
+    assert folders == [read_command_line(default, words)[0].run_folder for words in variants]
+    assert folders[0].name == "default-s1"
+    assert folders[1].name == "default+server.optimizer=FedYogi-s1"
+    assert folders[3].name == "default-s2"
+
+
 # --- paths ----------------------------------------------------------------------------------------
 
 PATHS = ("data.root", "output_dir", "deepspeed_config")
@@ -232,7 +335,7 @@ def test_the_home_folder_is_a_home_everywhere(tmp_path, monkeypatch):
     words = ["data.root=~/pictures", "output_dir=~/runs", "deepspeed_config=~/ds.json"]
     for config in (load(text), load("", *words)):
         assert config.data.root == str(tmp_path / "pictures")
-        assert config.run_folder == Path("runs/run-s1")  # as it is written where we stand
+        assert config.run_folder.parent == Path("runs")  # as it is written where we stand
         assert config.deepspeed_config == str(tmp_path / "ds.json")
     config, _ = read_command_line("configs/default.yaml", ["--config", "~/home.yaml"])
     assert config.seed == 8
@@ -247,35 +350,24 @@ def test_the_run_folder_is_the_same_from_wherever_a_run_is_started(monkeypatch):
     assert Config(output_dir="../x").run_folder == ROOT.parent / "x/run-s1"
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", ["deepspeed_config=missing.json"]),
-        ("deepspeed_config: missing.json", []),
-        ("deepspeed_config: ~/missing.json", []),
-        ("", ["deepspeed_config=/nowhere/ds.json"]),
-    ],
-)
-def test_a_deepspeed_config_that_was_named_must_be_there(text, words):
-    message = mistake(text, *words)
-    assert message.startswith("deepspeed_config: no such file: ") and "none" in message
-
-
-def test_no_deepspeed_config_and_no_output_folder():
-    assert load("", "deepspeed_config=").deepspeed_config == ""
+def test_an_output_folder_must_have_a_name():
     assert mistake("", "output_dir=") == "command line: output_dir: names no folder"
 
 
-def test_main_from_another_folder_finds_its_files(tmp_path):
-    """The default config, deepspeed_config.json and the data of the project; our own output."""
-    words = ["data.name=digits", "model.name=lenet", "output_dir=mine", "--dry_run"]
-    command = [sys.executable, str(ROOT / "main.py"), *words]
+def test_main_from_another_folder_finds_its_files_and_the_users(tmp_path):
+    """The default config is the project's; pictures and output are where the user stands."""
+    for part, label, index in itertools.product(("train", "test"), "ab", range(4)):
+        path = tmp_path / "pictures" / part / label / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (50 * index, 0, 0)).save(path)
+    words = ["data.name=imagefolder", "data.root=pictures", "data.fallback=", "output_dir=mine"]
+    words += ["clients.total=2", "clients.per_round=2", "model.name=lenet", "name=here"]
+    command = [sys.executable, str(ROOT / "main.py"), *words, "--dry_run"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for line in ("name: default", "deepspeed_config: deepspeed_config.json", "  root: data"):
-        assert f"{line}\n" in done.stdout
-    done = subprocess.run([*command, "local.batch_size=x"], cwd=tmp_path, capture_output=True)
-    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+    config = yaml.safe_load(done.stdout.partition("\n\n")[0])
+    assert config["rounds"] == 8 and config["deepspeed_config"] == "deepspeed_config.json"
+    assert (ROOT / config["output_dir"]).resolve() == (tmp_path / "mine").resolve()
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -476,6 +568,10 @@ def test_words():
         ("model:\n  norm: group(0)", [], "x.yaml:2: model.norm: 'group(0)' is neither"),
         ("model:\n  norm: group(2)x", [], "x.yaml:2: model.norm: 'group(2)x' is neither"),
         ("name: a/b", [], "x.yaml:1: name: 'a/b' must be usable as a folder"),
+        ("name: -x", [], "x.yaml:1: name: '-x' must be usable as a folder"),
+        ("name: a b", [], "x.yaml:1: name: 'a b' must be usable as a folder"),
+        (f"name: {'x' * 253}", ["seed=12"], "x.yaml:1: name: with the seed it is longer than "),
+        ("", [f"name={'x' * 253}"], "command line: name: with the seed it is longer than "),
         ("name: ..", [], "x.yaml:1: name: '..' must be usable as a folder"),
         ("name: ''", [], "x.yaml:1: name: '' must be usable as a folder"),
         ("", ["name="], "command line: name: '' must be usable as a folder"),
@@ -593,74 +689,6 @@ def test_what_is_no_override(override):
 )
 def test_an_override_that_is_not_yaml(override):
     assert mistake("", override).startswith(f"command line: {override}: ")
-
-
-# --- deepspeed_config.json ------------------------------------------------------------------------
-
-
-def deepspeed(content: object, *overrides: str) -> Config:
-    text = content if isinstance(content, str) else json.dumps(content)
-    Path("deepspeed_config.json").write_text(text)
-    return load("", "deepspeed_config=deepspeed_config.json", *overrides)
-
-
-OURS = [  # theirs, our override, a value that agrees, one that does not
-    ("train_micro_batch_size_per_gpu", "local.batch_size=32", 32, 64),
-    ("gradient_accumulation_steps", "seed=1", 1, 2),
-    ("gradient_clipping", "local.clip=1.5", 1.5, 1.0),
-    ("optimizer.type", "local.optimizer=SGD", "SGD", "AdamW"),
-    ("optimizer.params.lr", "local.lr=0.25", 0.25, 0.1),
-    ("optimizer.params.momentum", "local.momentum=0.5", 0.5, 0.9),
-    ("optimizer.params.weight_decay", "local.weight_decay=0.5", 0.5, 0),
-    ("optimizer.params.nesterov", "local.nesterov=true", True, False),
-    ("fp16.enabled", "precision=fp16", True, False),
-    ("fp16.enabled", "precision=bf16", False, True),
-    ("bf16.enabled", "precision=bf16", True, False),
-    ("bf16.enabled", "precision=fp32", False, True),
-]
-
-
-@pytest.mark.parametrize(("theirs", "override", "same", "other"), OURS)
-def test_deepspeed_must_agree_or_say_auto(theirs, override, same, other):
-    def nested(value):
-        for key in reversed(theirs.split(".")):
-            value = {key: value}
-        return value
-
-    for value in (same, "auto"):
-        deepspeed(nested(value), override)
-    with pytest.raises(ConfigError) as error:
-        deepspeed(nested(other), override)
-    message = str(error.value)
-    assert message.startswith(f"deepspeed_config.json: {theirs} is {other!r} but ")
-    assert message.endswith('; write "auto" there') and "\n" not in message
-    if theirs != "gradient_accumulation_steps":
-        assert override.partition("=")[0] in message
-
-
-def test_deepspeed_may_say_what_we_do_not():
-    deepspeed({"zero_optimization": {"stage": 2}, "optimizer": "auto", "fp16": {}})
-    deepspeed({"fp16": {"enabled": True}})  # precision is auto
-
-
-@pytest.mark.parametrize("content", ["", "{", "[1]", "3", '{"a": }'])
-def test_a_broken_deepspeed_config_is_named(content):
-    with pytest.raises(ConfigError) as error:
-        deepspeed(content)
-    message = str(error.value)
-    assert message.startswith("deepspeed_config.json: ") and "\n" not in message
-
-
-def test_another_deepspeed_config_can_be_named():
-    Path("other.json").write_text('{"gradient_clipping": 5}')
-    with pytest.raises(ConfigError, match="^other.json: gradient_clipping is 5 but local.clip"):
-        load("", "deepspeed_config=other.json")
-
-
-def test_the_repositorys_deepspeed_config_fits_every_yaml():
-    path = ROOT / "deepspeed_config.json"
-    for config in sorted((ROOT / "configs").glob("*.yaml")):
-        load_config(config, [f"deepspeed_config={path}"])
 
 
 # --- seeds ----------------------------------------------------------------------------------------

@@ -64,6 +64,45 @@ def test_no_team_works_longer_than_grahams_bound(costs, num_teams):
     assert len(placed) == len(costs) and max(loads) <= least + max(costs) * (1 - 1 / num_teams)
 
 
+def place_slowly(costs, num_teams, holders):
+    """The rule, word for word: every step looks at all teams and all waiting clients."""
+    loads, placed = [0.0] * num_teams, {}
+    waiting = sorted(costs, key=lambda client: (-costs[client], client))
+    while waiting:
+        least = [team for team in range(num_teams) if loads[team] == min(loads)]
+        longest = [client for client in waiting if costs[client] == costs[waiting[0]]]
+        held = (c for c in longest if holders.get(c, c % num_teams) in least)
+        client = next(held, longest[0])
+        holder = holders.get(client, client % num_teams)
+        placed[client] = holder if holder in least else least[0]
+        loads[placed[client]] += costs[client]
+        waiting.remove(client)
+    return placed
+
+
+@st.composite
+def cohorts(draw):
+    """Costs of which many are equal and some 0, and holders of some clients' states."""
+    num_teams, most = draw(st.integers(1, 7)), draw(st.sampled_from([1, 2, 3, 100]))
+    clients = draw(st.sets(st.integers(0, 60), max_size=25))
+    costs = {client: float(draw(st.integers(0, most))) for client in sorted(clients)}
+    known = [client for client in costs if draw(st.booleans())]
+    return costs, num_teams, {client: draw(st.integers(0, num_teams - 1)) for client in known}
+
+
+@given(cohorts())
+def test_fast_placement_answers_as_the_slow_one(cohort):
+    assert place(*cohort) == place_slowly(*cohort)
+
+
+@pytest.mark.parametrize("most", [1, 300, 10**9])
+def test_placing_many_clients_takes_no_time(most):
+    costs = {client: float(1 + client * 7919 % most) for client in range(20_000)}
+    begin = time.process_time()
+    place(costs, 8, {})
+    assert time.process_time() - begin < 3  # 0.3 s; the slow one takes more than 10
+
+
 def test_a_team_of_one_does_nothing():
     tensor = torch.ones(3)
     Team().sum_(tensor)

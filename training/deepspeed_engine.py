@@ -17,17 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cnn_model import FlatModel
-from config import Config, ConfigError, Local, from_here
+from config import Config, Local
 from distributed import Team
-from training.deepspeed_keys import unknown_keys
+from training.deepspeed_file import read_config
 from training.engines import FIRST_SCALE_POWER, Amend, clip_gradient, make_sgd
 
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
-USED = {  # what is looked at of sections that the YAML, too, has a say in
-    "fp16": ("enabled", "initial_scale_power"),
-    "bf16": ("enabled",),
-    "optimizer": ("type", "params"),
-}
 
 
 class Groups:
@@ -151,40 +146,6 @@ class DeepSpeedEngine:
         if self.stage:
             for parameter, view in zip(parameters, self.gradient_views, strict=True):
                 deepspeed.utils.safe_set_full_grad(parameter, view)
-
-
-def read_config(config: Config) -> dict[str, Any]:
-    """deepspeed_config.json, or {} if none is named, without what only repeats the YAML.
-
-    command_line.py has compared its values with the YAML's. Raises ConfigError for a key that
-    DeepSpeed does not know, or that would do nothing here, or do it behind the YAML's back.
-    """
-    path = from_here(config.deepspeed_config)
-    given = json.loads(path.read_text(encoding="utf-8")) if config.deepspeed_config else {}
-    try:
-        unknown = unknown_keys(given)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    if unknown:
-        raise ConfigError(f"{path}: DeepSpeed has no key {unknown[0]}; it would ignore it")
-    elsewhere = {
-        "scheduler": "local.lr_schedule",
-        "torch_autocast": "precision",
-        "amp": "precision",
-    }
-    for key, home in elsewhere.items():
-        if key in given:
-            raise ConfigError(f"{path}: {key}: set {home} in the YAML instead")
-    for section, known in USED.items():
-        for key in given.get(section, {}):
-            if key not in known:
-                raise ConfigError(f"{path}: {section}.{key} does nothing here; remove it")
-    if given.get("train_batch_size", "auto") != "auto":
-        raise ConfigError(f'{path}: train_batch_size follows from local.batch_size; write "auto"')
-    stage = given.get("zero_optimization", {}).get("stage", 0)
-    if stage > 2:
-        raise ConfigError(f"{path}: zero_optimization.stage is {stage}; there are 0, 1 and 2 here")
-    return {key: value for key, value in given.items() if value != "auto"}
 
 
 def resolve(given: dict[str, Any], local: Local, precision: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Which keys of a DeepSpeed config the installed DeepSpeed knows.
+"""Asks the reader of the installed DeepSpeed whether it knows the keys of a config and takes them.
 
-It ignores an unknown key in silence. So its own reader is given a config that remembers which keys
-were asked for: what nobody asked for is unknown.
+It ignores an unknown key in silence. So it is given a config that remembers which keys were asked
+for: what nobody asked for is unknown.
 """
 
 import difflib
@@ -35,49 +35,70 @@ class Asked(dict):
         return super().__iter__()
 
 
-def unknown_keys(config: dict[str, Any]) -> list[str]:
-    """Dotted names of the keys that DeepSpeed does not know, with the nearest that it does.
+def check_keys(config: dict[str, Any]) -> None:
+    """Raises ValueError, a line that names the key, where DeepSpeed would ignore or refuse it.
 
     "auto" may stand anywhere. Imports DeepSpeed, which takes seconds.
-    Raises ValueError where DeepSpeed refuses a value.
     """
-    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigModel
+    defaults = vars(_read({}))
+    for key, value in config.items():  # one at a time: whatever is raised is about this one
+        section, error = Asked({key: {} if value == "auto" else value}), None
+        try:
+            _read(section)
+        except Exception as raised:  # the reader uses values before it looks at their types
+            error = raised
+        if key not in (*section.asked, *ELSEWHERE):
+            raise ValueError(f"{_unknown(key, section.asked)}; it would ignore it")
+        if value == "auto":
+            continue
+        if error:
+            raise ValueError(_reason(key, value, error))
+        for problem in _never_asked(section[key], f"{key}."):
+            raise ValueError(f"{problem}; it would ignore it")
+        if isinstance(defaults.get(key), bool) and value not in (True, False):
+            raise ValueError(f"{key} is {value!r}; it takes true or false")
+    try:
+        _read({key: value for key, value in config.items() if value != "auto"})
+    except AssertionError as error:  # keys that contradict each other
+        raise ValueError(str(error)) from None
+
+
+def _read(config: dict[str, Any]) -> Any:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    reader = DeepSpeedConfig.__new__(DeepSpeedConfig)  # its __init__ wants batch sizes and ranks
+    reader._initialize_params(config)
+    return reader
+
+
+def _reason(key: str, value: Any, error: Exception) -> str:
+    """What DeepSpeed's error says, as a line that begins with the dotted key."""
+    from deepspeed.runtime.config import DeepSpeedConfigModel
     from pydantic import ValidationError
 
-    fields = {f for model in DeepSpeedConfigModel.__subclasses__() for f in model.model_fields}
-    found, config = [], Asked(config)
-    while True:
-        reader = DeepSpeedConfig.__new__(DeepSpeedConfig)  # its __init__ wants batch sizes, ranks
-        try:
-            reader._initialize_params(config)
-            return found + list(_never_asked(config, ""))
-        except ValidationError as error:  # some sections do refuse unknown keys: one at a time
-            problem = error.errors()[0]
-            if problem["type"] != "extra_forbidden":
-                where = ".".join(map(str, problem["loc"]))
-                raise ValueError(f"{error.title}: {where}: {problem['msg']}") from None
-            name = problem["loc"][-1]
-            found += [place + _nearest(name, fields) for place in _take_out(config, name, "")]
+    if not isinstance(error, ValidationError):
+        return f"{key}: DeepSpeed cannot read {value!r}: {' '.join(str(error).split())}"
+    problem = error.errors()[0]
+    path = [str(name) for name in problem["loc"]]
+    dotted = ".".join(path if path[:1] == [key] else [key, *path])
+    if problem["type"] != "extra_forbidden":
+        return f"{dotted}: {problem['msg']}"
+    known = {f for model in DeepSpeedConfigModel.__subclasses__() for f in model.model_fields}
+    return f"{_unknown(dotted, known)}; remove it"
 
 
-def _take_out(section: Asked, key: str, prefix: str) -> Iterator[str]:
-    """Delete `key` from the sections, and say where it was."""
-    if prefix and section.pop(key, None) is not None:
-        yield f"{prefix}{key}"
-    for name, value in section.items():
-        if isinstance(value, Asked):
-            yield from _take_out(value, key, f"{prefix}{name}.")
-
-
-def _never_asked(section: Asked, prefix: str) -> Iterator[str]:
+def _never_asked(section: Any, prefix: str) -> Iterator[str]:
+    # a section of which nothing was asked went to pydantic whole: it refuses on its own
+    if not isinstance(section, Asked) or not section.asked:
+        return
     for key, value in section.items():
-        if key not in section.asked and not (key in ELSEWHERE and not prefix):
-            yield f"{prefix}{key}{_nearest(key, section.asked)}"
-        # a section of which nothing was asked went to pydantic whole: it refuses on its own
-        elif isinstance(value, Asked) and value.asked and key not in FREE:
+        if key not in section.asked:
+            yield _unknown(f"{prefix}{key}", section.asked)
+        elif key not in FREE:
             yield from _never_asked(value, f"{prefix}{key}.")
 
 
-def _nearest(key: str, known: set[str]) -> str:
-    nearest = difflib.get_close_matches(key, known, 1)
-    return f" (did you mean {nearest[0]!r}?)" if nearest else ""
+def _unknown(dotted: str, known: set[str]) -> str:
+    nearest = difflib.get_close_matches(dotted.rpartition(".")[2], known, 1)
+    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    return f"DeepSpeed has no key {dotted}{hint}"

@@ -42,12 +42,15 @@ def new_model(probability: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 
 @inlined
-def narrow(reading, bit, probability, state, words):
-    """One decision, a one having probability / 65536 of the range. Returns (bit, state)."""
+def share_of_ones(probability, state):
+    """How much of the range a one has, whose probability is given in 1/65536."""
+    return (state[1] >> np.uint64(16)) * np.uint64(probability)
+
+
+@inlined
+def take(reading, bit, ones, state, words):
+    """Narrow the range to the share of a one or to that of a zero. Returns state."""
     point, width, at = state
-    ones = (width >> np.uint64(16)) * probability
-    if reading:
-        bit = 1 if point < ones else 0
     if bit:
         width = ones
     else:
@@ -71,7 +74,16 @@ def narrow(reading, bit, probability, state, words):
             words[at] = np.uint32(point >> np.uint64(32))
             point <<= np.uint64(32)
         at += 1
-    return bit, (point, width, at)
+    return point, width, at
+
+
+@inlined
+def narrow(reading, bit, probability, state, words):
+    """One decision, a one having probability / 65536 of the range. Returns (bit, state)."""
+    ones = share_of_ones(probability, state)
+    if reading:
+        bit = 1 if state[0] < ones else 0
+    return bit, take(reading, bit, ones, state, words)
 
 
 @inlined

@@ -1,10 +1,11 @@
-"""The order in which entropy.py walks through a network: tensor, row, column, position in a kernel.
+"""The order of the walk through a network: by tensor, row, column, and position in a kernel.
 
-A tensor is seen as rows of columns of kernels; most functions below take the layout so described:
-tensors, int64 [num_tensors, 7]: offset, rows, columns, kernel, its width, row and column stride.
+The walk (walk.py) sees a tensor as a grid of rows and columns, in whose cells lie kernels. Most
+functions below take the whole layout so described: tensors, int64 [num_tensors, 7], a Grid each.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from xxhash import xxh3_128_digest
@@ -12,12 +13,27 @@ from xxhash import xxh3_128_digest
 from layout import Layout
 
 
+class Grid(NamedTuple):
+    """One tensor. Entry k of the cell at (row, column) has in the vector the index
+
+    offset + row * row_stride + column * column_stride + k.
+    """
+
+    offset: int
+    rows: int
+    columns: int
+    kernel: int  # how many entries a cell has
+    width: int  # of a row of the kernel
+    row_stride: int
+    column_stride: int
+
+
 @lru_cache(maxsize=16)
 def as_grids(layout: Layout) -> np.ndarray:
-    """The layout as rows of columns of kernels, see above."""
+    """The layout as grids, int64 [num_tensors, 7]."""
     return np.array(
         [
-            (offset, *_grid(shape, int(size)))
+            Grid(offset, *_grid(shape, int(size)))
             for offset, shape, size in zip(
                 layout.offsets[:-1], layout.shapes, layout.sizes, strict=True
             )
@@ -27,7 +43,7 @@ def as_grids(layout: Layout) -> np.ndarray:
 
 
 def _grid(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
-    """A tensor as rows of columns of kernels; a matrix [outputs, inputs] has a row per input."""
+    """All of a Grid but the offset. A matrix [outputs, inputs] has a row for each input."""
     if len(shape) < 2:
         return 1, size, 1, 1, size, 1
     if len(shape) == 2:

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers.locales import LOCALES
 from helpers.pictures import CLASSES, same, write_folder, write_zip
 from helpers.runs import PYTHON, launch
 
@@ -149,11 +150,6 @@ def test_names_in_a_zip_need_no_flag(tmp_path, encoding, monkeypatch):
     assert data.class_names == NAMES and same(data, load_dataset("imagefolder", str(folder)))
 
 
-LOCALES = {
-    "UTF-8": {"PYTHONUTF8": "1"},
-    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-    "POSIX": {"LANG": "POSIX", "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-}
 LOAD = """
 import json, sys
 from data import load_dataset

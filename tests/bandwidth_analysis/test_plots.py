@@ -1,0 +1,131 @@
+"""bandwidth_analysis/plots.py, with numbers computed by hand."""
+
+from dataclasses import replace
+
+import matplotlib.image
+import numpy as np
+import pytest
+from helpers.run_folders import FALLBACK, NOTE, PLOT_NAMES, write_run
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from bandwidth_analysis import comparison_table, plots, read_run, write_plots
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text)]
+
+
+@pytest.mark.parametrize("num_clients", [1, 1000])
+def test_plots_are_pictures_of_sensible_size(tmp_path, num_clients):
+    runs = [
+        read_run(write_run(tmp_path, fallback=FALLBACK, num_clients=num_clients)),
+        read_run(write_run(tmp_path, seed=1, finished=False, num_clients=num_clients)),
+    ]
+    paths = write_plots(runs, tmp_path / "new" / "plots")
+    assert [path.name for path in paths] == PLOT_NAMES
+    assert sorted(paths[0].parent.iterdir()) == sorted(paths)  # no temporary file is left
+    for path in paths:
+        height, width, _ = matplotlib.image.imread(path).shape
+        assert width == 1200
+        assert 500 <= height <= 1500
+
+
+def test_every_plot_and_the_table_carry_the_fallback_note(tmp_path):
+    fallen = read_run(write_run(tmp_path, fallback=FALLBACK + ".\n"))
+    other = read_run(write_run(tmp_path, "other"))
+    for draw in plots.PLOTS.values():
+        assert NOTE in texts(draw([fallen]))
+        assert f"topk-s0: {NOTE}" in texts(draw([fallen, other]))
+        assert not any("CIFAR-10" in text for text in texts(draw([other])))
+    assert comparison_table([fallen]).endswith("\n" + NOTE)
+    assert "CIFAR-10" not in comparison_table([other])
+
+
+def test_curves_hold_the_recorded_numbers(tmp_path):
+    runs = [
+        read_run(write_run(tmp_path)),
+        read_run(write_run(tmp_path, "dense", bytes_up=4_000_000)),
+    ]
+    first, second = plots.accuracy_vs_rounds(runs).axes[0].lines
+    assert first.get_xydata().tolist() == second.get_xydata().tolist() == [[1, 25], [3, 75]]
+
+    dense, _, first, second = plots.accuracy_vs_megabytes(runs).axes[0].lines
+    assert dense.get_xdata() == [48, 48]
+    assert first.get_xydata() == pytest.approx(np.array([[4.02, 25], [12.06, 75]]))
+    assert second.get_xydata() == pytest.approx(np.array([[12, 25], [36, 75]]))
+
+    up, down = plots.bytes_per_round(runs).axes
+    assert [line.get_ydata()[0] for line in up.lines] == [8e6, 8e6, 20_000, 8e6]
+    assert [line.get_ydata()[0] for line in down.lines] == [8e6, 8e6, 4e6, 4e6]
+    assert up.get_yscale() == "log"
+    assert plots.accuracy_vs_megabytes(runs).axes[0].get_xscale() == "linear"
+
+
+def test_volumes_far_apart_stand_on_a_logarithmic_axis(tmp_path):
+    runs = [read_run(write_run(tmp_path)), read_run(write_run(tmp_path, "wide", bytes_up=10**9))]
+    assert plots.accuracy_vs_megabytes(runs).axes[0].get_xscale() == "log"
+
+
+def test_runs_of_one_partition_share_a_panel(tmp_path):
+    runs = [read_run(write_run(tmp_path, name, seed)) for name in "ab" for seed in (0, 1)]
+    titles = [axes.get_title() for axes in plots.labels_per_client(runs).axes]
+    assert [title for title in titles if title] == [
+        "Labels per client: a-s0, b-s0",
+        "Labels per client: a-s1, b-s1",
+    ]
+
+
+# --- names that are hard to draw ------------------------------------------------------------------
+
+HARD_NAMES = {
+    "formula": ("_$x^$", "_$x^$"),
+    "half a formula": (r"$\frac{", r"$\frac{"),
+    "escaped dollar": (r"\$x^\$", r"\$x^\$"),
+    "two lines": ("a\nb", r"a\nb"),
+    "emoji": ("\U0001f408", r"\U0001f408"),
+    "Chinese": ("\u732b", r"\u732b"),
+    "accent": ("caf\xe9", "caf\xe9"),
+    "half a character": ("\udcff", r"\udcff"),
+    "terminal": ("\x1b[31m", r"\x1b[31m"),
+    "no glyph": ("\x00\u202e", r"\x00\u202e"),
+}
+
+
+@pytest.mark.parametrize(("name", "drawn"), HARD_NAMES.values(), ids=HARD_NAMES)
+def test_any_name_is_drawn_as_it_is_or_escaped(tmp_path, name, drawn, recwarn):
+    run = replace(read_run(write_run(tmp_path)), name=name, model=name)
+    assert plots.render(plots.accuracy_vs_rounds, [run]).startswith(b"\x89PNG")
+    with plots.style():
+        shown = texts(plots.accuracy_vs_rounds([run]))
+    assert f"{drawn}-s0" in shown and f"Test accuracy: {drawn} on digits" in shown
+    assert not recwarn.list
+
+
+def test_any_class_name_is_drawn_as_it_is_or_escaped(tmp_path, recwarn):
+    names, drawn = zip(*HARD_NAMES.values(), strict=True)
+    counts = np.ones((2, len(names)), np.int64)
+    run = replace(read_run(write_run(tmp_path)), class_names=list(names), labels_per_client=counts)
+    assert plots.render(plots.labels_per_client, [run]).startswith(b"\x89PNG")
+    with plots.style():
+        assert set(drawn) <= set(texts(plots.labels_per_client([run])))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("word", ["x", "a b ", "$"])
+def test_long_names_are_cut_and_still_tell_classes_apart(tmp_path, word):
+    names = [f"{number} {word * 5000}" for number in range(3)]
+    run = read_run(write_run(tmp_path, fallback=word * 5000))
+    run = replace(run, name=names[0], dataset=names[1], class_names=names)
+    for path in write_plots([run], tmp_path / "plots"):
+        assert matplotlib.image.imread(path).shape[0] < 2000
+    with plots.style():
+        shown = texts(plots.labels_per_client([run]))
+    for name in names:
+        assert name[:13] + "..." in shown
+
+
+def test_a_run_without_a_round_yet_says_so(tmp_path):
+    run = read_run(write_run(tmp_path, accuracies=(), finished=False))
+    assert len(write_plots([run], tmp_path / "plots")) == 4
+    assert "no round evaluated yet" in texts(plots.accuracy_vs_rounds([run]))
