@@ -1,5 +1,7 @@
 """Norm layers under averaging: averaged, each client's own (FedBN), or frozen; never negative."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,10 @@ from torch import nn
 from algorithms import ALGORITHMS
 from cnn_model import FlatModel, build_network
 from compression import encode
+from config import ConfigError
+from federation import client
+from federation.cohort import sample_cohort
+from training import local_sgd
 
 RESNET = ["model.name=resnet18", "model.width=0.0625", "local.batch_size=8"]
 
@@ -30,10 +36,10 @@ def test_frozen_statistics_never_change_nor_travel(tmp_path):
     one = make_plain_federation(tmp_path, *RESNET, "model.norm_policy=frozen")
     before = one.server.buffers.clone()
     weights = one.server.parameters.detach().clone()
-    one.run_round()
+    _, rows = one.run_round()
     assert torch.equal(one.server.buffers, before) and torch.equal(one.model.buffers, before)
     assert not torch.equal(one.server.parameters, weights)
-    assert kinds(one.folder.path) == {("down", "model"), ("up", "update")}
+    assert kinds(rows) == {("down", "model"), ("up", "update")}
 
 
 def test_frozen_statistics_are_those_of_training(tmp_path):
@@ -47,18 +53,17 @@ def test_frozen_statistics_are_those_of_training(tmp_path):
 
 def test_local_norm_layers_stay_with_their_client(tmp_path):
     one = make_plain_federation(tmp_path, *RESNET, "model.norm_policy=local", "clients.per_round=4")
-    own = one.trainer.own_positions
+    own = one.clients.own_positions
     norms = one.server.parameters.detach()[own].clone()
     received = []
-    load = one.trainer.load
-    one.trainer.load = lambda p, b, s=None: (
+    load = one.clients.load
+    one.clients.load = lambda p, b, s=None: (
         load(p, b, s) or received.append(torch.cat([one.model.parameters[own], one.model.buffers]))
     )
-    for _ in range(2):
-        one.run_round()
+    rows = [row for _ in range(2) for row in one.run_round()[1]]
     assert torch.equal(one.server.parameters.detach()[own], norms)  # the server's never move
-    assert kinds(one.folder.path) == {("down", "model"), ("up", "update")}
-    held = [one.trainer.store.get(client)["norm"] for client in range(4)]
+    assert kinds(rows) == {("down", "model"), ("up", "update")}
+    held = [one.clients.store.get(client)["norm"] for client in range(4)]
     assert len({tensor.numpy().tobytes() for tensor in held}) == 4  # each its own
     evaluated = received[-4:]  # the last evaluation loads the four models
     assert all(torch.equal(a, b) for a, b in zip(evaluated, held, strict=True))
@@ -67,17 +72,33 @@ def test_local_norm_layers_stay_with_their_client(tmp_path):
 
 def test_the_accuracy_with_local_norm_layers_is_the_mean_of_the_cohorts_models(tmp_path):
     one = make_plain_federation(tmp_path, *RESNET, "model.norm_policy=local")
-    row, cohort = one.run_round(), one.sample_cohort(1)
+    row, _ = one.run_round()
+    cohort = sample_cohort(one.config, one.candidates, 1)
     accuracies = []
-    for client in cohort:
-        one.trainer.load(
-            one.server.parameters.detach(), one.server.buffers, one.trainer.store.get(client)
-        )
+    for state in map(one.clients.store.get, cohort):
+        one.clients.load(one.server.parameters.detach(), one.server.buffers, state)
         images, labels = one.pictures.evaluation_batch("test", 0, 360)
         with torch.no_grad():
             right = one.model.network.eval()(images).argmax(1) == labels
         accuracies.append(float(right.float().mean()))
     assert row["test_accuracy"] == pytest.approx(np.mean(accuracies))
+
+
+def hold_still(monkeypatch, positions):
+    """From now on the weights at these positions, bool [num_parameters], have no gradient."""
+
+    def train(*args):
+        *rest, correct = args
+
+        def correct_gradient(weights, gradient):
+            if correct:
+                correct(weights, gradient)
+            gradient.masked_fill_(positions, 0.0)
+
+        return original(*rest, correct_gradient)
+
+    original = local_sgd.train
+    monkeypatch.setattr(client, "train", train)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -89,20 +110,14 @@ def test_no_algorithm_reaches_into_local_norm_layers(tmp_path, monkeypatch, name
         one = make_plain_federation(
             tmp_path, *words, f"local.algorithm={algorithm}", name=f"run{len(norms)}"
         )
-        own = one.trainer.own_positions
+        own = one.clients.own_positions
         others = torch.ones(one.model.layout.size, dtype=torch.bool)
         others[own] = False
-        amend = one.trainer._amend
-        monkeypatch.setattr(one.trainer, "_amends", lambda: True)
-        monkeypatch.setattr(
-            one.trainer,
-            "_amend",
-            lambda x, g, amend=amend, others=others: amend(x, g) or g.masked_fill_(others, 0.0),
-        )
+        hold_still(monkeypatch, others)
         for _ in range(3):
             one.run_round()
         assert one.server.vector is None or not one.server.vector[own].any()
-        norms.append([one.trainer.store.get(client)["norm"] for client in range(4)])
+        norms.append([one.clients.store.get(client)["norm"] for client in range(4)])
     for ours, plain in zip(*norms, strict=True):
         torch.testing.assert_close(ours, plain)
 
@@ -111,12 +126,12 @@ def test_no_algorithm_reaches_into_local_norm_layers(tmp_path, monkeypatch, name
 def test_local_norm_layers_of_a_client_that_has_kept_nothing(tmp_path, monkeypatch, how):
     one = make_plain_federation(tmp_path, *RESNET, "model.norm_policy=local", "clients.per_round=4")
     if how == "no examples":
-        one.trainer.clients[2] = one.trainer.clients[2][:0]
+        one.clients.pictures_of[2] = one.clients.pictures_of[2][:0]
     else:
         monkeypatch.setattr(
             "federation.client.train", lambda e, *_: (e.model.parameters.fill_(np.nan), (0.0, 0))[1]
         )
-    row = one.run_round()
+    row, _ = one.run_round()
     assert row["num_failed"] == (1 if how == "no examples" else 4)
     assert 0 <= row["test_accuracy"] <= 1
 
@@ -130,13 +145,20 @@ def test_a_finished_run_keeps_its_clients_norm_layers(run):
 
 def test_a_negative_variance_is_refused(tmp_path):
     one = make_plain_federation(tmp_path, *RESNET)
-    cohort = one.sample_cohort(1)
+    cohort = sample_cohort(one.config, one.candidates, 1)
     broadcast = one.server.broadcast(1, cohort)
-    reports = [one.trainer.train(1, client, broadcast) for client in cohort]
+    reports = [one._train_and_encode(client, 1, broadcast) for client in cohort]
     buffers = one.server.buffers.clone()
     buffers[one.model.is_variance.nonzero()[3]] = -1e-3
-    reports[0].payloads["buffers"] = encode(buffers, one.model.buffer_layout)[0]
-    assert one.server.step(reports, 1) == cohort[1:]
+    payload, _ = encode(buffers, one.model.buffer_layout)
+    reports[0].messages = [
+        replace(message, payload=payload) if message.kind == "buffers" else message
+        for message in reports[0].messages
+    ]
+    average = one.server.new_average(cohort)
+    for report in reports:
+        average.add(report, 1)
+    assert one.server.step(average, 1) == cohort[1:]
     assert reports[0].failure == "payload refused: buffers: a running variance is negative"
     assert (one.server.buffers[one.model.is_variance] > 0).all()
 
@@ -153,7 +175,7 @@ def test_500_rounds_of_an_adaptive_server_keep_variances_positive(tmp_path, opti
     )
     variances = one.model.is_variance
     for _ in range(500):
-        assert one.run_round()["num_failed"] == 0
+        assert one.run_round()[0]["num_failed"] == 0
         assert (one.server.buffers[variances] > 0).all()
     assert torch.isfinite(one.server.parameters).all()
 
@@ -161,22 +183,25 @@ def test_500_rounds_of_an_adaptive_server_keep_variances_positive(tmp_path, opti
 # --- clients that take no part --------------------------------------------------------------------
 
 
-def test_a_client_without_examples_is_left_out_and_counted(tmp_path, capsys):
-    words = ["clients.total=30", "clients.per_round=30", "data.partition.name=dirichlet"]
+def test_clients_without_examples_are_never_sampled(tmp_path, capsys):
+    words = ["clients.total=30", "clients.per_round=10", "data.partition.name=dirichlet"]
     words += ["data.partition.args={alpha: 0.01, min_partition_size: 0}", "local.batch_size=4"]
     one = make_plain_federation(tmp_path, *words)
-    empty = [client for client, indices in enumerate(one.clients) if not len(indices)]
+    empty = {str(number) for number, indices in enumerate(one.shards) if not len(indices)}
     assert empty and "clients without examples" in capsys.readouterr().err
-    row = one.run_round()
-    assert row["num_failed"] == len(empty) and row["num_clients"] == 30 - len(empty)
-    assert row["failures"] == {str(client): "it has no examples" for client in empty}
+    for _ in range(4):
+        row, rows = one.run_round()
+        assert row["num_failed"] == 0 and row["num_clients"] == 10 and row["failures"] == {}
+        assert not empty & {name for message in rows for name in (message.sender, message.receiver)}
+    with pytest.raises(ConfigError, match=f"30 is more than the {30 - len(empty)} clients that"):
+        make_plain_federation(tmp_path, *words, "clients.per_round=30", name="all")
 
 
 def test_a_round_of_clients_without_examples_keeps_the_model(tmp_path):
     one = make_plain_federation(tmp_path, "local.algorithm=SCAFFOLD")
-    one.trainer.clients = [indices[:0] for indices in one.trainer.clients]
+    one.clients.pictures_of = [indices[:0] for indices in one.clients.pictures_of]
     before = one.server.sha256()
-    row = one.run_round()
+    row, _ = one.run_round()
     assert row["num_clients"] == 0 and row["bytes_up"] == 0 and row["train_loss"] is None
     assert one.server.sha256() == before and not one.server.vector.any()
 

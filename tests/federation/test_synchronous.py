@@ -54,7 +54,7 @@ def test_a_refused_payload_goes_back_into_the_residual(tmp_path, monkeypatch, bu
     """A payload broken on its way costs a round's progress of a client, not what it learned."""
     one = make_federation(tmp_path, f"clients.state_memory_gib={budget}")
     damage_first(monkeypatch)
-    cohort = sample_cohort(one.config, 1)
+    cohort = sample_cohort(one.config, one.candidates, 1)
     trained = one.clients.train(cohort, 1, one.server.broadcast(1, cohort))
     updates = {update.report.client: update.update.clone() for update in trained}
     row, rows = one.run_round()
