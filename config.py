@@ -23,7 +23,7 @@ PROJECT = Path(__file__).resolve().parent
 NEUTRAL = ("output_dir", "trackers", "clients.state_memory_gib", "distributed.timeout_seconds")
 NEUTRAL += ("checkpoint",)
 # Text that a reader of YAML could take for a number, a date, true, false or null.
-UNCLEAR = re.compile(r"([-+.]*\d.*|(?i:yes|no|on|off|y|n|none|[-+.]*(nan|inf)(inity)?))\Z")
+UNCLEAR = re.compile(r"([-+.]*\d.*|(?i:yes|no|on|off|y|n|none|[-+.]*(nan|inf|infinity)))\Z")
 
 
 class ConfigError(Exception):

@@ -143,19 +143,21 @@ def _check_tree(node: yaml.Node) -> None:
 
     if node.tag not in (TEXT, LIST, MAPPING):
         refuse(f"the tag {node.tag!r} has no meaning here", node)
-    if isinstance(node, yaml.ScalarNode):
-        if NOT_UTF8.search(node.value):
-            refuse(f"{node.value!r} is not UTF-8 text", node)
-        return
-    seen = set()
-    for child in node.value:
-        key, value = child if isinstance(child, tuple) else (None, child)
-        if key and not isinstance(key, yaml.ScalarNode):
-            refuse("a key must be a word", key)
-        if key and key.value in seen:
-            refuse(f"found duplicate key {key.value}", key)
-        seen.add(key and key.value)
-        _check_tree(value)
+    if isinstance(node, yaml.ScalarNode) and NOT_UTF8.search(node.value):
+        refuse(f"{node.value!r} is not UTF-8 text", node)
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_tree(item)
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                refuse("a key must be a word", key)
+            if key.value in seen:
+                refuse(f"found duplicate key {key.value}", key)
+            seen.add(key.value)
+            _check_tree(key)
+            _check_tree(value)
 
 
 def _parse(text: str, kind: Any) -> yaml.Node:
@@ -226,12 +228,12 @@ def _from_project(path: str, base: Path) -> str:
     """A path that starts from `base`, as it is written in the project folder.
 
     A relative one stays relative, and so does an absolute one below the project folder: they hold
-    where the project is moved to. Raises ValueError: nobody's home.
+    when the project is moved. Raises ValueError if `~user` is nobody who is known.
     """
     try:
         given = Path(path).expanduser()
     except RuntimeError:
-        raise ValueError(f"{path!r} begins with the home of nobody who is known here") from None
+        raise ValueError(f"{path!r} starts with the home folder of an unknown user") from None
     is_elsewhere = given.is_absolute() and not given.is_relative_to(PROJECT)
     return str(given) if is_elsewhere else os.path.relpath(base / given, PROJECT)
 
@@ -254,7 +256,8 @@ def _guess(node: yaml.Node) -> Any:
     if NUMBER.fullmatch(text) and math.isfinite(float(text)):
         return float(text)
     if UNCLEAR.fullmatch(text):
-        raise ValueError(f"{text!r} is unclear; write a number, true, false, null or '\"text\"'")
+        reason = "write a number, true, false or null, or put text in quotes"
+        raise ValueError(f"{text!r} could mean several things; {reason}")
     return text
 
 

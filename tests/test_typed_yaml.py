@@ -107,7 +107,7 @@ def test_an_option_that_could_be_two_things_is_refused(written):
         (f"server: {{options: {{x: {written}}}}}", [], "x.yaml:1: server.options"),
         ("", [f"server.options.x={written}"], "command line: server.options"),
     ):
-        assert mistake(text, *words).startswith(f"{place}: '{written}' is unclear; write ")
+        assert mistake(text, *words).startswith(f"{place}: '{written}' could mean several things; ")
 
 
 def test_a_dict_is_replaced_and_its_options_are_changed_one_by_one():
@@ -168,8 +168,8 @@ def test_the_home_folder_is_a_home_everywhere(tmp_path, monkeypatch):
         assert config.deepspeed_config == str(tmp_path / "ds.json")
     config, _ = read_command_line("configs/default.yaml", ["--config", "~/home.yaml"])
     assert config.seed == 8
-    assert "the home of nobody" in mistake("", "output_dir=~nobody-known/x")
-    assert "the home of nobody" in mistake("data: {root: ~nobody-known/x}")
+    assert "the home folder of an unknown user" in mistake("", "output_dir=~nobody-known/x")
+    assert "the home folder of an unknown user" in mistake("data: {root: ~nobody-known/x}")
 
 
 # --- mistakes -------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def read_deepspeed_file(config: Config) -> dict[str, Any]:
     given = _read_json(path)
     if not isinstance(given, dict):
         raise ConfigError(f'{path}: a DeepSpeed config is an object of keys, like {{"key": value}}')
-    for problem in _problems(given, config):
+    for problem in _problems(_without_auto(given), config):
         raise ConfigError(f"{path}: {problem}")
     return given
 
@@ -84,7 +84,7 @@ def _problems(given: dict[str, Any], config: Config) -> Iterator[str]:
     """What is wrong with the file here, each as a line that begins with the key."""
     for section in SECTIONS:
         found = _find(given, section, {})
-        if found != "auto" and not isinstance(found, dict):
+        if not isinstance(found, dict):
             yield f'{section} is {_show(found)}; it takes an object of keys, {{"key": value}}'
     for key, value in _leaves(given):
         if isinstance(value, str) and _should_have_no_quotes(value):
@@ -93,20 +93,20 @@ def _problems(given: dict[str, Any], config: Config) -> Iterator[str]:
         if key in given:
             yield f"{key}: set {home} in the YAML instead"
     for section, known in USED.items():
-        for key in _find(given, section, {}):
-            if key not in known and given[section] != "auto":
+        for key in given.get(section, {}):
+            if key not in known:
                 yield f"{section}.{key} does nothing here; remove it"
     yield from _differences(given, config)
-    if _find(given, "train_batch_size", "auto") != "auto":
+    if "train_batch_size" in given:
         yield 'train_batch_size follows from local.batch_size; write "auto"'
-    stage = _find(given, "zero_optimization.stage", "auto")
-    if stage != "auto" and not (type(stage) is int and 0 <= stage <= 2):
+    zero = given.get("zero_optimization", {})
+    stage, steps = zero.get("stage", 0), given.get("steps_per_print", 1)
+    if not (type(stage) is int and 0 <= stage <= 2):
         yield f"zero_optimization.stage is {_show(stage)}; there are 0, 1 and 2 here"
-    for key in _find(given, "zero_optimization", {}):
+    for key in zero:
         if "offload" in key:
             yield f"zero_optimization.{key}: nothing leaves the device of training; remove it"
-    steps = given.get("steps_per_print", "auto")
-    if steps != "auto" and not (type(steps) is int and steps > 0):
+    if not (type(steps) is int and steps > 0):
         yield f"steps_per_print is {_show(steps)}; it takes a whole number above 0"
 
 
@@ -126,9 +126,8 @@ def _differences(given: dict[str, Any], config: Config) -> Iterator[str]:
         for kind in ("fp16", "bf16"):
             ours[f"{kind}.enabled"] = ("precision", config.precision == kind)
     for theirs, (key, value) in ours.items():
-        found = _find(given, theirs, "auto")
-        same = found == value and isinstance(found, bool) == isinstance(value, bool)
-        if found != "auto" and not same:
+        found = _find(given, theirs, value)
+        if found != value or isinstance(found, bool) != isinstance(value, bool):
             yield f'{theirs} is {_show(found)} but {key} is {_show(value)}; write "auto" there'
 
 
