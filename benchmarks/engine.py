@@ -30,9 +30,9 @@ from cnn_model import build_network
 from command_line import load_config
 from config import Config
 from distributed import Ranks
-from experiment import settle_precision
+from experiment import resolve_precision
+from federation.cohort import sample_cohort
 from federation.synchronous import Federation
-from run_folder import RunFolder
 from training.engines import autocast
 from training.local_sgd import batch_bounds, local_lr
 
@@ -72,22 +72,22 @@ class BareLoop:
         self.network.to(federation.ranks.device, memory_format=torch.channels_last)
         self.state = {k: v.clone() for k, v in self.network.state_dict().items()}
 
-    def run_round(self, number: int) -> None:
-        clients = self.federation.sample_cohort(number)
+    def run_round(self, round_number: int) -> None:
+        clients = sample_cohort(self.config, self.federation.candidates, round_number)
         mean = {k: torch.zeros_like(v, dtype=torch.float32) for k, v in self.state.items()}
         for client in clients:
             self.network.load_state_dict(self.state)
-            self.train(number, self.federation.clients[client])
+            self.train(round_number, self.federation.shards[client])
             for key, value in self.network.state_dict().items():
                 mean[key] += value / len(clients)
         self.state = {k: v.to(self.state[k].dtype) for k, v in mean.items()}
 
-    def train(self, number: int, indices: np.ndarray) -> None:
+    def train(self, round_number: int, indices: np.ndarray) -> None:
         local, device = self.config.local, self.federation.ranks.device
-        generator = torch.Generator(device).manual_seed(number)
+        generator = torch.Generator(device).manual_seed(round_number)
         optimizer = torch.optim.SGD(
             self.network.parameters(),
-            lr=local_lr(local, number, self.config.rounds),
+            lr=local_lr(local, round_number, self.config.rounds),
             momentum=local.momentum,
             weight_decay=local.weight_decay,
         )
@@ -99,7 +99,7 @@ class BareLoop:
         for start, stop in list(zip(bounds[:-1], bounds[1:], strict=True))[: local.steps]:
             images, labels = self.pictures.train_batch(shuffled[start:stop], generator)
             optimizer.zero_grad()
-            with autocast(device, self.federation.trainer.precision):
+            with autocast(device, self.federation.clients.precision):
                 loss = cross_entropy(self.network(images), labels)
             loss.backward()
             optimizer.step()
@@ -107,16 +107,13 @@ class BareLoop:
 
 def measure(config: Config, rounds: int) -> dict[str, float]:
     """Median seconds of a round of ours and of the bare loop, and the median of their ratios."""
-    ranks = Ranks(config)
-    folder = RunFolder(config.run_folder)
-    folder.start(config)
-    federation = Federation(config, ranks, folder)
-    settle_precision(federation)
+    federation = Federation(config, Ranks(config), Path(config.output_dir) / "states")
+    resolve_precision(federation, None)
     bare = BareLoop(federation)
     seconds: dict[str, list[float]] = {"ours": [], "bare": []}
-    for number in range(1, rounds + 2):
-        turns = [("ours", federation.run_round), ("bare", lambda n=number: bare.run_round(n))]
-        for name, work in turns if number % 2 else reversed(turns):
+    for round_number in range(1, rounds + 2):
+        turns = [("ours", federation.run_round), ("bare", lambda n=round_number: bare.run_round(n))]
+        for name, work in turns if round_number % 2 else reversed(turns):
             start = time.perf_counter()
             work()
             seconds[name].append(time.perf_counter() - start)

@@ -35,7 +35,6 @@ REPOSITORY = Path(__file__).parent.parent
 FIXED = ["data.name=cifar10", "precision=fp32", "local.steps=1", "trackers=[]"]
 FIXED += ["uplink.error_feedback=true", "data.partition.name=iid", "evaluation.every=1000000"]
 BIG = ["model.name=resnet18", "model.norm=group(2)", "local.batch_size=2", "rounds=4"]
-# The server holds the decoded updates of a round together, 12 bytes a number: hence few of them.
 BIG += ["checkpoint.every=1"]
 FLAT = ["model.name=lenet", "clients.per_round=100", "local.batch_size=4", "checkpoint.every=10"]
 FLAT += ["clients.state_memory_gib=0.02"]  # filled by 100 clients too

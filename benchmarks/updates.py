@@ -31,7 +31,6 @@ from distributed import Ranks
 from federation.channel import Channel
 from federation.synchronous import Federation
 from layout import Layout
-from run_folder import RunFolder
 
 CACHE = Path.home() / ".cache/federated-bytes/updates"
 VECTORS = ("update", "weights", "change")
@@ -71,9 +70,9 @@ def watch(channel: Channel) -> list[torch.Tensor]:
     """From now on the list gets every vector that the channel is about to encode."""
     seen, encode = [], channel.encode
 
-    def encode_and_keep(vector: torch.Tensor, *turn: int):
+    def encode_and_keep(vector: torch.Tensor, *rest):
         seen.append(vector.clone())
-        return encode(vector, *turn)
+        return encode(vector, *rest)
 
     channel.encode = encode_and_keep
     return seen
@@ -105,27 +104,25 @@ def make_updates(name: str, root: str, folder: Path) -> tuple:
         fixed = [f"data.root={root}", f"output_dir={output}", "trackers=[]"]
         fixed += ["evaluation.every=999999", "checkpoint.every=999999"]
         settings = load_config(Path(config), settings + fixed)
-        run = RunFolder(settings.run_folder)
-        run.start(settings)
-        federation = Federation(settings, Ranks(settings), run)
-        by_round = {number: moment for moment, number in moments.items()}
-        for number, vectors in rounds(federation, max(by_round)):
-            if number in by_round:
+        federation = Federation(settings, Ranks(settings), Path(output) / "states")
+        moment_of = {round_number: moment for moment, round_number in moments.items()}
+        for round_number, vectors in rounds(federation, max(moment_of)):
+            if round_number in moment_of:
                 for what, vector in zip(VECTORS, vectors, strict=True):
-                    np.save(folder / f"{by_round[number]}-{what}.npy", vector.numpy())
+                    np.save(folder / f"{moment_of[round_number]}-{what}.npy", vector.numpy())
     return federation.model.layout.names, federation.model.layout.shapes
 
 
 def rounds(federation: Federation, last: int) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
     """Run `last` rounds; yield each one's number and (update, weights, change)."""
-    seen = watch(federation.server.uplinks["update"])
+    seen = watch(federation.clients.agreement.channel("up", "update"))
     change = torch.zeros_like(federation.server.parameters.detach())
-    for number in range(1, last + 1):
+    for round_number in range(1, last + 1):
         seen.clear()
         received = federation.server.parameters.detach().clone()
-        row = federation.run_round()
-        print(f"round {number}/{last}, training loss {row['train_loss']:.3f}", flush=True)
-        yield number, (seen[0], received, change)
+        row, _ = federation.run_round()
+        print(f"round {round_number}/{last}, training loss {row['train_loss']:.3f}", flush=True)
+        yield round_number, (seen[0], received, change)
         change = federation.server.parameters.detach() - received
 
 
