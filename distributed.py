@@ -19,9 +19,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, parse_flag_from_env
 from torch import Tensor
 
 from config import Config, ConfigError
+from launchers import in_time, join, read_launch, warn
 
 T = TypeVar("T")
 Blob = bytes | memoryview
@@ -60,25 +63,22 @@ class Ranks:
     """The processes of a run; every method is called by all of them, in the same order."""
 
     def __init__(self, config: Config):
-        settings = config.distributed
-        if config.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device: cuda was asked for and torch sees no GPU; use device=cpu")
-        on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+        settings, on_cpu = config.distributed, _trains_on_cpu(config)
+        launch = read_launch(on_cpu)
         launched_by_deepspeed = "CROSS_RANK" in os.environ  # set by its launcher and by no other
         self.use_deepspeed = settings.engine == "deepspeed" or (
             settings.engine == "auto" and launched_by_deepspeed
         )
         timeout = timedelta(seconds=settings.timeout_seconds)
-        _init_process_group(on_cpu, timeout, launched_by_deepspeed or self.use_deepspeed)
-        try:
-            self.accelerator = Accelerator(
-                cpu=on_cpu, log_with=config.trackers or None, project_dir=config.run_folder
-            )
-        except ValueError as error:
-            raise ConfigError(f"trackers: {str(error).splitlines()[0]}") from None
+        backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
+        if launch.size > 1:
+            with _lost_ranks():
+                join(launch, backend, timeout)
+        if launched_by_deepspeed or self.use_deepspeed:
+            _init_deepspeed(on_cpu, backend)
+        self.accelerator = _make_accelerator(config, on_cpu, launch.rank)
         self.device = self.accelerator.device
-        self.rank = self.accelerator.process_index
-        self.size = self.accelerator.num_processes
+        self.rank, self.size = launch.rank, launch.size
         self.is_main = self.rank == 0
         self.received = 0
         self._held = torch.empty(self.size + 1, 0, dtype=torch.uint8)
@@ -91,8 +91,12 @@ class Ranks:
             )
         self.num_teams, number, group = self.size // size, self.rank // size, None
         if size > 1:
-            firsts = range(0, self.size, size)
-            groups = [dist.new_group([*range(f, f + size)], timeout=timeout) for f in firsts]
+            members = [[*range(first, first + size)] for first in range(0, self.size, size)]
+            with _lost_ranks():
+                groups = in_time(
+                    lambda: [dist.new_group(ranks, timeout=timeout) for ranks in members],
+                    "the ranks of a team cannot connect to each other",
+                )
             group = groups[number]
         self.team = Team(self.rank % size, size, number, group)
 
@@ -211,9 +215,11 @@ def place(costs: dict[int, float], num_teams: int, holders: dict[int, int]) -> d
 
 @contextmanager
 def _lost_ranks() -> Iterator[None]:
-    """torch raises RuntimeErrors of many words where another process is gone."""
+    """Turn what torch raises where another process is gone, RuntimeErrors of many words."""
     try:
         yield
+    except TimeoutError as error:  # of launchers.in_time
+        raise RankLost(str(error)) from None
     except RuntimeError as error:
         if not re.search(r"connect|clos|peer|reset|tim(e|ed) ?out|broken", str(error), re.I):
             raise
@@ -223,26 +229,64 @@ def _lost_ranks() -> Iterator[None]:
         raise RankLost(f"{gone} ({reason})") from None
 
 
-def _init_process_group(on_cpu: bool, timeout: timedelta, by_deepspeed: bool) -> None:
-    """Join the processes that a launcher started; alone, only DeepSpeed needs a group, of one."""
-    backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        with _lost_ranks():
-            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-            # torchrun keeps its store over a restart: addresses in it would be those of the dead.
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, timeout=timeout
+# What Accelerate would do on its own behind the YAML's back, and what stands for it here.
+ACCELERATE_SETTINGS = {
+    "ACCELERATE_MIXED_PRECISION": "use precision",
+    "ACCELERATE_TORCH_DEVICE": "use device",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "use local.batch_size",
+    "ACCELERATE_USE_DEEPSPEED": "use distributed.engine=deepspeed",
+    "ACCELERATE_USE_FSDP": "every process holds the whole model",
+    "ACCELERATE_USE_MEGATRON_LM": "every process holds the whole model",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "every process holds the whole model",
+    "ACCELERATE_DYNAMO_BACKEND": "models are not compiled",
+}
+
+
+def _trains_on_cpu(config: Config) -> bool:
+    """Whether `device`, `accelerate launch --cpu` or the want of a GPU makes this a run on CPUs."""
+    try:
+        asked = parse_flag_from_env("ACCELERATE_USE_CPU")
+    except ValueError:
+        given = os.environ["ACCELERATE_USE_CPU"]
+        raise ConfigError(f"ACCELERATE_USE_CPU is {given!r}, but must be true or false") from None
+    if config.device == "cuda" and asked:
+        raise ConfigError("ACCELERATE_USE_CPU is true, but device is cuda; use device=auto")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda was asked for and torch sees no GPU; use device=cpu")
+    return asked or config.device == "cpu" or not torch.cuda.is_available()
+
+
+def _make_accelerator(config: Config, on_cpu: bool, rank: int) -> Accelerator:
+    """Accelerate chooses the device and leads the trackers."""
+    for name, advice in ACCELERATE_SETTINGS.items():
+        value = os.environ.get(name, "").lower()
+        agrees = name.endswith("PRECISION") and config.precision in ("auto", value)
+        if value not in ("", "no", "false", "0", "1") and not agrees:
+            raise ConfigError(
+                f"{name} is {value}, which has no effect here: {advice}, and unset it"
             )
-    elif by_deepspeed:
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if by_deepspeed:
-        _init_deepspeed(on_cpu, backend)
+    known, installed = LoggerType.list(), ["all", *map(str, get_available_trackers())]
+    for tracker in config.trackers:
+        if tracker not in known:
+            raise ConfigError(f"trackers: {tracker!r} is none of Accelerate's: {', '.join(known)}")
+        if tracker not in installed and rank == 0:
+            warn(f"trackers: {tracker} is not installed, so it records nothing")
+    try:
+        return Accelerator(
+            mixed_precision="no",  # the training loop does it
+            cpu=on_cpu,
+            log_with=[tracker for tracker in config.trackers if tracker in installed] or None,
+            project_dir=config.run_folder,
+        )
+    except ValueError as error:
+        raise ConfigError(f"Accelerate cannot start: {str(error).splitlines()[0]}") from None
 
 
 def _init_deepspeed(on_cpu: bool, backend: str) -> None:
-    """It takes over the process group that is there."""
+    """Hand the process group to DeepSpeed, which needs one even for a single process."""
+    if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:

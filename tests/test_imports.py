@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "pruning": {"compiled", "layout"},
     "afo": {"compiled", "algorithms"},  # both look names up in a table in the same words
     "cnn_model": {"layout"},
-    "distributed": {"config"},
+    "launchers": {"config"},
+    "distributed": {"config", "launchers"},
     "wire": {"layout", "compiled"},
     "compressors": {"wire", "layout", "compiled"},
     "compression": {"compressors", "wire", "layout", "compiled"},

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from helpers.runs import PYTHON, REPOSITORY, SCRIPTS, launch, summary, tiny_command
+from helpers.runs import PYTHON, REPOSITORY, SCRIPTS, launch, rounds, summary, tiny_command
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,10 +34,6 @@ def torchrun(num_ranks: int, folder, *words: str, timeout: float = 240):
     done = launch(*command, timeout=timeout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return folder / "tiny-s1"
-
-
-def rows(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
 
 
 # --- placement ------------------------------------------------------------------------------------
@@ -220,13 +216,13 @@ def test_an_all_reduce_of_sums_is_near(alone, tmp_path):
     torch.testing.assert_close(*(s["parameters"] for s in states), rtol=1e-4, atol=1e-5)
     kinds = [[r.split(",")[:4] for r in (f / "ledger.csv").open()] for f in (alone, two)]
     assert kinds[0] == kinds[1]
-    assert all(row["bytes_between_ranks"] for row in rows(two))
+    assert all(row["bytes_between_ranks"] for row in rounds(two))
 
 
 def test_what_ranks_exchange_is_counted_beside_the_ledger(alone, tmp_path):
     two = torchrun(2, tmp_path, *GROUP)
-    assert all(row["bytes_between_ranks"] == 0 for row in rows(alone))
-    for row in rows(two):  # payloads of the other rank, padded to the longer, and a few lines
+    assert all(row["bytes_between_ranks"] == 0 for row in rounds(alone))
+    for row in rounds(two):  # payloads of the other rank, padded to the longer, and a few lines
         assert 0 < row["bytes_between_ranks"] < row["bytes_up"] + 8000
     assert summary(two)["bytes_up"] == summary(alone)["bytes_up"]
     assert_same(alone, two)
@@ -244,7 +240,7 @@ def test_two_ranks_a_client_train_as_one(tmp_path):
     four = torchrun(4, tmp_path / "four", *words, "distributed.ranks_per_client=2")
     states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (one, four)]
     torch.testing.assert_close(*(s["parameters"] for s in states), rtol=1e-5, atol=1e-5)
-    losses = [[row["train_loss"] for row in rows(folder)] for folder in (one, four)]
+    losses = [[row["train_loss"] for row in rounds(folder)] for folder in (one, four)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert (one / "ledger.csv").read_text() == (four / "ledger.csv").read_text()
 

@@ -47,6 +47,10 @@ def summary(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
 
+def rounds(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
 PYTHON = sys.executable
 
 SCRIPTS = Path(sys.executable).parent  # torchrun, accelerate and deepspeed of this environment
