@@ -24,11 +24,15 @@ from data import DataError, save_partition
 from distributed import RankLost, Ranks
 from federation.ledger import LedgerRow
 from federation.synchronous import Federation
-from run_folder import RunFinished, RunFolder, RunFolderError
+from run_folder import RunFolder, RunFolderError
 from training.local_sgd import Interrupted, choose_precision, num_steps, probe_precision
 
 # So many rounds in a row in which no client's update can be used end a run.
 GIVE_UP_AFTER = 5
+
+
+class RunFinished(Exception):
+    """The run folder already holds this run, finished; the message is its result."""
 
 
 class NothingLearned(Exception):
@@ -88,7 +92,8 @@ def start(config: Config, ranks: Ranks, folder: RunFolder) -> Federation:
 
     All that can be refused is refused before the folder is touched.
     """
-    ranks.together(lambda: folder.refuse_other_runs(config))
+    if result := ranks.together(lambda: folder.refuse_other_runs(config)):
+        raise RunFinished(result)
     federation = Federation(config, ranks, folder.clients)
     ranks.together(lambda: folder.claim(config) if ranks.is_main else None, main_first=True)
     if state := ranks.together(folder.checkpoint):

@@ -37,10 +37,6 @@ class RunFolderError(Exception):
     """The run folder cannot be used; the message says why and what to do."""
 
 
-class RunFinished(Exception):
-    """The run folder already holds this run, finished; the message is its result."""
-
-
 class RunFolder:
     """The files of one run. Nothing is written before claim()."""
 
@@ -49,14 +45,14 @@ class RunFolder:
         self.clients = path / "clients"
         self._lock: IO | None = None
 
-    def refuse_other_runs(self, config: Config) -> None:
-        """Raises RunFinished if this run is here, done; RunFolderError if another run is.
+    def refuse_other_runs(self, config: Config) -> str | None:
+        """Return the result of this run if it is here, done. Raises RunFolderError for another.
 
         Only a checkpoint or a summary binds: what a start left behind that failed does not.
         """
         finished = (self.path / "summary.json").exists()
         if not finished and config.checkpoint.resume == "never":
-            return
+            return None
         state = self.checkpoint()
         if state is None:
             if finished:
@@ -64,19 +60,20 @@ class RunFolder:
                     f"{self.path}: has summary.json but no checkpoint.pt; restore it, or remove "
                     f"that folder"
                 )
-            return
+            return None
         if key := _first_difference(asdict(config), state["config"]):
             kind = "a finished" if finished else "an unfinished"
             raise RunFolderError(
                 f"{self.path}: holds {kind} run with another {key}; choose another name= or "
                 f"seed=, or remove that folder"
             )
-        if finished:
-            summary = self._read_json("summary.json")
-            raise RunFinished(
-                f"{self.path} is finished: {summary['test_accuracy']:.2%} test accuracy after "
-                f"{summary['rounds_completed']} rounds; choose another name= or seed= to run again"
-            )
+        if not finished:
+            return None
+        summary = self._read_json("summary.json")
+        return (
+            f"{self.path} is finished: {summary['test_accuracy']:.2%} test accuracy after "
+            f"{summary['rounds_completed']} rounds; choose another name= or seed= to run again"
+        )
 
     def claim(self, config: Config) -> dict[str, Any] | None:
         """Make the folder this run's; return the checkpoint to go on from, or None.

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers.runs import PYTHON, REPOSITORY, summary, tiny_command
+from helpers.runs import PYTHON, REPOSITORY, SCRIPTS, launch, summary, tiny_command
 
 from federation import client
 from federation.client import Clients
@@ -133,6 +133,14 @@ def test_a_run_says_who_was_left_out(run, capsys):
     assert status == 3
     said = capsys.readouterr().err
     assert "round 1: 3 clients left out; client " in said and "the update is not finite" in said
+
+
+def test_a_finished_run_says_so_with_several_ranks_too(run, tmp_path):
+    assert run()[0] == 0
+    torchrun = [str(SCRIPTS / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+    again = launch(*torchrun, *tiny_command(tmp_path))
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("is finished: ") == 1 and "error" not in again.stderr
 
 
 # --- ornaments, and where main() is called from ---------------------------------------------------
