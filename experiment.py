@@ -19,7 +19,8 @@ from data import DataError, save_partition
 from distributed import RankLost, Ranks
 from federation.synchronous import Federation
 from run_folder import RunFinished, RunFolder, RunFolderError
-from training.local_sgd import Interrupted, choose_precision, num_steps, probe_precision
+from training.local_sgd import Interrupted, batch_sizes
+from training.precision import choose_precision, probe_precision
 
 
 def main(config: Config, dry_run: bool = False) -> int:
@@ -197,7 +198,7 @@ def plan(config: Config, ranks: Ranks) -> int:
     cohort, num_clients = config.clients.per_round, config.clients.total
     seconds = probe_precision(federation.model, federation.pictures, config.local)
     precision = config.precision if config.precision != "auto" else choose_precision(seconds)
-    steps = sum(num_steps(config.local, len(c)) for c in federation.clients) / num_clients
+    steps = sum(len(batch_sizes(config.local, len(c))) for c in federation.clients) / num_clients
     estimate = config.rounds * cohort * steps * seconds.get(precision, seconds["fp32"])
     noise = torch.randn(layout.size, generator=torch.Generator().manual_seed(0))
     if federation.server.mask.awaits_scores:

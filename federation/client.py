@@ -4,6 +4,8 @@ server.py is the other end. What a client keeps between rounds is a dict of tens
 what it owes (residual, velocity), what its algorithm keeps, and perhaps its own norm layers.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,14 @@ from federation.client_store import ClientStore
 from federation.mask import encode_scores
 from federation.server import Broadcast, Server
 from training.engines import TorchEngine
-from training.local_sgd import Engine, Interrupted, local_lr, loss_gradient, num_steps, train
+from training.local_sgd import (
+    Engine,
+    Interrupted,
+    batch_sizes,
+    local_lr,
+    loss_gradient,
+    train_client,
+)
 from wire.container import Outbox
 
 OWED = ("residual", "velocity")  # what error feedback keeps
@@ -53,10 +62,15 @@ class Trainer:
         self.feedback = _error_feedback(config)
         # A new vector for each update costs ten times the subtraction: the kernel zeroes its pages.
         # Error feedback needs one, for what it owes.
-        self.update = None if self.feedback else torch.empty_like(model.parameters)
+        self.update = None if self.feedback else torch.empty(model.layout.size, device=model.device)
         # FedBN (Li et al. 2021, arXiv 2102.07623): the norm layers are each client's own.
         own = config.model.norm_policy == "local"
         self.own_positions = model.norm_positions() if own else None
+        self.own_aligned: Tensor | None = None  # the same positions in an aligned vector
+        if own:
+            marks = torch.zeros(model.layout.size, dtype=torch.bool)
+            marks[self.own_positions] = True
+            self.own_aligned = model.aligned(marks.to(model.device)).nonzero().flatten()
         self.stop_requested = False
 
     def train(self, number: int, client: int, broadcast: Broadcast) -> Report:
@@ -69,11 +83,12 @@ class Trainer:
         state = self._state(client)
         known = self.team.share({key: t for key, t in state.items() if key not in OWED})
         self.load(broadcast.parameters, broadcast.buffers, known)
-        received = broadcast.parameters if self.own_positions is None else model.parameters.clone()
+        own = self.own_positions
+        received = broadcast.parameters if own is None else model.read_parameters().clone()
         self.algorithm.before(
-            received,
-            {key: tensor.to(model.device) for key, tensor in known.items()},
-            broadcast.vector,
+            model.aligned(received),
+            {key: self._aligned(tensor.to(model.device)) for key, tensor in known.items()},
+            self._aligned(broadcast.vector),
             lambda: self._gradient("control", number, client, None),
         )
         self._fit(report, number)
@@ -84,19 +99,21 @@ class Trainer:
             return report
         if self.feedback:  # the update becomes what is owed, so it counts from now on
             self.store.make_room(received.nbytes)
-        update = torch.sub(model.parameters, received, out=self.update)
-        own = self.own_positions
+        update = torch.sub(model.read_parameters(), received, out=self.update)
         if own is not None:
             update[own] = 0
         try:
-            kept, extra = self.algorithm.after(update, report.reach)
+            aligned = model.aligned(update)
+            kept, extra = self.algorithm.after(aligned, report.reach)
+            update, extra = model.compact(aligned), self._compact(extra)
+            kept = {key: self._compact(tensor) for key, tensor in kept.items()}
             if own is not None:
-                kept["norm"] = torch.cat([model.parameters[own], model.buffers])
+                kept["norm"] = torch.cat([model.read_parameters()[own], model.read_buffers()])
                 if extra is not None:
                     extra[own] = 0
             if self.server.sends_buffers:
                 payload, sent = encode(
-                    model.buffers.cpu(), model.buffer_layout, memory=self.outbox.take
+                    model.read_buffers().cpu(), model.buffer_layout, memory=self.outbox.take
                 )
                 report.add("buffers", payload, len(sent.values))
             if self.server.mask.grows_in(number):
@@ -114,7 +131,8 @@ class Trainer:
         if report.failure or not self.team.is_leader:
             return report
         self.load(broadcast.parameters, broadcast.buffers)
-        gradient = self._gradient("mask", 0, client, self.config.pruning.mask.batches)
+        batches = self.config.pruning.mask.batches
+        gradient = self.model.compact(self._gradient("mask", 0, client, batches))
         try:
             scores = encode_scores(gradient, broadcast.parameters, self.model.layout)
             report.add("scores", scores, self.model.layout.size)
@@ -140,12 +158,22 @@ class Trainer:
 
     def load(self, parameters: Tensor, buffers: Tensor, state: State | None = None) -> None:
         """Put a model into the network, with the norm layers of the client that kept `state`."""
-        self.model.parameters.copy_(parameters)
-        self.model.buffers.copy_(buffers)
+        self.model.load(parameters, buffers)
         if state and "norm" in state:
             norm = state["norm"].to(self.model.device)
-            self.model.parameters[self.own_positions] = norm[: len(self.own_positions)]
-            self.model.buffers.copy_(norm[len(self.own_positions) :])
+            own, buffers = norm.split([len(self.own_positions), self.model.buffer_layout.size])
+            parameters = self.model.read_parameters().index_copy(
+                0, self.own_positions.to(self.model.device), own
+            )
+            self.model.load(parameters, buffers)
+
+    def _aligned(self, vector: Tensor | None) -> Tensor | None:
+        """A vector over the parameters as training holds it; any other one stays as it is."""
+        whole = vector is not None and len(vector) == self.model.layout.size
+        return self.model.aligned(vector) if whole else vector
+
+    def _compact(self, vector: Tensor | None) -> Tensor | None:
+        return None if vector is None else self.model.compact(vector)
 
     def _report(self, client: int) -> Report:
         report = Report(client, len(self.clients[client]))
@@ -178,10 +206,10 @@ class Trainer:
         local, indices = self.config.local, self.clients[report.client]
         lr = local_lr(local, number, self.config.rounds)
         pruned = self.server.pruned
-        self.pruned = None if pruned is None else pruned.to(self.model.device)
+        self.pruned = self._aligned(None if pruned is None else pruned.to(self.model.device))
         if self.engine is None:
             self.engine = self._make_engine()
-        report.loss, report.num_skipped = train(
+        report.loss, report.num_skipped = train_client(
             self.engine,
             self.pictures,
             indices,
@@ -189,9 +217,9 @@ class Trainer:
             lr,
             self.config.seed_for("training", number, report.client),
             self._stops,
-            self._amend if self._amends() else None,
+            self._correct_gradient if self._corrects() else None,
         )
-        steps = num_steps(local, len(indices)) - report.num_skipped
+        steps = len(batch_sizes(local, len(indices))) - report.num_skipped
         report.reach = reach(lr, steps, local.momentum, local.nesterov)
 
     def _make_engine(self) -> Engine:
@@ -203,16 +231,16 @@ class Trainer:
             return DeepSpeedEngine(self.model, self.config, self.precision, self.team, folder)
         return TorchEngine(self.model, self.config.local, self.precision, self.team)
 
-    def _amends(self) -> bool:
+    def _corrects(self) -> bool:
         corrects = type(self.algorithm).gradient is not FedAvg.gradient
         return corrects or self.server.pruned is not None
 
-    def _amend(self, x: Tensor, gradient: Tensor) -> None:
+    def _correct_gradient(self, x: Tensor, gradient: Tensor) -> None:
         """The algorithm's correction, but of a client's own norm layers.
 
         Weights that are pruned get no gradient, and so never leave 0.
         """
-        own = self.own_positions
+        own = self.own_aligned
         uncorrected = None if own is None else gradient[own]
         self.algorithm.gradient(x, gradient)
         if own is not None:
@@ -221,13 +249,12 @@ class Trainer:
             gradient.masked_fill_(self.pruned, 0.0)
 
     def _gradient(self, purpose: str, number: int, client: int, batches: int | None) -> Tensor:
-        """A client's gradient at the weights in the network, float32 [num_parameters]."""
+        """A client's gradient at the weights in the network, an aligned vector."""
         return loss_gradient(
             self.model,
             self.pictures,
             self.clients[client],
-            self.config.local.batch_size,
-            batches,
+            replace(self.config.local, epochs=1, steps=batches),
             self.config.seed_for(purpose, number, client),
             self._stops,
         )
@@ -238,7 +265,7 @@ class Trainer:
         """Say which weights outside the mask the loss at the received model asks for most."""
         self.load(broadcast.parameters, broadcast.buffers, known)
         batches = self.config.pruning.mask.batches
-        gradient = self._gradient("mask", number, report.client, batches)
+        gradient = self.model.compact(self._gradient("mask", number, report.client, batches))
         report.add("growth", *self.server.mask.encode_growth(gradient.cpu(), number))
 
     def _send(

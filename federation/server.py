@@ -59,8 +59,8 @@ class Server:
         self, config: Config, model: FlatModel, algorithm: FedAvg, num_examples: list[int]
     ):
         self.layout, self.buffer_layout = model.layout, model.buffer_layout
-        self.parameters = torch.nn.Parameter(model.parameters.detach().cpu().clone())
-        self.buffers = model.buffers.cpu().clone()
+        self.parameters = torch.nn.Parameter(model.read_parameters().cpu().clone())
+        self.buffers = model.read_buffers().cpu().clone()
         self.is_counter, self.is_variance = model.is_counter, model.is_variance
         self.sends_buffers = config.model.norm_policy == "average" and len(self.buffers) > 0
         self.algorithm = algorithm

@@ -321,7 +321,7 @@ NORMS = ["model.name=resnet18", "model.width=0.0625", "model.norm_policy=local"]
 def test_an_interrupted_run_ends_with_the_same_model(run, monkeypatch, words):
     words = [*words, "checkpoint.every=1"]
     _, whole = run(*words, name="whole")
-    original, calls = trainer.train, []
+    original, calls = trainer.train_client, []
 
     class Killed(BaseException):
         pass
@@ -333,7 +333,7 @@ def test_an_interrupted_run_ends_with_the_same_model(run, monkeypatch, words):
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "train", train)
+        patch.setattr(trainer, "train_client", train)
         with pytest.raises(Killed):
             run(*words, name="killed")
     assert run(*words, name="killed")[0] == 0

@@ -138,7 +138,7 @@ def test_a_rank_that_leaves_the_last_checkpoint_late_misses_no_states(run, monke
 
 def test_an_interrupt_writes_a_checkpoint_and_the_same_command_goes_on(run, monkeypatch, capsys):
     _, whole = run(name="whole")
-    original = trainer.train
+    original = trainer.train_client
     calls = 0
 
     def train(*args):
@@ -149,7 +149,7 @@ def test_an_interrupt_writes_a_checkpoint_and_the_same_command_goes_on(run, monk
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "train", train)
+        patch.setattr(trainer, "train_client", train)
         status, folder = run(name="stopped")
     assert status == 130
     assert "interrupted" in capsys.readouterr().err
@@ -199,7 +199,7 @@ def test_error_feedback_conserves_what_clients_learned(tmp_path):
     one = make_federation(tmp_path, "clients.total=1", "clients.per_round=1")
     received = one.server.parameters.detach().clone()
     report = one.trainer.train(1, 0, one.server.broadcast(1, [0]))
-    learned = one.model.parameters - received
+    learned = one.model.read_parameters() - received
     sent = one.server.receive(report, 1)["update"].dense()
     residual = one.trainer.store.get_staged(0)["residual"]
     assert torch.equal(sent + residual, learned)
@@ -213,8 +213,8 @@ def test_a_client_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypat
             return float("nan"), 0
         return original(engine, *rest)
 
-    calls, original = [], trainer.train
-    monkeypatch.setattr(trainer, "train", train)
+    calls, original = [], trainer.train_client
+    monkeypatch.setattr(trainer, "train_client", train)
     one = make_federation(tmp_path)
     row = one.run_round()
     assert row["num_clients"] == 2 and row["num_failed"] == 1
@@ -242,7 +242,7 @@ def test_a_refused_payload_goes_back_into_the_residual(tmp_path, monkeypatch, bu
     updates = {}
     for client in cohort:
         one.trainer.train(1, client, one.server.broadcast(1, cohort))
-        updates[client] = one.model.parameters - received
+        updates[client] = one.model.read_parameters() - received
     one.trainer.store.discard()
     row = one.run_round()
     assert row["num_failed"] == 1
@@ -258,7 +258,7 @@ def test_a_round_with_nobody_left_keeps_the_model(tmp_path, monkeypatch):
         engine.model.parameters.fill_(float("inf"))
         return float("nan"), 0
 
-    monkeypatch.setattr(trainer, "train", diverge)
+    monkeypatch.setattr(trainer, "train_client", diverge)
     one = make_federation(tmp_path)
     before = one.server.sha256()
     row = one.run_round()
@@ -268,7 +268,7 @@ def test_a_round_with_nobody_left_keeps_the_model(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_is_logged_as_none(tmp_path, monkeypatch):
     """fp16's loss scaler skips such a step, so the update may be finite."""
-    monkeypatch.setattr(trainer, "train", lambda *rest: (float("inf"), 0))
+    monkeypatch.setattr(trainer, "train_client", lambda *rest: (float("inf"), 0))
     row = make_federation(tmp_path).run_round()
     assert row["num_failed"] == 0 and row["train_loss"] is None
 
@@ -282,13 +282,13 @@ def test_a_run_says_who_was_left_out(run, capsys):
 
 def test_clients_train_from_what_they_decoded(tmp_path, monkeypatch):
     starts = []
-    original = trainer.train
+    original = trainer.train_client
 
     def train(engine, *rest):
-        starts.append(engine.model.parameters.clone())
+        starts.append(engine.model.read_parameters().clone())
         return original(engine, *rest)
 
-    monkeypatch.setattr(trainer, "train", train)
+    monkeypatch.setattr(trainer, "train_client", train)
     one = make_federation(tmp_path, "downlink.values=fp16")
     exact = one.server.parameters.detach().clone()
     one.run_round()

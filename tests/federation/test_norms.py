@@ -22,7 +22,7 @@ def test_norm_positions_are_the_weights_and_biases_of_norm_layers():
                 module.weight.data.fill_(7.0)
                 module.bias.data.fill_(7.0)
         marks[model.norm_positions()] = 1
-        assert torch.equal(marks.bool(), model.parameters == 7.0)
+        assert torch.equal(marks.bool(), model.read_parameters() == 7.0)
     assert len(FlatModel(build_network("lenet", 10, (8, 8), 0), "cpu").norm_positions()) == 0
 
 
@@ -31,7 +31,8 @@ def test_frozen_statistics_never_change_nor_travel(tmp_path):
     before = one.server.buffers.clone()
     weights = one.server.parameters.detach().clone()
     one.run_round()
-    assert torch.equal(one.server.buffers, before) and torch.equal(one.model.buffers, before)
+    assert torch.equal(one.server.buffers, before)
+    assert torch.equal(one.model.read_buffers(), before)
     assert not torch.equal(one.server.parameters, weights)
     assert kinds(one.folder.path) == {("down", "model"), ("up", "update")}
 
@@ -51,9 +52,13 @@ def test_local_norm_layers_stay_with_their_client(tmp_path):
     norms = one.server.parameters.detach()[own].clone()
     received = []
     load = one.trainer.load
-    one.trainer.load = lambda p, b, s=None: (
-        load(p, b, s) or received.append(torch.cat([one.model.parameters[own], one.model.buffers]))
-    )
+
+    def load_and_look(*vectors):
+        load(*vectors)
+        norms = one.model.read_parameters()[own], one.model.read_buffers()
+        received.append(torch.cat(norms))
+
+    one.trainer.load = load_and_look
     for _ in range(2):
         one.run_round()
     assert torch.equal(one.server.parameters.detach()[own], norms)  # the server's never move
@@ -92,12 +97,14 @@ def test_no_algorithm_reaches_into_local_norm_layers(tmp_path, monkeypatch, name
         own = one.trainer.own_positions
         others = torch.ones(one.model.layout.size, dtype=torch.bool)
         others[own] = False
-        amend = one.trainer._amend
-        monkeypatch.setattr(one.trainer, "_amends", lambda: True)
+        correct, others = one.trainer._correct_gradient, one.model.aligned(others)
+        monkeypatch.setattr(one.trainer, "_corrects", lambda: True)
         monkeypatch.setattr(
             one.trainer,
-            "_amend",
-            lambda x, g, amend=amend, others=others: amend(x, g) or g.masked_fill_(others, 0.0),
+            "_correct_gradient",
+            lambda x, g, correct=correct, others=others: (
+                correct(x, g) or g.masked_fill_(others, 0.0)
+            ),
         )
         for _ in range(3):
             one.run_round()
@@ -114,7 +121,8 @@ def test_local_norm_layers_of_a_client_that_has_kept_nothing(tmp_path, monkeypat
         one.trainer.clients[2] = one.trainer.clients[2][:0]
     else:
         monkeypatch.setattr(
-            "federation.client.train", lambda e, *_: (e.model.parameters.fill_(np.nan), (0.0, 0))[1]
+            "federation.client.train_client",
+            lambda e, *_: (e.model.parameters.fill_(np.nan), (0.0, 0))[1],
         )
     row = one.run_round()
     assert row["num_failed"] == (1 if how == "no examples" else 4)
@@ -184,4 +192,4 @@ def test_a_round_of_clients_without_examples_keeps_the_model(tmp_path):
 def test_one_client_is_plain_training(tmp_path):
     one = make_plain_federation(tmp_path, "clients.total=1", "clients.per_round=1")
     one.run_round()
-    torch.testing.assert_close(one.server.parameters.detach(), one.model.parameters)
+    torch.testing.assert_close(one.server.parameters.detach(), one.model.read_parameters())
