@@ -1,7 +1,7 @@
-"""What a run cost and what it reached: reads run folders, prints a table, draws plots.
+"""Read run folders, compare their accuracy and communication in a table, and draw plots.
 
-`python -m bandwidth_analysis RUN [RUN ...]` from a shell, or the functions below from Python.
-Run folders are only read, but for the plots folder named by the caller.
+Use `python -m bandwidth_analysis RUN [RUN ...]` in a shell, or the functions below in Python.
+Nothing is written but the plots, into a folder that the caller names.
 """
 
 from bandwidth_analysis.plot_files import write_plots

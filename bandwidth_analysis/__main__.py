@@ -5,17 +5,18 @@ import sys
 from pathlib import Path
 
 from bandwidth_analysis.plot_files import write_plots
-from bandwidth_analysis.runs import AnalysisError, read_run
+from bandwidth_analysis.runs import AnalysisError, printable, read_run
 from bandwidth_analysis.table import comparison_table
 
-COMPARISON = "comparison"  # where plots of several runs go, next to the first run
+COMPARISON = "comparison"  # the folder, next to the first run, for the plots of several runs
 
 
 def run_folders(arguments: list[Path]) -> list[Path]:
-    """The folders to read: each once, in the order given.
+    """Return the folders to read, each once and in the order given.
 
     `outputFolder/*` also matches outputFolder/README.md and the comparison folder that an earlier
-    call wrote; these are skipped, aloud. Raises AnalysisError where nothing else is left.
+    call wrote. These are skipped, and a line on stderr says so. Raises AnalysisError if nothing
+    else is left.
     """
     skipped = [path for path in arguments if path.is_file() or _is_comparison(path)]
     folders: dict[Path, Path] = {}  # resolved path -> path as given
@@ -25,7 +26,7 @@ def run_folders(arguments: list[Path]) -> list[Path]:
     if not folders:
         raise AnalysisError(f"{skipped[0]}: not a run folder; give outputFolder/<name>-s0")
     for path in skipped:
-        print(f"skipped {path}: not a run folder", file=sys.stderr)
+        print(printable(f"skipped {path}: not a run folder"), file=sys.stderr)
     return list(folders.values())
 
 
@@ -34,12 +35,12 @@ def _is_comparison(path: Path) -> bool:
 
 
 def default_output(folders: list[Path]) -> Path:
-    """RUN/plots for one run; comparison/ next to the first run for several."""
+    """Return RUN/plots for one run, and comparison/ next to the first run for several."""
     return folders[0] / "plots" if len(folders) == 1 else folders[0].resolve().parent / COMPARISON
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table, write the plots, say where. Returns the exit status: 0, or 2 on an error."""
+    """Print the table and write the plots; return the exit status, which is 2 after an error."""
     parser = argparse.ArgumentParser(prog="python -m bandwidth_analysis", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the plots go")
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _print(*lines: object) -> None:
-    """Print the lines; a character that the terminal's encoding lacks is printed as its escape."""
+    """Print the lines, with escapes for characters that the terminal's encoding does not have."""
     encoding = sys.stdout.encoding or "utf-8"
     print("\n".join(map(str, lines)).encode(encoding, "backslashreplace").decode(encoding))
 

@@ -1,8 +1,8 @@
-"""The plots as PNG files.
+"""Write the plots into PNG files.
 
-A training run imports this file and draws its plots at its end. So matplotlib is imported only
-when something is drawn, and whatever fails in it (its installation, backend, fonts, settings) is
-reported as one AnalysisError, which does not end the run.
+A training run imports this file and draws its plots at the end. A plot is never worth a run. So
+matplotlib is imported only when something is drawn, and whatever fails in it (its installation,
+backend, fonts or settings) raises AnalysisError, which the run reports without failing.
 """
 
 import shlex
@@ -36,22 +36,22 @@ def write_plots(runs: list[Run], folder: Path) -> list[Path]:
 
 
 def _draw(runs: list[Run]) -> tuple[dict[str, bytes], dict[str, Exception]]:
-    """The PNG file of each plot, and what went wrong with those that are missing."""
+    """Return the PNG file of each plot by name, and the errors of the plots that failed."""
     try:
         from bandwidth_analysis.plots import PLOTS, render
-    except Exception as error:  # not ImportError alone: matplotlib reads its settings at import
+    except Exception as error:  # matplotlib also reads its settings when it is imported
         return {}, {"plots": error}
     pictures, failures = {}, {}
     for name, draw in PLOTS.items():
         try:
             pictures[name] = render(draw, runs)
-        except Exception as error:  # a font, a formula, a size: matplotlib raises many kinds
+        except Exception as error:  # matplotlib raises many kinds, for fonts, sizes and so on
             failures[name] = error
     return pictures, failures
 
 
 def _write(picture: bytes, path: Path) -> Path:
-    """Write beside `path` and rename, so that a kill leaves no half picture there."""
+    """Write a file beside `path` and rename it, so that a kill leaves no half picture there."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_bytes(picture)

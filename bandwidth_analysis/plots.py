@@ -1,6 +1,6 @@
-"""The plots: accuracy by round and by megabyte, bytes per round, labels per client.
+"""Draw the plots: accuracy by round and by megabyte, bytes per round, labels per client.
 
-Each function of PLOTS draws one plot as a Figure; render() turns it into a PNG file.
+Each function in PLOTS draws one plot as a Figure; render() turns it into a PNG file.
 """
 
 import io
@@ -29,12 +29,13 @@ from matplotlib.ticker import (
 
 from bandwidth_analysis.runs import Run, fallback_notes, run_labels
 
-WIDTH = 8.0  # inches; 1,200 pixels, which a README shows at about two thirds
+WIDTH = 8.0  # inches, or 1,200 pixels, which a README shows at about two thirds of their size
 DPI = 150
-# Okabe and Ito's palette, told apart by colour-blind readers, without its yellow (faint on white).
+# The palette of Okabe and Ito, whose colours colour-blind readers can tell apart, without its
+# yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-LINE_STYLES = ("-", "-.", ":")  # the next one each time the colours are used up
+LINE_STYLES = ("-", "-.", ":")  # each time the colours are used up, the next style begins
 GREY = "#555555"
 STYLE = {
     "font.size": 10,
@@ -47,20 +48,20 @@ STYLE = {
     "grid.color": "#DDDDDD",
     "legend.frameon": False,
     "lines.markersize": 5,
-    "text.parse_math": False,  # a dollar in a name is a dollar
+    "text.parse_math": False,  # dollar signs in names do not enclose formulas
 }
 REFERENCE_LINE = {"linestyle": "--", "linewidth": 1.3}
 NOTE_FRAME = {"facecolor": "#FFF3E0", "edgecolor": "#D55E00", "boxstyle": "round,pad=0.4"}
-MAX_MARKED = 30  # a line of more points than this shows no markers
-LOG_RATIO = 20  # an axis is logarithmic if its values differ by more than this
-MAX_NAMED_CLASSES = 20  # beyond, classes are numbered
-MAX_CLIENTS_IN_ORDER = 100  # beyond, a heat map of clients as numbered looks like noise
-MAX_LINES = 4  # of a title or a label
-LEGEND_CHARACTERS = 105  # that fit side by side under a plot
+MAX_MARKED = 30  # A line of more points than this has no markers.
+LOG_RATIO = 20  # An axis is logarithmic if its values differ by a larger factor than this.
+MAX_NAMED_CLASSES = 20  # If there are more classes, they are numbered.
+MAX_CLIENTS_IN_ORDER = 100  # If there are more, a heat map in their order looks like noise.
+MAX_LINES = 4  # A longer title or label is cut off.
+LEGEND_CHARACTERS = 105  # This many fit side by side under a plot.
 
 
 def style() -> AbstractContextManager:
-    """Draw in our style, and else in matplotlib's own, whatever the user's matplotlibrc says."""
+    """Draw in STYLE and, for all other settings, as matplotlib does without a matplotlibrc."""
     return matplotlib.style.context(STYLE, after_reset=True)
 
 
@@ -68,13 +69,13 @@ def render(draw: Callable[[list[Run]], Figure], runs: list[Run]) -> bytes:
     """Draw one plot of the runs; return it as a PNG file."""
     png = io.BytesIO()
     with style(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a layout that is too tight is a flaw, not a failure
+        warnings.simplefilter("ignore")  # such as: the layout is too tight
         FigureCanvasAgg(draw(runs)).print_png(png)
     return png.getvalue()
 
 
 def accuracy_vs_rounds(runs: list[Run]) -> Figure:
-    """Test accuracy (%) against the round, a line a run."""
+    """Draw the test accuracy (%) over the rounds, a line for each run."""
     figure = _figure(runs, height=4.2)
     axes = figure.add_subplot()
     lines = []
@@ -90,9 +91,9 @@ def accuracy_vs_rounds(runs: list[Run]) -> Figure:
 
 
 def accuracy_vs_megabytes(runs: list[Run]) -> Figure:
-    """Test accuracy (%) against the megabytes sent so far, both directions, a line a run.
+    """Draw the test accuracy (%) over the megabytes sent in both directions, a line for each run.
 
-    A dashed vertical line stands where a run's messages would have ended as float32.
+    A dashed vertical line shows how much a run would have sent as float32.
     """
     figure = _figure(runs, height=4.2)
     axes = figure.add_subplot()
@@ -119,13 +120,16 @@ def accuracy_vs_megabytes(runs: list[Run]) -> Figure:
 
 
 def bytes_per_round(runs: list[Run]) -> Figure:
-    """Bytes per round in a panel a direction, a line a run; dashed: the same sent as float32."""
+    """Draw the bytes of each round, a panel for each direction and a line for each run.
+
+    Dashed lines show the bytes of the same messages as float32.
+    """
     figure = _figure(runs, height=3.8)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, direction in zip(panels, ("up", "down"), strict=True):
         dense = [run.traffic[f"dense_bytes_{direction}"] for run in runs]
         for volume, colour in zip(dense, _reference_colours(dense), strict=True):
-            # The marker, a dash, is for runs of one round, where no line shows.
+            # A run of one round has no line to show, so a dash marks its point.
             marker = "_" if len(volume) == 1 else ""
             style = {"color": colour, "marker": marker, "markersize": 20, **REFERENCE_LINE}
             axes.plot(_rounds(volume), volume, **style)
@@ -144,7 +148,7 @@ def bytes_per_round(runs: list[Run]) -> Figure:
 
 
 def labels_per_client(runs: list[Run]) -> Figure:
-    """Training pictures by class and client, as a heat map a distinct partition."""
+    """Draw the training pictures by class and client, a heat map for each distinct partition."""
     partitions = _labels_by_partition(runs)
     num_columns = 1 if len(partitions) <= 3 else 2
     num_rows = -(-len(partitions) // num_columns)
@@ -165,7 +169,7 @@ PLOTS = {
 
 
 def _figure(runs: list[Run], height: float) -> Figure:
-    """An empty figure of `height` inches, headed by the fallback notes where there are any."""
+    """Make an empty figure of `height` inches; fallback notes, if there are any, stand above it."""
     notes = "\n".join(_plain(note, width=112) for note in fallback_notes(runs))
     height += 0.2 * (notes.count("\n") + 2) if notes else 0
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
@@ -176,13 +180,13 @@ def _figure(runs: list[Run], height: float) -> Figure:
 
 
 def _title(what: str, runs: list[Run], width: int = 80) -> str:
-    """The title, with model and data set where all runs share them, in lines of `width`."""
+    """Return a title that names the model and the data set if all runs share them."""
     subjects = {f"{run.model} on {run.dataset}" for run in runs}
     return _plain(f"{what}: {subjects.pop()}" if len(subjects) == 1 else what, width)
 
 
 def _plain(text: str, width: int) -> str:
-    """The text as it can be drawn, in at most MAX_LINES lines of about `width` characters."""
+    """Return the text as it can be drawn, in about MAX_LINES lines of `width` characters."""
     return textwrap.fill(_cut(_drawable(text), MAX_LINES * width), width)
 
 
@@ -191,7 +195,7 @@ def _cut(text: str, length: int) -> str:
 
 
 def _drawable(text: str) -> str:
-    """The text with escapes for the characters that the font lacks, such as emoji."""
+    """Escape the characters that the font does not have, such as emoji."""
     return "".join(
         character
         if character.isprintable() and ord(character) in _characters_of_font()
@@ -206,7 +210,7 @@ def _characters_of_font() -> set[int]:
 
 
 def _line_style(index: int, num_points: int) -> dict:
-    """How the line of run number `index` looks."""
+    """Return the style of the line of the run at `index` in the list."""
     again, which = divmod(index, len(COLOURS))
     return {
         "color": COLOURS[which],
@@ -217,7 +221,10 @@ def _line_style(index: int, num_points: int) -> dict:
 
 
 def _reference_colours(references: list) -> list[str]:
-    """Grey for a reference that runs share, or that is the only one; else the run's own colour."""
+    """Return a colour for each run's reference line.
+
+    It is grey if there is one run or if other runs have the same reference, else the run's colour.
+    """
     return [
         GREY
         if len(references) == 1 or sum(np.array_equal(reference, other) for other in references) > 1
@@ -227,7 +234,7 @@ def _reference_colours(references: list) -> list[str]:
 
 
 def _add_legend(figure: Figure, runs: list[Run], lines: list[Line2D], dashed: str = "") -> None:
-    """The runs, and what dashed lines are, under the plots."""
+    """Name the runs under the plots, and say what dashed lines are."""
     labels = [
         _plain(label if run.finished else f"{label} (unfinished)", width=LEGEND_CHARACTERS)
         for run, label in zip(runs, run_labels(runs), strict=True)
@@ -241,14 +248,14 @@ def _add_legend(figure: Figure, runs: list[Run], lines: list[Line2D], dashed: st
 
 
 def _say_if_empty(axes: Axes, lines: list[Line2D], reason: str) -> None:
-    """Write the reason into a plot without a point, in place of its meaningless ticks."""
+    """Write the reason into a plot without points, and remove its meaningless ticks."""
     if not any(len(line.get_xdata()) for line in lines):
         axes.text(0.5, 0.5, reason, ha="center", va="center", transform=axes.transAxes)
         axes.set(xticks=[], yticks=[])
 
 
 def _evaluated(run: Run) -> np.ndarray:
-    """Indices (from 0) of the rounds that were evaluated."""
+    """Return the indices, from 0, of the rounds that were evaluated."""
     return np.flatnonzero(~np.isnan(run.accuracy))
 
 
@@ -257,12 +264,12 @@ def _rounds(per_round: np.ndarray) -> np.ndarray:
 
 
 def _count_on(axis: Axis) -> None:
-    """Ticks at whole numbers only, be there one."""
+    """Set ticks at whole numbers only, even if there is just one."""
     axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
 
 
 def _scale(axis: Axis, values: np.ndarray, formatter: Formatter) -> None:
-    """Logarithmic where the values differ widely, else linear from zero."""
+    """Make the axis logarithmic if the values differ widely, else linear from zero."""
     positive = values[values > 0]
     spread = positive.max() / positive.min() if positive.size else 1
     if spread > LOG_RATIO:
@@ -275,7 +282,7 @@ def _scale(axis: Axis, values: np.ndarray, formatter: Formatter) -> None:
 
 
 def _labels_by_partition(runs: list[Run]) -> list[tuple[Run, list[str]]]:
-    """For each distinct partition a run that has it, and the labels of all that do."""
+    """Return for each distinct partition a run that has it, and the labels of all such runs."""
     partitions: dict[tuple, tuple[Run, list[str]]] = {}
     for run, label in zip(runs, run_labels(runs), strict=True):
         key = (run.labels_per_client.shape, run.labels_per_client.tobytes(), *run.class_names)
@@ -284,9 +291,10 @@ def _labels_by_partition(runs: list[Run]) -> list[tuple[Run, list[str]]]:
 
 
 def _draw_partition(axes: Axes, run: Run) -> None:
-    """The heat map of one partition; a class that a client has nothing of stays white.
+    """Draw the heat map of one partition, a row for each class and a column for each client.
 
-    A column a client; of more clients than pixels, evenly spaced ones are drawn.
+    A class of which a client has no picture stays white. If there are more clients than pixels,
+    evenly spaced ones are drawn.
     """
     counts = run.labels_per_client
     num_clients, num_classes = counts.shape

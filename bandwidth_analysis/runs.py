@@ -1,7 +1,7 @@
-"""Reads a run folder into a Run, and checks that its files agree with each other.
+"""Read a run folder into a Run, and check that its files agree with each other.
 
-The ledger (a row per message) is what bytes are counted from; rounds.jsonl and summary.json repeat
-its sums, and a run in which they differ is refused rather than reported.
+Bytes are counted from the ledger, which has a row for each message. The files rounds.jsonl and
+summary.json repeat its sums; a run in which they differ is refused, not reported.
 """
 
 import json
@@ -15,18 +15,19 @@ from typing import Any, TextIO
 import numpy as np
 import yaml
 
+# The columns of the ledger that are read, wherever they stand, and numpy's types for them.
 LEDGER_FIELDS = {"round": "i8", "direction": "U5", "bytes": "i8", "dense_bytes": "i8"}
 NUMBER = (int, float)
 NUMBER_OR_NULL = (int, float, type(None))
-MEAN_OVER = 5  # as evaluation.last: evaluations averaged while a run has no summary
+MEAN_OVER = 5  # evaluations to average for a run without a summary; evaluation.last in the config
 DATASET_NAMES = {"cifar10": "CIFAR-10", "digits": "scikit-learn's digits"}
 REPAIR = "restore the file or repeat the run"
 
 
 class AnalysisError(Exception):
-    """A run folder that cannot be read, or plots that cannot be written.
+    """A run folder cannot be read, or plots cannot be drawn or written.
 
-    The message is one line: what is wrong and what to do.
+    The message is one line that says what is wrong and what to do.
     """
 
     def __init__(self, message: str):
@@ -34,7 +35,7 @@ class AnalysisError(Exception):
 
 
 def printable(text: str) -> str:
-    """The text with escapes for what cannot be printed: line ends, bytes that are not UTF-8, ..."""
+    """Escape what cannot be printed, such as line ends and bytes that are not UTF-8."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text
@@ -43,20 +44,20 @@ def printable(text: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run folder; R rounds are complete, and arrays over rounds begin with round 1."""
+    """What a run folder holds. R rounds are complete; arrays over rounds begin with round 1."""
 
     folder: Path
     name: str
     seed: int
     model: str
     dataset: str
-    fallback: str  # why this data set took the place of the configured one; empty if it did not
+    fallback: str  # why this data set replaced the configured one; empty if it did not
     finished: bool
     rounds_planned: int
-    accuracy: np.ndarray  # float64 [R], fraction; NaN where the round was not evaluated
+    accuracy: np.ndarray  # float64 [R], from 0 to 1; NaN if the round was not evaluated
     traffic: dict[str, np.ndarray]  # bytes_up, bytes_down, dense_bytes_up, ..._down: int64 [R]
-    last_accuracy: float  # fraction; NaN if never evaluated
-    mean_accuracy: float  # fraction, over the last `mean_over` evaluations
+    last_accuracy: float  # from 0 to 1; NaN if no round was evaluated
+    mean_accuracy: float  # from 0 to 1, the mean of the last `mean_over` evaluations
     mean_over: int
     simulated_seconds: float
     wall_seconds: float
@@ -65,20 +66,20 @@ class Run:
 
     @property
     def num_rounds(self) -> int:
-        """Rounds completed, R."""
+        """The number of complete rounds, R."""
         return len(self.accuracy)
 
     def total(self, kind: str) -> int:
-        """Bytes over all rounds; kind is a key of `traffic`, such as "dense_bytes_up"."""
+        """Return the bytes of all rounds; kind is a key of `traffic`, such as "dense_bytes_up"."""
         return int(self.traffic[kind].sum())
 
 
 def read_run(folder: Path) -> Run:
-    """Read one run folder, finished or not.
+    """Read one run folder, whether the run is finished or not.
 
-    A run that is still going, or was killed, is read up to its last complete round. Raises
+    A run that still goes on, or was killed, is read up to its last complete round. Raises
     AnalysisError if the folder is missing or is not a run folder, if one of its files is missing or
-    damaged, or if ledger.csv, rounds.jsonl and summary.json disagree.
+    damaged, and if ledger.csv, rounds.jsonl and summary.json disagree.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -86,8 +87,8 @@ def read_run(folder: Path) -> Run:
     if not (folder / "config.yaml").is_file():
         raise AnalysisError(f"{folder}: not a run folder (no config.yaml); give outputFolder/<run>")
     finished = (folder / "summary.json").exists()
-    # The ledger is read last: where the run goes on meanwhile, it may hold more than the rows do,
-    # and what it holds beyond them is left out.
+    # The ledger is read after the rows. If the run goes on meanwhile, the ledger may hold messages
+    # of later rounds than the rows, and these are left out.
     rows = _read_rounds(folder / "rounds.jsonl", may_be_missing=not finished)
     ledger = _read_ledger(folder / "ledger.csv", may_be_missing=not rows)
     rows = _rows_in_ledger(rows, ledger, finished, folder)
@@ -105,7 +106,7 @@ def read_run(folder: Path) -> Run:
 
 
 def run_labels(runs: list[Run]) -> list[str]:
-    """A short name for each run, none twice: name-s<seed>, or the folder where that is shared."""
+    """Return a short name for each run: name-s<seed>, or the folder if runs share that name."""
     names = [f"{run.name}-s{run.seed}" for run in runs]
     folders = [run.folder.resolve() for run in runs]
     parents: dict[str, list[Path]] = {}
@@ -120,7 +121,7 @@ def run_labels(runs: list[Run]) -> list[str]:
 
 
 def fallback_notes(runs: list[Run]) -> list[str]:
-    """A sentence for each reason why runs used another data set than the configured one."""
+    """Return a sentence for each reason why runs used another data set than the configured one."""
     runs_by_note: dict[str, list[str]] = {}
     for run, label in zip(runs, run_labels(runs), strict=True):
         if run.fallback:
@@ -142,7 +143,7 @@ def _read_text(path: Path) -> str:
 
 
 def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict:
-    """The one mapping that a YAML or JSON file holds."""
+    """Read the mapping that a YAML or JSON file holds."""
     try:
         mapping = parse(_read_text(path))
     except (ValueError, RecursionError, yaml.YAMLError):
@@ -153,7 +154,7 @@ def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict:
 
 
 def _get(mapping: dict, key: str, kind: type | tuple[type, ...], source: Path) -> Any:
-    """mapping[key], which must be there and be of the kind."""
+    """Return mapping[key]; raise AnalysisError if it is missing or is not of the kind."""
     if key not in mapping or not isinstance(mapping[key], kind):
         found = repr(mapping[key]) if key in mapping else "nothing"
         raise AnalysisError(f"{source}: '{key}' has no usable value (found {found}); {REPAIR}")
@@ -161,7 +162,7 @@ def _get(mapping: dict, key: str, kind: type | tuple[type, ...], source: Path) -
 
 
 def _read_identity(config_path: Path, environment_path: Path) -> dict[str, Any]:
-    """What the run is: the fields of Run that config.yaml and environment.json hold."""
+    """Read the fields of Run that config.yaml and environment.json hold."""
     config = _read_mapping(config_path, yaml.safe_load)
     dataset = _get(_read_mapping(environment_path, json.loads), "dataset", dict, environment_path)
     model = _get(config, "model", dict, config_path)
@@ -176,20 +177,23 @@ def _read_identity(config_path: Path, environment_path: Path) -> dict[str, Any]:
 
 
 def _read_rounds(path: Path, may_be_missing: bool) -> list[dict]:
-    """The rows of rounds.jsonl, checked to count 1, 2, 3...; a last line cut off is left out."""
+    """Read the rows of rounds.jsonl and check that they count 1, 2, 3 and so on.
+
+    A last line that a kill cut off is left out.
+    """
     if may_be_missing and not path.exists():
         return []
     lines = _read_text(path).split("\n")
     rows = []
-    # What follows the last newline is either empty or a line that a kill cut off.
-    for number, line in enumerate(lines[:-1], start=1):
-        source = f"{path}:{number}"
+    # The text after the last newline is either empty or a line that a kill cut off.
+    for round_number, line in enumerate(lines[:-1], start=1):
+        source = f"{path}:{round_number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
             raise AnalysisError(f"{source}: damaged line; {REPAIR}") from None
-        if not isinstance(row, dict) or row.get("round") != number:
-            raise AnalysisError(f"{source}: should be round {number}; {REPAIR}")
+        if not isinstance(row, dict) or row.get("round") != round_number:
+            raise AnalysisError(f"{source}: should be round {round_number}; {REPAIR}")
         for key in ("bytes_up", "bytes_down", "simulated_seconds", "wall_seconds"):
             _get(row, key, NUMBER, source)
         _get(row, "test_accuracy", NUMBER_OR_NULL, source)
@@ -198,7 +202,7 @@ def _read_rounds(path: Path, may_be_missing: bool) -> list[dict]:
 
 
 def _read_ledger(path: Path, may_be_missing: bool) -> np.ndarray:
-    """The LEDGER_FIELDS of each message; a last line that a kill cut off is left out."""
+    """Read the LEDGER_FIELDS of each message; a last line that a kill cut off is left out."""
     dtype = np.dtype(list(LEDGER_FIELDS.items()))
     if may_be_missing and not path.exists():
         return np.empty(0, dtype)
@@ -217,7 +221,7 @@ def _read_ledger(path: Path, may_be_missing: bool) -> np.ndarray:
         raise AnalysisError(f"{path}: damaged, a number of bytes is negative; {REPAIR}")
     if ledger["round"].min(initial=1) < 0:
         raise AnalysisError(f"{path}: damaged, a round is below 0; {REPAIR}")
-    ledger["round"] = np.maximum(ledger["round"], 1)  # what comes before round 1 counts with it
+    ledger["round"] = np.maximum(ledger["round"], 1)  # messages before round 1 count with round 1
     return ledger
 
 
@@ -234,12 +238,12 @@ def _whole_lines(file: TextIO) -> Iterator[str]:
 
 
 def _bytes_per_round(ledger: np.ndarray, num_rounds: int) -> dict[str, np.ndarray]:
-    """bytes_up, bytes_down, dense_bytes_up, dense_bytes_down, each int64 [num_rounds]."""
+    """Sum up bytes_up, bytes_down, dense_bytes_up and dense_bytes_down: int64 [num_rounds] each."""
     traffic = {}
     for direction in ("up", "down"):
         messages = ledger[(ledger["direction"] == direction) & (ledger["round"] <= num_rounds)]
         for kind in ("bytes", "dense_bytes"):
-            # bincount adds in float64, which is exact below 2^53 bytes (9 petabytes) a round.
+            # bincount adds in float64, which is exact below 2^53 bytes (9 petabytes) in a round.
             sums = np.bincount(messages["round"] - 1, messages[kind], minlength=num_rounds)
             traffic[f"{kind}_{direction}"] = sums.astype(np.int64)
     return traffic
@@ -248,10 +252,10 @@ def _bytes_per_round(ledger: np.ndarray, num_rounds: int) -> dict[str, np.ndarra
 def _rows_in_ledger(
     rows: list[dict], ledger: np.ndarray, finished: bool, folder: Path
 ) -> list[dict]:
-    """The rows whose bytes the ledger confirms.
+    """Return the rows whose bytes the ledger confirms.
 
-    A kill may leave the last round of an unfinished run half-written in the ledger, and then that
-    round does not count. Anywhere else a difference is damage: raises AnalysisError.
+    A kill may leave the last round of an unfinished run half-written in the ledger; then that round
+    does not count. Any other difference is damage, and raises AnalysisError.
     """
     traffic = _bytes_per_round(ledger, len(rows))
     for index, row in enumerate(rows):
@@ -270,9 +274,9 @@ def _rows_in_ledger(
 def _read_outcome(
     path: Path, rows: list[dict], ledger: np.ndarray, finished: bool
 ) -> dict[str, Any]:
-    """What came out: the fields of Run that summary.json holds, or else what the rows say so far.
+    """Read the fields of Run that summary.json holds, or compute them from the rows so far.
 
-    Raises AnalysisError unless the summary's rounds and bytes are those of the rows and the ledger.
+    Raises AnalysisError if the summary's rounds and bytes differ from the rows and the ledger.
     """
     summary = _read_mapping(path, json.loads) if finished else _summary_so_far(rows)
     if finished:
@@ -287,6 +291,7 @@ def _read_outcome(
 
 
 def _check_summary(path: Path, summary: dict, rows: list[dict], ledger: np.ndarray) -> None:
+    """Raise AnalysisError if the summary's rounds and bytes differ from the rows and the ledger."""
     rounds = _get(summary, "rounds_completed", int, path)
     last_round = ledger["round"].max(initial=0)
     if rounds != len(rows) or last_round > rounds:
@@ -303,7 +308,7 @@ def _check_summary(path: Path, summary: dict, rows: list[dict], ledger: np.ndarr
 
 
 def _summary_so_far(rows: list[dict]) -> dict[str, Any]:
-    """What summary.json would say, by the same keys, if the run ended here."""
+    """Return what summary.json would say, under the same keys, if the run ended now."""
     accuracy = _accuracies(rows)
     evaluations = accuracy[~np.isnan(accuracy)][-MEAN_OVER:]
     return {
@@ -316,7 +321,7 @@ def _summary_so_far(rows: list[dict]) -> dict[str, Any]:
 
 
 def _accuracies(rows: list[dict]) -> np.ndarray:
-    """float64 [R]: test accuracy, NaN where the round was not evaluated."""
+    """Return the test accuracy of each round, float64 [R]; NaN if the round was not evaluated."""
     return np.array([_or_nan(row["test_accuracy"]) for row in rows], dtype=np.float64)
 
 
@@ -325,7 +330,7 @@ def _or_nan(value: float | None) -> float:
 
 
 def _read_partition(path: Path) -> tuple[np.ndarray, list[str]]:
-    """labels_per_client, int64 [num_clients, num_classes], and the num_classes class names."""
+    """Read labels_per_client, int64 [num_clients, num_classes], and the names of the classes."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             labels_per_client, class_names = arrays["labels_per_client"], arrays["class_names"]

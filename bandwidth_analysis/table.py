@@ -1,4 +1,4 @@
-"""The comparison table: a run a row, plain text."""
+"""The comparison table: plain text, one row for each run."""
 
 import math
 
@@ -18,15 +18,15 @@ HEADER = (
     ("time", "simulated"),
     ("time", "wall"),
 )
-NUM_TEXT_COLUMNS = 3  # run, dataset, model: aligned left; what follows are numbers, aligned right
+NUM_TEXT_COLUMNS = 3  # run, dataset and model are aligned left; numbers, after them, right
 
 
 def comparison_table(runs: list[Run]) -> str:
-    """Accuracy, megabytes (10^6 bytes) and time of each run, in aligned columns.
+    """Return accuracy, megabytes (10^6 bytes) and time of each run, in aligned columns.
 
-    A reduction is the bytes of the same messages in float32 over the bytes really sent. A run that
-    has no summary yet says "unfinished" and counts what its ledger and rounds hold so far. Below
-    the table stands, where it applies, why another data set was used than the configured one.
+    A reduction is the size of the messages in float32 divided by the bytes that were really sent.
+    A run without a summary is marked "unfinished"; its row counts what its ledger and rounds hold
+    so far. If a run used another data set than the configured one, a line below the table says why.
     """
     rows = [_row(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
     rows = [*zip(*HEADER, strict=True), *rows]

@@ -1,4 +1,4 @@
-"""Data: load a set of labelled pictures, serve augmented batches, split it over clients."""
+"""Data: load a set of labelled pictures, split it over clients, and serve augmented batches."""
 
 from .augment import Pictures
 from .dataset import Dataset, hold_out

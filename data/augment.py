@@ -1,4 +1,4 @@
-"""Batches made on the device: random crop, random mirror, normalisation, memory format."""
+"""Batches made on the device: random crops and mirror images, normalised, in a memory format."""
 
 import math
 
@@ -10,15 +10,22 @@ from .errors import DataError
 
 
 class Pictures:
-    """A data set on `device` as uint8; batches come out normalised, augmented, channels_last.
+    """A data set that lies on `device` as uint8 and is served in normalised, augmented batches.
 
-    Normalisation subtracts the mean of the training pixels of each channel and divides by their
-    standard deviation. Augmentation (He et al. 2016, section 4.2) pads with `padding` black
-    pixels, cuts out the old size, or crop x crop, at random, and mirrors half of the pictures if
-    `flip`. Of a picture that is evaluated the centre is cut out.
+    Normalisation subtracts from each channel the mean of its training pixels and divides by their
+    standard deviation. Augmentation (He et al. 2016, section 4.2) applies to training pictures
+    only. It pads each with `padding` black pixels on every side, cuts a part out at random, and
+    mirrors half of the pictures if `flip` is true. The part has the size of the picture, or
+    crop x crop pixels if `crop` is given; then pictures to evaluate on are cut to their centre.
+    Batches are channels_last in memory, or contiguous if `channels_last` is false.
 
-    Attributes: train_labels: int64 [N], on the device; num_train: N; num_classes; image_size: (H,
-    W) of a batch; labels: of the splits to evaluate on, test and perhaps validation, int64 [M].
+    Attributes:
+        num_train: N, the number of training pictures.
+        num_classes: the number of classes.
+        image_size: (H, W) of the pictures in a batch.
+        train_labels: int64 [N], on the device.
+        labels: split -> int64 [M], on the device. The splits to evaluate on are "test" and, if
+            pictures were held out, "validation".
 
     Raises DataError if the crop is larger than the pictures.
     """
@@ -35,7 +42,7 @@ class Pictures:
         self.num_train, *side, _ = dataset.train_images.shape
         if crop and crop > min(side):
             raise DataError(
-                f"data.crop: {crop} is more than the pictures have, {side[0]}x{side[1]}"
+                f"data.crop: {crop} is more than the pictures have, {side[0]}x{side[1]}; lower it"
             )
         self.num_classes = len(dataset.class_names)
         self.image_size = height, width = (crop, crop) if crop else tuple(side)
@@ -44,8 +51,8 @@ class Pictures:
         self._channels_last = channels_last
 
         scale, shift = _normalisation(dataset.train_images)
-        # As large as a picture: a CPU multiplies 3,072 numbers by 3,072 numbers five times
-        # faster than 1,024 times 3 by 3.
+        # Both are expanded to the size of a picture: a CPU multiplies 3,072 values by 3,072 values
+        # five times faster than 3 by 3 values 1,024 times.
         self._scale = scale.expand(height, width, 3).contiguous().to(device)
         self._shift = shift.expand(height, width, 3).contiguous().to(device)
 
@@ -59,9 +66,10 @@ class Pictures:
             self.labels["validation"] = dataset.validation_labels.to(device)
 
     def train_batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Pictures float32 [B, 3, H, W] and labels int64 [B] of `indices`, int64 [B].
+        """Return augmented pictures, float32 [B, 3, H, W], and their labels, int64 [B].
 
-        `generator` is on the device. It is left as it was if there is nothing to draw.
+        indices: int64 [B], which training pictures to take; on the device. generator: on the
+        device; its state does not change if nothing is drawn. Indices out of range are an error.
         """
         images = self._train_images.index_select(0, indices)
         if self._padding or images.shape[1:3] != self.image_size:
@@ -71,14 +79,18 @@ class Pictures:
         return self._normalise(images), self.train_labels[indices]
 
     def evaluation_batch(self, split: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Pictures float32 [stop - start, 3, H, W] of a split as they are, and labels int64."""
+        """Return the pictures start to stop - 1 of a split, not augmented, and their labels.
+
+        split: a key of `labels`. The pictures are float32 [B, 3, H, W], the labels int64 [B].
+        """
         return self._normalise(self._images[split][start:stop]), self.labels[split][start:stop]
 
     def _crop(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Pad [B, h, w, 3] and cut [B, H, W, 3] out, each at an offset of its own.
+        """Pad the pictures [B, h, w, 3] and cut a part [B, H, W, 3] out, each at its own offset.
 
-        A row of a crop is 3W neighbouring bytes that may start at any pixel. So we look at the
-        padded pictures as a table with a (mostly overlapping) row for each pixel, and select rows.
+        A row of a part is 3W neighbouring bytes, which may start at any pixel. So the padded
+        pictures are viewed as a table with a row of 3W bytes for each pixel (most of these rows
+        overlap), and the rows of the parts are selected from it.
         """
         (count, *side, _), (height, width) = images.shape, self.image_size
         padding = self._padding
@@ -99,33 +111,33 @@ class Pictures:
         return starts.index_select(0, selected).view(-1, height, width, 3)
 
     def _mirror(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Mirror each of [B, H, W, 3] with probability 1/2."""
+        """Mirror each of the pictures [B, H, W, 3] left to right with probability 1/2."""
         count = len(images)
         mirrored = torch.randint(2, (count,), generator=generator, device=self._device)
         both = torch.cat([images, images.flip(2)])
         return both.index_select(0, torch.arange(count, device=self._device) + mirrored * count)
 
     def _normalise(self, images: Tensor) -> Tensor:
-        """uint8 [B, H, W, 3] to float32 [B, 3, H, W]; channels stay last in memory, or do not."""
+        """Turn uint8 [B, H, W, 3] into normalised float32 [B, 3, H, W], in the memory format."""
         images = images.float().mul_(self._scale).add_(self._shift).permute(0, 3, 1, 2)
         return images if self._channels_last else images.contiguous()
 
 
 def _normalisation(images: Tensor) -> tuple[Tensor, Tensor]:
-    """scale, shift: float32 [3] so that byte * scale + shift has mean 0 and variance 1.
+    """Return scale and shift, float32 [3], so that byte * scale + shift has mean 0, variance 1.
 
-    Sums are of integers, so the result does not depend on their order, threads or device.
+    The sums are of integers, so the result does not depend on their order, threads or device.
     """
     width = images.shape[2]
     sums = torch.zeros(2, 3 * width, dtype=torch.int64)
-    for chunk in images.split(500):  # small enough for the CPU's cache
+    for chunk in images.split(500):  # a chunk fits in the CPU's cache
         levels = chunk.reshape(-1, 3 * width).int()
         sums += torch.stack([levels.sum(0), (levels * levels).sum(0)])
     count = images.numel() // 3
     scale, shift = [], []
     for total, squares in sums.view(2, width, 3).sum(1).T.tolist():
         variance = (count * squares - total**2) / count**2  # exact up to the division
-        deviation = math.sqrt(variance) or 1.0  # a channel of one level becomes all zeros
+        deviation = math.sqrt(variance) or 1.0  # a channel of one level becomes zero everywhere
         scale.append(1 / deviation)
         shift.append(-total / count / deviation)
     return torch.tensor(scale), torch.tensor(shift)

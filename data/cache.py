@@ -1,7 +1,7 @@
-"""The cache of decoded pictures: one folder a data set, named by the set's content.
+"""The cache of decoded pictures: a folder for each data set, whose name is a hash of the set.
 
-It is never needed and never trusted: what it holds must have the fingerprint that was written with
-it, or the pictures are decoded again.
+The cache is never needed and never trusted. If the pictures in it do not have the fingerprint that
+was written with them, they are decoded again.
 """
 
 import hashlib
@@ -17,20 +17,20 @@ import torch
 from .dataset import TENSORS, Dataset, sha256
 from .errors import say
 
-FORMAT = 2  # to be raised when meta.json holds something else, or files are read otherwise
+FORMAT = 2  # Raise it when meta.json changes, or when the same files give other pictures.
 
 
 def cache_folder(content: str) -> Path:
-    """The folder of the data set that `content`, any text, identifies."""
+    """Return the cache's folder for the data set that the text `content` identifies."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     digest = hashlib.sha256(f"{FORMAT} {content}".encode()).hexdigest()
     return Path(home) / "federated-bytes" / digest[:32]
 
 
 def read_cache(folder: Path, name: str) -> tuple[Dataset, list[str]] | None:
-    """Read the data set in `folder`, under this name, and the notes on it.
+    """Read the data set in `folder`, which is given this name, and the notes on it.
 
-    Returns None if it is absent or damaged.
+    Returns None if the data set is absent or damaged.
     """
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -43,12 +43,15 @@ def read_cache(folder: Path, name: str) -> tuple[Dataset, list[str]] | None:
             return None
         dataset = Dataset(name, **tensors, class_names=class_names, fingerprint=meta["fingerprint"])
         return dataset, meta["notes"]
-    except Exception:  # absent, or damaged in whatever way
+    except Exception:  # The files may be absent, or damaged in any way.
         return None
 
 
 def write_cache(folder: Path, dataset: Dataset, notes: list[str]) -> None:
-    """Write under a temporary name, then rename: another process sees all of it or nothing."""
+    """Write the data set and the notes on it; other processes see all of it or nothing.
+
+    If it cannot be written, a warning says so.
+    """
     temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -58,10 +61,10 @@ def write_cache(folder: Path, dataset: Dataset, notes: list[str]) -> None:
         meta = {key: getattr(dataset, key) for key in ("class_names", "fingerprint")}
         meta["notes"] = notes
         Path(temporary, "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # what is there by now is damaged
+        shutil.rmtree(folder, ignore_errors=True)  # it could not be read, so it is damaged
         os.rename(temporary, folder)
     except OSError as error:
-        if read_cache(folder, dataset.name) is None:  # else another process was faster
+        if read_cache(folder, dataset.name) is None:  # otherwise another process was faster
             say(f"warning: decoded pictures not cached in {folder}: {error}")
     finally:
         if temporary is not None:

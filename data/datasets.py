@@ -1,7 +1,7 @@
-"""Sets of labelled pictures by name, whole in memory: cifar10, digits, imagefolder, Hugging Face.
+"""Load a data set by its name: cifar10, digits, imagefolder, or one from Hugging Face.
 
-A set that is not there may be replaced by a `fallback`, which is said in the result. A set that
-is there but damaged never is: it raises DataError.
+A data set that is absent and cannot be downloaded may be replaced by a `fallback`; the result says
+so. A data set that is there but damaged is never replaced: it raises DataError.
 """
 
 import difflib
@@ -9,7 +9,7 @@ import http.client
 import itertools
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,13 +25,13 @@ CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 )
-# Those that torchvision.datasets.ImageFolder reads.
+# The suffixes that torchvision.datasets.ImageFolder reads.
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-DOWNLOAD_TIMEOUT = 10.0  # seconds without an answer from the server
+DOWNLOAD_TIMEOUT = 10.0  # seconds to wait for an answer from the server
 
 
 class _Unavailable(DataError):
-    """A set that is neither there nor to be fetched: the one error that a fallback answers."""
+    """The data set is absent and cannot be downloaded. Only then does a fallback replace it."""
 
     def __init__(self, reason: str, remedy: str):
         super().__init__(f"{reason}; {remedy}")
@@ -39,22 +39,23 @@ class _Unavailable(DataError):
 
 
 def load_dataset(name: str, root: str, fallback: str = "") -> Dataset:
-    """Load the set `name`: cifar10, digits, imagefolder, or a Hugging Face name or path.
+    """Load the data set `name`: cifar10, digits, imagefolder, or a Hugging Face name or path.
 
-    root: the folder (or zip) of cifar10 and imagefolder; the others do not read it.
-    fallback: the set to load if `name` is not there and cannot be downloaded; "" for none.
+    root: the folder or zip that holds cifar10 or imagefolder; the other data sets do not use it.
+    fallback: the data set to load if `name` is absent and cannot be downloaded; "" means none.
 
-    Raises DataError for an unknown name, a `root` that does not exist (but for the default,
-    which a download may create), a set that cannot be had, and damaged or unequal pictures.
+    Raises DataError if the name is unknown, if `root` does not exist (the default root may be
+    missing, since a download creates it), if the data set is absent and has no fallback, and if
+    pictures are damaged or differ in size.
     """
     if fallback:
-        _find_loader(fallback)  # a misspelt one is an error even when it is not needed
+        _find_loader(fallback)  # a misspelt fallback is an error even when it is not needed
     try:
         return _load(name, root)
     except _Unavailable as error:
         if not fallback:
             raise
-        reason = f"{name} could not be had: {error.reason}"
+        reason = f"{name} could not be loaded: {error.reason}"
         return replace(_load(fallback, root), fallback_reason=reason)
 
 
@@ -65,7 +66,7 @@ def _load(name: str, root: str) -> Dataset:
         raise DataError(f"data.root: {root} cannot be read: {error}") from error
 
 
-def _find_loader(name: str):
+def _find_loader(name: str) -> Callable[[str, str], Dataset]:
     if name in LOADERS:
         return LOADERS[name]
     if name.startswith("hf:") or "/" in name:
@@ -94,7 +95,7 @@ def _load_cifar10(name: str, root: str) -> Dataset:
 
 
 def _check_cifar10(path: Path, found: Dataset) -> str:
-    """The name of what was found: no table may say CIFAR-10 for something else."""
+    """Return the name to report, since only CIFAR-10 may be called cifar10 in a table."""
     num_train, height, width, _ = found.train_images.shape
     num_test, num_classes = len(found.test_labels), len(found.class_names)
     is_cifar10 = (height, width) == (32, 32) and found.class_names == CIFAR10_CLASSES
@@ -108,13 +109,13 @@ def _check_cifar10(path: Path, found: Dataset) -> str:
 
 
 def _check_root(root: str, folder: Path) -> None:
-    """A mistyped folder is an error even where a set that cannot be had is not."""
+    """Refuse a root that does not exist: it is mistyped, and no fallback should hide that."""
     if root != DEFAULT_ROOT and not folder.exists():
         raise DataError(f"data.root: no such folder or zip: {root}; correct it or create it")
 
 
 def _read_cifar10_batches(name: str, folder: Path) -> Dataset:
-    """Read torchvision's own files, which it verifies by their md5 sums."""
+    """Read the files of CIFAR-10 as torchvision stores them, if their MD5 sums are right."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
@@ -127,7 +128,8 @@ def _read_cifar10_batches(name: str, folder: Path) -> Dataset:
     damaged = [batches / file for file, md5 in sums if not check_integrity(batches / file, md5)]
     if damaged and not check_integrity(folder / CIFAR10.filename, CIFAR10.tgz_md5):
         raise DataError(f"{damaged[0]}: missing or damaged; delete {batches} to download it again")
-    # With a sound archive beside it, unpacking was interrupted: "download" unpacks it once more.
+    # If the archive beside the files is sound, unpacking it was interrupted. `download` unpacks it
+    # once more and downloads nothing.
     train = CIFAR10(folder, train=True, download=bool(damaged))
     test = CIFAR10(folder, train=False)
     images, labels = np.concatenate([train.data, test.data]), train.targets + test.targets
@@ -135,7 +137,7 @@ def _read_cifar10_batches(name: str, folder: Path) -> Dataset:
 
 
 def _download_cifar10(folder: Path) -> None:
-    """Let torchvision download and unpack into `folder`; what an earlier try left is replaced."""
+    """Let torchvision download CIFAR-10 and unpack it, replacing what an earlier try left."""
     from torchvision.datasets import CIFAR10
 
     say(f"downloading CIFAR-10 (170 MB) from {CIFAR10.url} to {folder}")
@@ -156,12 +158,12 @@ def _download_cifar10(folder: Path) -> None:
 
 
 def _load_digits(name: str, root: str) -> Dataset:
-    """scikit-learn's 1,797 handwritten digits (Alpaydin & Kaynak 1998): 8x8, 1437 + 360."""
+    """Load scikit-learn's 1437 + 360 handwritten digits of 8x8 (Alpaydin & Kaynak 1998)."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    # Every fifth of them, in the order of their classes, is a test picture: a fixed split in
-    # which each class has its share.
+    # The split is fixed: sorted by class, every fifth picture is for testing, so that each class
+    # has the same share of test pictures.
     order = np.argsort(digits.target, kind="stable")
     is_test = np.arange(len(order)) % 5 == 0
     order = np.concatenate([order[~is_test], order[is_test]])
@@ -171,11 +173,11 @@ def _load_digits(name: str, root: str) -> Dataset:
     return Dataset.from_arrays(name, images, digits.target[order], (~is_test).sum(), names)
 
 
-# --- pictures of one's own ----------------------------------------------------------------------
+# --- the user's own pictures --------------------------------------------------------------------
 
 
 def _load_imagefolder(name: str, root: str) -> Dataset:
-    """Load the pictures of train/<class>/ and test/<class>/ in `root`."""
+    """Load the pictures in train/<class>/ and test/<class>/ of the folder or zip `root`."""
     folder = Path(os.path.expanduser(root))
     _check_root(root, folder)
     source = find_source(folder)
@@ -188,13 +190,13 @@ def _load_imagefolder(name: str, root: str) -> Dataset:
 
 
 def _load_huggingface(name: str, root: str) -> Dataset:
-    """A Hugging Face data set by name, or by the path of a folder; "hf:" before it is optional."""
+    """Load a Hugging Face data set, given by its name or a folder; a leading "hf:" is optional."""
     path = name.removeprefix("hf:")
     train, test = _huggingface_splits(name, path)
     images, label, class_names = _huggingface_columns(name, train.features)
     if test.features != train.features:
         raise DataError(f"data.name: {name}: its splits have different columns; use another set")
-    labels = np.array([*train[label], *test[label]], dtype=float)  # None becomes nan
+    labels = np.array([*train[label], *test[label]], dtype=float)  # a label None becomes NaN
     if not (labels >= 0).all():
         raise DataError(f"data.name: {name}: pictures without a label; use another set")
     pictures = itertools.chain(
@@ -206,13 +208,14 @@ def _load_huggingface(name: str, root: str) -> Dataset:
 
 
 def _huggingface_splits(name: str, path: str):
+    """Return the training split and the test split, as data sets of the library `datasets`."""
     import datasets
 
     is_local = Path(path).exists()
-    is_saved = Path(path, "dataset_dict.json").is_file()  # by DatasetDict.save_to_disk
+    is_saved = Path(path, "dataset_dict.json").is_file()  # written by DatasetDict.save_to_disk
     try:
         splits = datasets.load_from_disk(path) if is_saved else datasets.load_dataset(path)
-    except Exception as error:  # the library raises of its own, its formats' and its client's
+    except Exception as error:  # datasets, its file formats and its HTTP client raise many kinds
         reason = f"data.name: {name} cannot be loaded ({str(error).partition(chr(10))[0]})"
         if is_local:
             raise DataError(f"{reason}; check the files in it") from error
@@ -227,7 +230,10 @@ def _huggingface_splits(name: str, path: str):
 
 
 def _huggingface_columns(name: str, features) -> tuple[str, str, list[str]]:
-    """The first column of pictures; the column of labels with the most classes; their names."""
+    """Choose the first column of pictures and the column of labels with the most classes.
+
+    Returns the names of both columns, and the names of the classes.
+    """
     import datasets
 
     images = [key for key, kind in features.items() if isinstance(kind, datasets.Image)]
@@ -242,14 +248,15 @@ def _huggingface_columns(name: str, features) -> tuple[str, str, list[str]]:
 
 
 def _huggingface_pictures(what: str, split, column: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the origin and the pixels of each picture of a split."""
     rows = iter(split.select_columns(column))
     for index in range(len(split)):
         where = f"{what} {index}"
         yield where, to_rgb(where, lambda: next(rows)[column])
 
 
-# data.name -> a function of data.name and data.root that returns the Dataset. A new data set is a
-# function and a line here.
+# To add a data set, write a function of data.name and data.root that returns a Dataset, and name
+# it here.
 LOADERS = {
     "cifar10": _load_cifar10,
     "digits": _load_digits,

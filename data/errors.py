@@ -1,4 +1,4 @@
-"""The one error of this package, and what it says on stderr: a line each, whatever is in it."""
+"""The error of this package and its lines on stderr. Each is one line that can be printed."""
 
 import sys
 
@@ -16,7 +16,7 @@ def say(message: str) -> None:
 
 
 def printable(text: str) -> str:
-    """Escape what cannot be printed: ends of lines, bytes of file names that are not UTF-8, ..."""
+    """Escape what cannot be printed, such as line ends and bytes that are not UTF-8."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text

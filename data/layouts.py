@@ -1,9 +1,9 @@
-"""Pictures in train/<class>/ and test/<class>/, in a folder or a zip, decoded once and cached.
+"""Load the pictures in train/<class>/ and test/<class>/ of a folder or a zip.
 
-Pictures are found and ordered as torchvision's ImageFolder does it: classes are numbered in the
-sorted order of their folder names; the pictures of a class lie in its folder and in any folder
-below that, and are taken in the sorted order of folder and file name. So a folder and a zip of the
-same files give equal arrays.
+Pictures are found and ordered as torchvision's ImageFolder finds and orders them. Classes are
+numbered in the sorted order of their names. The pictures of a class lie in its folder and in the
+folders below it, and are taken in the sorted order of folder and file name. So a folder and a zip
+of the same files give equal arrays.
 """
 
 import re
@@ -24,10 +24,11 @@ from .sources import SPLITS, FolderSource, ZipSource
 def read_layout(name: str, source: FolderSource | ZipSource, suffixes: tuple[str, ...]) -> Dataset:
     """Load every picture of `source` that has one of the `suffixes`, as a data set of this name.
 
-    Files that are left out, and pictures that lose precision, are counted and named on stderr.
+    The pictures are decoded once and then read from the cache. Warnings on stderr count and name
+    the files that are left out and the pictures that lose precision.
 
-    Raises DataError naming the file for an unreadable picture or one of another size, and naming
-    the folder for a class without pictures or that is in one split only.
+    Raises DataError if a picture cannot be read or has another size than the first, and if a
+    class has no pictures or is in one split only. The message names the file or the folder.
     """
     folder = cache_folder(source.key() + " ".join(suffixes))
     dataset, notes = read_cache(folder, name) or (None, [])
@@ -42,7 +43,7 @@ def read_layout(name: str, source: FolderSource | ZipSource, suffixes: tuple[str
 def _decode_layout(
     name: str, source: FolderSource | ZipSource, suffixes: tuple[str, ...]
 ) -> tuple[Dataset, list[str]]:
-    """The data set, and notes for the user on what could not be loaded as it is."""
+    """Return the data set, and notes to the user on what could not be loaded as it is."""
     splits, left_out = _list_files(source.names(), suffixes)
     _check_classes(source.path, splits, suffixes)
     class_names = sorted(splits["train"])
@@ -67,13 +68,14 @@ def _decode_layout(
 
 
 def _some(names: list[str]) -> str:
+    """Name the first three."""
     return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
 
 
 def _list_files(
     names: Iterable[str], suffixes: tuple[str, ...]
 ) -> tuple[dict[str, dict[str, list[str]]], list[str]]:
-    """The pictures as split -> class -> sorted names, and the files that are none."""
+    """Return the sorted names of the pictures by split and class, and the other files' names."""
     splits, left_out = {split: {} for split in SPLITS}, []
     for name in names:
         folder, _, file = name.rpartition("/")  # "train/ant/more/1.png" is of the class "ant"
@@ -110,7 +112,7 @@ def _check_classes(
 def _decode(
     source: FolderSource | ZipSource, files: Iterable[str], truncated: list[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield where each picture is from and the picture; add to `truncated` those that lose bits."""
+    """Yield the origin and the pixels of each picture; name those that lose bits in `truncated`."""
 
     def open_picture(name: str) -> Image.Image:
         picture = source.open(name)
@@ -118,7 +120,7 @@ def _decode(
             truncated.append(name)
         return picture
 
-    # One thread: more of them only wait for each other's interpreter lock on pictures this small.
+    # More threads would not help: on small pictures they wait for each other's interpreter lock.
     for name in files:
         where = f"{source.path}: {name}"
         yield where, to_rgb(where, partial(open_picture, name))
@@ -136,13 +138,14 @@ def _has_deep_colour(picture: Image.Image) -> bool:
 
 
 def to_rgb(where: str, open_picture: Callable[[], Image.Image]) -> np.ndarray:
-    """The picture as uint8 [H, W, 3]; grey levels are repeated to three channels.
+    """Decode a picture to uint8 [H, W, 3]; grey levels are repeated in the three channels.
 
-    Raises DataError naming `where` if it cannot be opened or decoded.
+    `where` says in messages which picture it is. Raises DataError if it cannot be opened or
+    decoded, or has more than 8 bits of grey.
     """
     try:
         with open_picture() as picture:
-            if picture.mode[0] in "IF":  # PIL would clip 16-bit levels to 255 without a word
+            if picture.mode[0] in "IF":  # PIL would clip these levels to 255 without a word
                 raise ValueError("more than 8 bits a channel")
             return np.asarray(picture.convert("RGB"))
     except Exception as error:  # PIL and zipfile raise a dozen kinds for damaged files
@@ -150,9 +153,9 @@ def to_rgb(where: str, open_picture: Callable[[], Image.Image]) -> np.ndarray:
 
 
 def stack_pictures(pictures: Iterable[tuple[str, np.ndarray]], count: int) -> np.ndarray:
-    """Stack `count` pictures, given with the place each is from, as uint8 [count, H, W, 3].
+    """Stack `count` pictures, each given with its origin, into uint8 [count, H, W, 3].
 
-    Raises DataError if they are not all of one size.
+    Raises DataError if they do not all have one size.
     """
     images = None
     for index, (where, picture) in enumerate(pictures):

@@ -1,9 +1,9 @@
-"""Which client holds which training pictures.
+"""Partitions: which client holds which training pictures.
 
-The methods are those of flwr-datasets that split by label or by size, under its class names in
-snake case and with its own arguments. Two are written here: iid, which is one line, and
-inner_dirichlet, whose original divides zero by zero where alpha is small (flower#4377) and takes
-time in proportion to clients x pictures.
+The methods are those of flwr-datasets that split by label or by size. Their names are its class
+names in snake case, and they take its arguments. Two of them are written here: iid, which is one
+line, and inner_dirichlet, because flwr's own divides zero by zero if alpha is small (flower#4377)
+and takes time in proportion to clients x pictures.
 """
 
 import difflib
@@ -34,7 +34,7 @@ PARTITIONERS = {  # name -> class of flwr_datasets.partitioner
     "exponential": "ExponentialPartitioner",
 }
 
-REMEDIES = {  # what helps where a method fails or leaves a client without pictures
+REMEDIES = {  # name -> what to do if the method fails or leaves a client without pictures
     "iid": "use fewer clients.total",
     "dirichlet": "use a larger alpha, a min_partition_size of 1 to 9, or fewer clients.total",
     "inner_dirichlet": "use a larger alpha or other partition_sizes",
@@ -49,7 +49,7 @@ REMEDIES = {  # what helps where a method fails or leaves a client without pictu
 
 LEAVE_PICTURES_OUT = {"inner_dirichlet", "pathological", "shard", "distribution", "size"}
 
-SET_ELSEWHERE = {  # arguments that are not the user's -> what sets them
+SET_ELSEWHERE = {  # argument of flwr that the user may not give -> what sets it
     "num_partitions": "clients.total",
     "partition_by": "the labels of the data set",
     "seed": "seed",
@@ -83,7 +83,7 @@ SWITCH = ("true or false", "true", lambda value: isinstance(value, bool))
 COUNT = ("a whole number, at least 1", "2", lambda value: _is_whole(value, 1))
 COUNT_OR_NONE = ("a whole number, at least 0", "5", lambda value: _is_whole(value, 0))
 MODES = ("random", "deterministic", "first-deterministic")
-ARGUMENTS = {  # argument -> what it must be, an example, a test of it
+ARGUMENTS = {  # argument -> (what it must be, an example, a function that tests it)
     "alpha": ("a number from 1e-9 to 1e9, or a list of them", "0.3", _is_alpha),
     "class_assignment_mode": (f"one of {', '.join(MODES)}", MODES[0], lambda v: v in MODES),
     "distribution_array": (
@@ -114,15 +114,18 @@ def partition_labels(
 ) -> list[np.ndarray]:
     """Split the examples with these labels over the clients.
 
-    labels: integers [N]. name: a key of PARTITIONERS. args: the arguments of that partitioner in
-    flwr-datasets but for those SET_ELSEWHERE; shuffle has no effect, since indices come sorted.
-    The result depends on nothing but these five.
+    labels: integers [N].
+    name: the method, a key of PARTITIONERS.
+    args: the arguments of the method in flwr-datasets, except those that are SET_ELSEWHERE. The
+        argument `shuffle` has no effect, since the indices are sorted.
+    seed: the result depends on the seed and on the other arguments only.
 
-    Returns for each client the sorted indices, int64, of its examples, no example at two clients.
-    Where the method leaves examples out, or clients without any, a line on stderr says how many.
+    Returns for each client the sorted indices, int64, of its examples. No example belongs to two
+    clients. If the method leaves out examples, or leaves clients without any, a line on stderr
+    says how many.
 
-    Raises DataError for an unknown name or argument, a value out of range, and a split that
-    cannot be made.
+    Raises DataError if the name or an argument is unknown, if a value is out of range, and if the
+    method cannot make such a split.
     """
     labels = np.asarray(labels)
     if name not in PARTITIONERS:
@@ -140,8 +143,8 @@ def partition_labels(
     _check_sizes(args, num_clients, len(labels))
 
     rng = np.random.default_rng(seed)
-    # Shuffled first, as by flwr's FederatedDataset: sets come sorted by class and by file name,
-    # and most methods hand out neighbours.
+    # The examples are shuffled first, as flwr's FederatedDataset does it: data sets come sorted by
+    # class and file name, and most methods give neighbouring examples to one client.
     order = rng.permutation(len(labels))
     split = OWN_METHODS.get(name, partial(_run_flwr, name))
     clients = [np.sort(order[part]) for part in split(labels[order], num_clients, args, rng)]
@@ -150,14 +153,14 @@ def partition_labels(
 
 
 def _flwr_class(name: str) -> type:
-    import flwr_datasets.partitioner  # takes seconds, so not before it is needed
+    import flwr_datasets.partitioner  # this takes seconds, so it waits until it is needed
 
     return getattr(flwr_datasets.partitioner, PARTITIONERS[name])
 
 
 def _check_args(name: str, args: dict) -> dict:
-    """Check the user's arguments against flwr's class; return them with its defaults."""
-    # iid takes no arguments; to ask flwr would cost seconds and 170 MB
+    """Check the user's arguments against flwr's class; return them with its defaults added."""
+    # iid takes no arguments, and importing flwr to learn that costs seconds and 170 MB.
     parameters = {} if name == "iid" else inspect.signature(_flwr_class(name)).parameters
     known = {key: parameters[key].default for key in parameters if key not in SET_ELSEWHERE}
     for key, value in args.items():
@@ -172,8 +175,8 @@ def _check_args(name: str, args: dict) -> dict:
         if value is not None and not is_valid(value):
             raise DataError(f"{where}: {reprlib.repr(value)} is not {what}; for example {example}")
     if name == "inner_dirichlet":
-        known["partition_sizes"] = None  # even sizes
-    known |= {key: value for key, value in args.items() if value is not None}  # null: not given
+        known["partition_sizes"] = None  # None means that all clients get the same number
+    known |= {key: value for key, value in args.items() if value is not None}  # null means default
     for key, value in known.items():
         if value is inspect.Parameter.empty:
             what, example, _ = ARGUMENTS[key]
@@ -184,7 +187,7 @@ def _check_args(name: str, args: dict) -> dict:
 
 
 def _check_sizes(args: dict, num_clients: int, num_examples: int) -> None:
-    """Refuse at once what flwr would refuse late, in many words, or by dividing by zero."""
+    """Refuse sizes that flwr would refuse late, in many words, or by dividing by zero."""
     sizes = args.get("partition_sizes") or []
     if sizes and len(sizes) != num_clients:
         raise DataError(
@@ -207,7 +210,7 @@ def _check_sizes(args: dict, num_clients: int, num_examples: int) -> None:
 def _run_flwr(
     name: str, labels: np.ndarray, num_clients: int, args: dict, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Let flwr's partitioner `name` split; its errors of many kinds become DataError."""
+    """Let flwr's partitioner `name` split the examples; all its errors become DataError."""
     import datasets
 
     partitioner_class = _flwr_class(name)
@@ -217,16 +220,16 @@ def _run_flwr(
     if "distribution_array" in args:
         args["distribution_array"] = np.array(args["distribution_array"], float)
     rows = {"label": labels, "index": np.arange(len(labels))}
-    # Not-a-number would pass through unseen, and give one client everything.
+    # Unless numpy raises, NaN passes through unseen and one client gets all the examples.
     with warnings.catch_warnings(), np.errstate(over="raise", invalid="raise", divide="raise"):
         warnings.simplefilter("ignore")
         try:
             partitioner = partitioner_class(**args)
             partitioner.dataset = datasets.Dataset.from_dict(rows)
-            partitioner.load_partition(0)  # makes the whole split
-            # Its public way, a data set for each client, takes a millisecond a client.
+            partitioner.load_partition(0)  # this makes the partitions of all clients
+            # The public way to read them is a data set for each client, a millisecond each.
             split = partitioner._partition_id_to_indices
-            index = np.asarray(partitioner.dataset["index"][:])  # shard has sorted its rows
+            index = np.asarray(partitioner.dataset["index"][:])  # shard sorts the rows
             return [index[np.asarray(split[client], np.int64)] for client in range(num_clients)]
         except FloatingPointError as error:
             reason = f"its shares are out of the range of numbers ({error})"
@@ -239,20 +242,21 @@ def _run_flwr(
 def _iid(
     labels: np.ndarray, num_clients: int, args: dict, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    return np.array_split(np.arange(len(labels)), num_clients)  # they are shuffled
+    return np.array_split(np.arange(len(labels)), num_clients)  # the examples are shuffled
 
 
 def _inner_dirichlet(
     labels: np.ndarray, num_clients: int, args: dict, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Every client draws its own mixture of the classes (Hsu et al. 2019, arXiv 1909.06335).
+    """Let every client draw its own mixture of the classes (Hsu et al. 2019, arXiv 1909.06335).
 
-    The law of flwr's InnerDirichletPartitioner: a client that is not full, chosen at random,
-    draws a class from its Dirichlet(alpha) mixture and takes an example of it, and so on; a class
-    that is used up leaves all mixtures, which are renormalised.
+    The distribution is that of flwr's InnerDirichletPartitioner. A client that is not full, chosen
+    at random, draws a class from its Dirichlet(alpha) mixture and takes an example of that class;
+    this repeats until all clients are full. When a class is used up, it is removed from all
+    mixtures, and these are normalised again.
     """
     labels = np.unique(labels, return_inverse=True)[1]
-    left = np.bincount(labels)  # [K] examples not yet taken
+    left = np.bincount(labels)  # [K], the examples of each class that are not yet taken
     num_classes = len(left)
     sizes = args["partition_sizes"] or [len(part) for part in np.array_split(labels, num_clients)]
     if np.size(args["alpha"]) not in (1, num_classes):
@@ -261,18 +265,18 @@ def _inner_dirichlet(
             "classes; give one number, or one for each class"
         )
 
-    # Mixtures as logarithms, since a small alpha makes shares far below the smallest float:
-    # a Gamma(a) variate is a Gamma(a + 1) variate times U^(1/a).
+    # The mixtures are logarithms, since a small alpha makes shares far below the smallest float.
+    # A Gamma(a) variate is a Gamma(a + 1) variate times U^(1/a).
     alpha = np.array(args["alpha"], float)
     shape = (num_clients, num_classes)
     log_mixtures = np.log(rng.gamma(alpha + 1, size=shape)) + np.log1p(-rng.random(shape)) / alpha
 
     turns = _random_turns(sizes, rng)
-    drawn = np.empty(len(turns), np.int64)  # the class of each turn
+    drawn = np.empty(len(turns), np.int64)  # the class that is drawn in each turn
     done = 0
-    while done < len(turns):  # once, and once more for each class that is used up
+    while done < len(turns):  # this runs once, and once more for each class that is used up
         classes = _draw_classes(log_mixtures, turns[done:], rng)
-        stop = len(classes)  # before the first draw of a class that has no example left
+        stop = len(classes)  # to become the first turn that draws a class without examples left
         for k in range(num_classes):
             stop = min([stop, *np.flatnonzero(classes == k)[left[k] : left[k] + 1]])
         drawn[done : done + stop] = classes[:stop]
@@ -288,10 +292,10 @@ def _inner_dirichlet(
 
 
 def _random_turns(sizes: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-    """Clients in the order in which they take an example, each as often as its size.
+    """Return the clients in the order in which they take examples, each as often as its size.
 
-    At every turn all clients that are not full are equally likely. That is the order of ticks of
-    clocks that tick at random at one rate, each until its client is full.
+    At every turn all clients that are not full are equally likely. This is the order in which
+    clocks tick that all tick at random at the same rate, each until its client is full.
     """
     clients = np.repeat(np.arange(len(sizes)), sizes)
     ticks = np.cumsum(rng.exponential(size=len(clients)))
@@ -302,12 +306,15 @@ def _random_turns(sizes: Sequence[int], rng: np.random.Generator) -> np.ndarray:
 def _draw_classes(
     log_mixtures: np.ndarray, turns: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """For each turn, a class from the mixture of its client; log_mixtures: [clients, classes]."""
+    """Draw for each turn a class from the mixture of its client.
+
+    log_mixtures: [clients, classes]. turns: the client of each turn.
+    """
     num_classes = log_mixtures.shape[1]
     mixtures = np.exp(log_mixtures - log_mixtures.max(axis=1, keepdims=True))
     bounds = np.cumsum(mixtures, axis=1)
     bounds /= bounds[:, -1:]
-    # One search for all: the bounds of client c lie between c and c + 1.
+    # One search serves all clients: the bounds of client c lie between c and c + 1.
     bounds = (bounds + np.arange(len(bounds))[:, None]).ravel()
     found = np.searchsorted(bounds, turns + rng.random(len(turns)), side="right")
     return np.minimum(found - turns * num_classes, num_classes - 1)
@@ -317,11 +324,12 @@ OWN_METHODS = {"iid": _iid, "inner_dirichlet": _inner_dirichlet}
 
 
 def _check_clients(clients: list[np.ndarray], num_examples: int, name: str) -> None:
+    """Say which examples or clients a split leaves out; refuse a split that is wrong."""
     num_empty = sum(len(indices) == 0 for indices in clients)
     if num_empty:
         say(
-            f"note: partition {name} leaves {num_empty} of {len(clients)} clients without examples,"
-            f" who take no part; to change that, {REMEDIES[name]}"
+            f"note: partition {name} leaves {num_empty} of {len(clients)} clients without examples;"
+            f" they take no part; to change that, {REMEDIES[name]}"
         )
     indices = np.concatenate(clients)
     num_left_out = num_examples - len(indices)
@@ -339,24 +347,32 @@ def _check_clients(clients: list[np.ndarray], num_examples: int, name: str) -> N
 def save_partition(
     path: Path, clients: list[np.ndarray], labels: np.ndarray, class_names: Sequence[str]
 ) -> str:
-    """Write the split to the .npz file `path`, whole or not at all; return its sha256 in hex.
+    """Write the split to the .npz file `path`, whole or not at all; return its SHA-256 in hex.
 
-    In the file: indices, int64 [all]: those of client 0, then of client 1, ...; offsets, int64
-    [clients + 1]: where each begins; labels_per_client, int64 [clients, classes]; class_names.
-    The sum is over offsets and indices as little-endian int64, not over the file.
+    The file holds the arrays
+        indices, int64 [N]: the examples of client 0, then those of client 1, and so on;
+        offsets, int64 [clients + 1]: where in `indices` each client begins;
+        labels_per_client, int64 [clients, classes]: how many examples of each class it has;
+        class_names, strings [classes].
+    The hash is of offsets and indices as little-endian int64, not of the file.
     """
     indices = np.concatenate(clients).astype("<i8")
     offsets = np.cumsum([0, *map(len, clients)]).astype("<i8")
     counts = [np.bincount(labels[part], minlength=len(class_names)) for part in clients]
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        np.savez(
-            file,
-            indices=indices,
-            offsets=offsets,
-            labels_per_client=np.array(counts, np.int64),
-            class_names=np.array(class_names, np.str_),
-        )
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            np.savez(
+                file,
+                indices=indices,
+                offsets=offsets,
+                labels_per_client=np.array(counts, np.int64),
+                class_names=np.array(class_names, np.str_),
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return hashlib.sha256(offsets.tobytes() + indices.tobytes()).hexdigest()

@@ -1,7 +1,7 @@
-"""Where pictures lie: a folder or a zip that holds train/<class>/ and test/<class>/.
+"""Sources of pictures: a folder or a zip that holds train/<class>/ and test/<class>/.
 
-Both kinds of source list the same names for the same files: "train/ant/" for a class folder,
-"train/ant/0.png" or "train/ant/more/1.png" for a file in it.
+Both kinds of source give the same names to the same files: a class folder is called "train/ant/",
+and a file in it "train/ant/0.png" or "train/ant/more/1.png".
 """
 
 import hashlib
@@ -18,7 +18,8 @@ from PIL import Image
 from .errors import DataError
 
 SPLITS = ("train", "test")
-LITTER = {"__macosx", "thumbs.db", "desktop.ini"}  # in lower case; hidden files are litter too
+# What archivers and file managers leave behind, in lower case. Hidden files are litter as well.
+LITTER = {"__macosx", "thumbs.db", "desktop.ini"}
 
 
 class FolderSource:
@@ -28,13 +29,15 @@ class FolderSource:
         self.path = path
 
     def names(self) -> Iterable[str]:
+        """List the folders and files below train/ and test/, without litter."""
         return self._paths
 
     def open(self, name: str) -> Image.Image:
+        """Open the picture of this name."""
         return Image.open(self._paths[name])
 
     def key(self) -> str:
-        """A hash that changes when a file is added, removed, renamed, resized or rewritten."""
+        """Return a hash that changes when a file is added, removed, renamed or rewritten."""
         stats = []
         for name, path in sorted(self._paths.items()):
             stat = os.stat(path)
@@ -44,7 +47,7 @@ class FolderSource:
 
     @cached_property
     def _paths(self) -> dict[str, str]:
-        """The path of every name. Links to folders are followed, as torchvision does."""
+        """The path of each name. Links to folders are followed, as torchvision follows them."""
         paths = {}
         for split in SPLITS:
             walk = os.walk(self.path / split, onerror=_refuse_unreadable, followlinks=True)
@@ -62,32 +65,34 @@ class ZipSource:
         self.path = path
 
     def names(self) -> Iterable[str]:
+        """List the folders and files below train/ and test/, without litter."""
         return self._infos
 
     def open(self, name: str) -> Image.Image:
+        """Open the picture of this name."""
         return Image.open(io.BytesIO(self._zip.read(self._infos[name])))
 
     def key(self) -> str:
-        """A hash of every byte of the file: a zip altered anywhere never meets the cache."""
+        """Return a hash of every byte of the zip, which changes when anything in it does."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     @cached_property
     def _zip(self) -> zipfile.ZipFile:
-        """The zip, opened on first need: listing 60,000 names takes longer than a cached load."""
+        """The open zip. It is opened late, because a load from the cache does not need it."""
         try:
-            try:  # many programs write UTF-8 without setting the flag that says so
+            try:  # Many programs write names in UTF-8 without setting the flag that says so.
                 return zipfile.ZipFile(self.path, metadata_encoding="utf-8")
             except UnicodeDecodeError:
                 return zipfile.ZipFile(self.path)
-        except Exception as error:  # not BadZipFile alone where the directory is garbled
+        except Exception as error:  # zipfile raises many kinds where the directory is garbled
             raise DataError(
                 f"{self.path}: not a zip, or a truncated one ({error}); fetch it again"
             ) from error
 
     @cached_property
     def _infos(self) -> dict[str, zipfile.ZipInfo]:
-        """What the zip's directory says of every name."""
+        """The entry of each name in the directory of the zip."""
         infos = {_with_slashes(info.filename): info for info in self._zip.infolist()}
         infos = {name: info for name, info in infos.items() if not _is_litter(name)}
         base = _find_base(self.path, infos)
@@ -98,10 +103,11 @@ class ZipSource:
 
 
 def find_source(root: Path) -> FolderSource | ZipSource | None:
-    """Where below `root` the pictures are; None if nowhere.
+    """Find the pictures at `root`; return None if there are none.
 
-    In this order: `root` is a zip; train/ or test/ in it; cifar10.zip in it; the only *.zip in it
-    with that layout. Raises DataError if there are several such zips, or one that is unreadable.
+    The first of these is taken: the file `root`, which must be a zip; the folder `root`, if it
+    holds train/ or test/; cifar10.zip in that folder; the only zip in it that holds train/ and
+    test/. Raises DataError if there are several such zips, or if a zip cannot be read.
     """
     if root.is_file():
         return ZipSource(root)
@@ -123,35 +129,36 @@ def _has_layout(source: ZipSource) -> bool:
 
 def _refuse_unreadable(error: OSError) -> None:
     """Stop os.walk, which would otherwise skip a folder that it cannot read."""
-    if not isinstance(error, FileNotFoundError):  # that train/ or test/ is missing is said later
+    if not isinstance(error, FileNotFoundError):  # a missing train/ or test/ is reported later
         raise error
 
 
 def _as_utf8(name: str) -> str:
-    """The name of a file whose bytes are read as UTF-8, whatever the locale that listed it.
+    """Read the bytes of a file's name as UTF-8, whatever the locale is.
 
-    A byte that is not UTF-8 is written as \\xff, so that every name can be printed and stored.
+    A byte that is not UTF-8 becomes the four characters \\xff, so that every name can be printed
+    and stored.
     """
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _is_litter(name: str) -> bool:
-    """Whether `name` is hidden or was left behind by a file manager or an archiver."""
+    """Tell whether the file is hidden or was left behind by a file manager or an archiver."""
     return any(part.startswith(".") or part.lower() in LITTER for part in name.split("/"))
 
 
 def _with_slashes(name: str) -> str:
-    """The name as zips should have it; some programs for Windows write train\\ant\\0.png."""
+    """Write a name in a zip as the standard has it; some Windows programs use backslashes."""
     name = name.replace("\\", "/")
     parts = [part for part in name.split("/") if part not in ("", ".")]
     return "/".join(parts) + "/" * name.endswith("/")
 
 
 def _find_base(path: Path, names: Iterable[str]) -> str:
-    """Find the outermost folder that holds train/ and test/; return it as "" or "<folder>/".
+    """Find the outermost folder in a zip that holds train/ and test/; return "" or "<folder>/".
 
-    Where no folder holds both, one that holds either is found. Raises DataError if there are
-    several at the same depth.
+    If no folder holds both, the outermost one that holds either is returned. Raises DataError if
+    there are several at the same depth.
     """
     bases = {split: set() for split in SPLITS}
     for name in names:

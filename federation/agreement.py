@@ -48,15 +48,15 @@ class Agreement:
         """All kinds of messages that this run may send."""
         config, algorithm, size = self.config, self.algorithm, self.layout.size
         up, down = config.uplink, config.downlink
-        yield self._vector("up", "update", config.pruning, up, unbiased=not up.error_feedback)
-        if algorithm.up:  # a sum that both ends keep, so what is lost of it is never scaled up
-            yield self._vector("up", algorithm.up, config.pruning, up)
+        yield self._vector("up", "update", config.pruning, up, owes=up.error_feedback)
+        if algorithm.up:  # both ends keep the sum of what was sent, so what is lost is owed
+            yield self._vector("up", algorithm.up, config.pruning, up, owes=True)
         for name in filter(None, ("model", algorithm.down)):
             if down.mode == "model":
-                yield self._vector("down", name, down.pruning, down)
+                yield self._vector("down", name, down.pruning, down, owes=False)
             else:  # the change since the last message, or all of it where a client missed more
-                yield self._vector("down", name, Selection(method="none"), Downlink(values=WHOLE))
-                change = self._vector("down", name, down.pruning, down)
+                yield Kind("down", name, Channel(self.layout, WHOLE), size)
+                change = self._vector("down", name, down.pruning, down, owes=True)
                 yield Kind("down", f"{name}_change", change.channel, size)
         for direction in ("up", "down"):
             channel = Channel(self.buffer_layout, WHOLE)
@@ -73,13 +73,13 @@ class Agreement:
         name: str,
         selection: Selection,
         settings: Uplink | Downlink,
-        unbiased: bool = False,
+        owes: bool,
     ) -> Kind:
         def seed_for(purpose: str, *rest: int) -> int:
             return self.config.seed_for(f"{name}/{purpose}", *rest)
 
         channel = Channel(
-            self.layout, settings.values, selection, settings.dense_below, seed_for, unbiased
+            self.layout, settings.values, selection, settings.dense_below, seed_for, owes
         )
         return Kind(direction, name, channel, self.layout.size)
 

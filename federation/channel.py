@@ -21,6 +21,7 @@ from compression import (
     encode,
     new_memory,
     pack_positions,
+    parse_coder,
     unpack_positions,
 )
 from config import Selection
@@ -36,8 +37,12 @@ class Channel:
     """Encodes and decodes the vectors of one kind of message; both ends hold an equal one.
 
     values: the coder's word, see compression.py. dense_below: smaller tensors travel whole.
-    seed_for: (purpose, round_number, client) -> seed. unbiased: a random choice is scaled by
-    1 / density, so that its mean is the vector.
+    seed_for: (purpose, round_number, client) -> seed. owes: what is lost of a vector is part of a
+    later one (error feedback, a sum that both ends keep). Then nothing may be sent larger than it
+    is on average: a random choice is not scaled by 1 / density, as it is elsewhere so that its mean
+    is the vector, and a coder of relative variance w >= 1 is damped by 1 / (1 + w), which makes it
+    a contraction (Beznosikov et al. 2020, arXiv 2002.12410); otherwise what is owed would grow
+    without end.
     """
 
     def __init__(
@@ -47,10 +52,12 @@ class Channel:
         selection: Selection = EVERYTHING,
         dense_below: int = 0,
         seed_for: Callable[..., int] = lambda *_: 0,
-        unbiased: bool = False,
+        owes: bool = False,
     ):
-        self.layout, self.values, self.selection = layout, values, selection
-        self.dense_below, self.seed_for, self.unbiased = dense_below, seed_for, unbiased
+        self.layout, self.coder, self.selection = layout, parse_coder(values), selection
+        self.dense_below, self.seed_for, self.owes = dense_below, seed_for, owes
+        damped = owes and not self.coder.contractive
+        self.damping = np.float32(1 / (1 + self.coder.variance) if damped else 1)
         self.use_mask(None)
 
     def use_mask(self, mask: np.ndarray | None) -> None:
@@ -72,7 +79,7 @@ class Channel:
         part = vector if support is None else vector[torch.from_numpy(support)].mul_(scale)
         select = select or self._select(round_number, client)
         seed = self.seed_for("values", round_number, client)
-        payload, sent = encode(part, layout, self.values, select, self.dense_below, seed, memory)
+        payload, sent = encode(part, layout, self.coder, select, self.dense_below, seed, memory)
         return payload, self._lift(sent, support)
 
     def decode(self, payload: bytes | memoryview, round_number: int, client: int = ALL) -> Decoded:
@@ -100,7 +107,7 @@ class Channel:
         k = pruning.num_kept(self.density(round_number, client), size)
         chosen = pruning.random(size, k, self.seed_for("selection", round_number, client))
         support = chosen if self.mask is None else self.mask[chosen]
-        return support, self.layout.on(support), size / k if self.unbiased else 1.0
+        return support, self.layout.on(support), 1.0 if self.owes else size / k
 
     def _select(self, round_number: int, client: int) -> Select | None:
         """How the sender picks coordinates of the support; None means that all of them travel."""
@@ -116,11 +123,13 @@ class Channel:
         }[settings.scope]
 
     def _lift(self, decoded: Decoded, support: np.ndarray | None) -> Decoded:
-        """From positions within the support to positions in the vector."""
-        if support is None:
-            return decoded
-        inside = support if decoded.indices is None else support[decoded.indices]
-        return Decoded(self.layout.size, inside, decoded.values)
+        """From positions within the support to positions in the vector, and damped."""
+        indices, values = decoded.indices, decoded.values
+        if support is not None:
+            indices = support if indices is None else support[indices]
+        if self.damping != 1:
+            values = values * self.damping
+        return Decoded(self.layout.size, indices, values)
 
 
 class PositionChannel:

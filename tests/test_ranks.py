@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from helpers.runs import PYTHON, REPOSITORY, SCRIPTS, launch, rounds, summary, tiny_command
+from helpers.two_machines import two_machines
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -255,30 +256,41 @@ def test_teams_that_do_not_come_out_even_are_refused(tmp_path):
 # --- several machines, and ranks that die ---------------------------------------------------------
 
 
-def start_nodes(folder, *words: str) -> list[subprocess.Popen]:
-    """Two torchruns that meet as two machines would, a rank each."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [str(SCRIPTS / "torchrun"), "--nnodes", "2", "--nproc_per_node", "1"]
-    command += ["--master_addr", "127.0.0.1", "--master_port", port(30000)]
-    return [
-        subprocess.Popen(
-            [*command, "--node_rank", str(node), *tiny_command(folder, *words)],
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for node in range(2)
-    ]
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "python"])
+@pytest.mark.parametrize("master", ["10.77.0.1", "node0"])
+def test_two_machines_end_with_the_model_of_one(alone, tmp_path, launcher, master):
+    """As docs/ranks.md says, where node0 is 127.0.1.1 to itself and 10.77.0.1 to node1."""
+    words = tiny_command(tmp_path, *GROUP)
+    torchrun = [str(SCRIPTS / "torchrun"), "--nnodes", "2", "--nproc_per_node", "1"]
+    torchrun += ["--master_addr", master, "--master_port", "29500", "--node_rank"]
+    pair = {"WORLD_SIZE": "2", "MASTER_ADDR": master, "MASTER_PORT": "29500"}
+    with two_machines(tmp_path) as start:
+        if launcher == "torchrun":
+            nodes = [start(rank, *torchrun, str(rank), *words) for rank in (0, 1)]
+        else:
+            nodes = [start(rank, PYTHON, *words, RANK=str(rank), **pair) for rank in (0, 1)]
+        outputs = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert_same(alone, tmp_path / "tiny-s1")
 
 
 @pytest.mark.slow
-def test_two_machines_end_with_the_model_of_one(alone, tmp_path):
-    nodes = start_nodes(tmp_path, *GROUP)
-    outputs = [node.communicate(timeout=240)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert_same(alone, tmp_path / "tiny-s1")
+def test_machines_that_do_not_reach_each_other_end_within_a_minute(tmp_path):
+    """They meet, but the network interface that the user chose does not lead to the other."""
+    pair = {"WORLD_SIZE": "2", "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500"}
+    pair["GLOO_SOCKET_IFNAME"] = "lo"
+    with two_machines(tmp_path) as start:
+        begin = time.monotonic()
+        command = [PYTHON, *tiny_command(tmp_path, *GROUP)]
+        nodes = [start(rank, *command, RANK=str(rank), **pair) for rank in (0, 1)]
+        outputs = [node.communicate(timeout=240)[0] for node in nodes]
+        assert time.monotonic() - begin < 60 + 40  # of which up to 40 for the start of python
+    assert "does not answer (timed out connecting" in outputs[0]
+    assert "cannot connect to each other" in outputs[1]
+    for node, output in zip(nodes, outputs, strict=True):
+        assert node.returncode == 1 and "Traceback" not in output, output
+    assert not (tmp_path / "tiny-s1").exists()
 
 
 def workers(process: subprocess.Popen) -> list[int]:

@@ -154,7 +154,7 @@ def test_no_download_means_the_fallback_or_an_error(tmp_path, offline, monkeypat
         data = load_dataset("cifar10", root, fallback="digits")
         assert data.fallback_reason.isprintable()
         assert data.name == "digits" and "no connection" in data.fallback_reason
-        assert data.fallback_reason.startswith("cifar10 could not be had: ")
+        assert data.fallback_reason.startswith("cifar10 could not be loaded: ")
         with pytest.raises(DataError, match="downloading it failed .*no connection.*; put cifar10"):
             load_dataset("cifar10", root)
     assert socket.getdefaulttimeout() is None

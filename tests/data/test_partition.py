@@ -1,5 +1,6 @@
 """data/partition.py."""
 
+import errno
 import hashlib
 import inspect
 import random
@@ -358,6 +359,20 @@ def test_a_saved_split_can_be_read_back_and_its_sum_is_of_the_split_alone(tmp_pa
     assert all(map(np.array_equal, np.split(indices, offsets[1:-1]), clients))
     content = offsets.astype("<i8").tobytes() + indices.astype("<i8").tobytes()
     assert digest == hashlib.sha256(content).hexdigest()
+
+
+def test_a_split_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "partition.npz"
+    path.write_bytes(b"of before")
+
+    def fill_the_disk(file, **arrays):
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_partition(path, split("iid"), LABELS, "abcdefghij")
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"of before"]
 
 
 @pytest.mark.parametrize(
