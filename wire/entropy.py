@@ -92,7 +92,7 @@ def decode_integers(body: bytes | memoryview, layout: Layout) -> tuple[np.ndarra
     check_end(code, state)
     if not is_spent(head, tape):
         raise PayloadError("levels: words are left over, or others than an encoder ends with")
-    # A tensor's cells and positions have each their own index within it, and come in ascending order
+    # Each cell and position of a tensor has an index of its own, and they come in ascending order
     # but where it is walked by columns. So once these are sorted, all indices ascend and differ.
     for t in out_of_order(layout):
         part = slice(walk.bounds[t], walk.bounds[t + 1])
