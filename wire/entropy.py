@@ -25,10 +25,10 @@ from wire.walk import DONE, FAULTS, MAX_LEVEL, Walk, read_walk, write_walk
 
 
 def encode_integers(indices: np.ndarray, levels: np.ndarray, layout: Layout) -> bytes:
-    """Code the entries that are not zero of an integer vector [layout.size].
+    """Code the entries of an integer vector [layout.size] that are not zero.
 
-    indices: int64 [n], ascending, distinct, within the layout; levels: integers [n], not zero, at
-    most MAX_LEVEL in magnitude. Raises ValueError for other levels.
+    indices: int64 [n], ascending, distinct and within the layout. levels: integers [n], not zero
+    and at most MAX_LEVEL in magnitude. Raises ValueError for other levels or indices.
     """
     if len(indices) == 0:
         return varint(0)
@@ -56,9 +56,10 @@ def encode_integers(indices: np.ndarray, levels: np.ndarray, layout: Layout) -> 
 
 
 def decode_integers(body: bytes | memoryview, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Return (indices: int64 [n], ascending; levels: int16 [n], not zero). Raises PayloadError.
+    """Return (indices: int64 [n], ascending and distinct; levels: int16 [n], not zero).
 
-    Takes 10 bytes for each announced value, of which there are no more than the layout has.
+    This takes 10 bytes for each level that the body announces, and a body that announces more
+    levels than the layout has entries is refused. Raises PayloadError.
     """
     body = bytes(body)
     count, start = read_varint(body, 0)
@@ -92,8 +93,8 @@ def decode_integers(body: bytes | memoryview, layout: Layout) -> tuple[np.ndarra
     check_end(code, state)
     if not is_spent(head, tape):
         raise PayloadError("levels: words are left over, or others than an encoder ends with")
-    # Each cell and position of a tensor has an index of its own, and they come in ascending order
-    # but where it is walked by columns. So once these are sorted, all indices ascend and differ.
+    # Each position of each cell has an index of its own. The walk meets them in ascending order,
+    # except in the tensors that are sorted here. So all indices ascend, and no two are equal.
     for t in out_of_order(layout):
         part = slice(walk.bounds[t], walk.bounds[t + 1])
         order = np.argsort(indices[part])

@@ -1,4 +1,4 @@
-"""entropy.py: round trips, the naive decoder, golden bytes, and a stranger's bytes."""
+"""wire/entropy.py: round trips, the naive decoder, golden bytes, and a stranger's bytes."""
 
 import os
 import shutil
