@@ -225,10 +225,10 @@ def test_what_looks_like_a_contradiction_and_is_none():
         (["local.algorithm=FedCM", "local.options.alpha=0"], "local.options.alpha: alpha is 0; it"),
         (["local.algorithm=FedProx", "local.options.mu=-1"], "local.options.mu: mu is -1; it"),
         (["local.algorithm=SCAFFOLD", "local.options.option=3"], "local.options.option: option"),
-        (["server.optimizer=FedExP", "local.algorithm=FedDyn"], "server.optimizer: FedExP needs the "
-         "updates' average; FedDyn makes another step"),
-        (["server.optimizer=FedExP", "uplink.values=qsgd2"], "server.optimizer: FedExP would take "
-         "the noise of qsgd2 for progress"),
+        (["server.optimizer=FedExP", "local.algorithm=FedDyn"], "server.optimizer: FedExP needs "
+         "the updates' average; FedDyn makes another step"),
+        (["server.optimizer=FedExP", "uplink.values=qsgd2"], "server.optimizer: FedExP would "
+         "take the noise of qsgd2 for progress"),
         (["server.optimizer=FedExP", "pruning.method=random", "uplink.error_feedback=false"],
          "server.optimizer: FedExP would take the noise of a random choice for progress"),
     ],
