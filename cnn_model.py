@@ -18,14 +18,21 @@ from layout import Layout
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d without the work of weights that meet nothing but padding.
+    """nn.Conv2d without the work of weights that meet nothing but padding, and without a crash.
 
-    Where one output is left, as in the last stage for pictures of 8x8, only the part of the kernel
+    If one output is left, as in the last stage for pictures of 8x8, only the part of the kernel
     that lies on the picture counts: one weight of nine for a 3x3 kernel on one pixel.
+
+    A strided 1x1 convolution of fewer than 8 channels, which narrow ResNets have in their
+    shortcuts, must not reach oneDNN on a CPU without AVX-512: in channels_last its kernel for the
+    weights' gradient (jit_1x1:avx2 of oneDNN 3.12) writes past the end of its memory with one
+    thread and returns wrong numbers with more. Such a convolution skips the pixels itself.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, stride, padding = self.kernel_size[0], self.stride[0], self.padding[0]
+        if kernel == 1 and stride > 1 and self.in_channels < 8 and x.device.type == "cpu":
+            return conv2d(x[:, :, ::stride, ::stride], self.weight, self.bias)
         height, width = x.shape[2:]
         for side in (height, width):
             if padding + side > kernel or side + 2 * padding - kernel >= stride:
@@ -172,20 +179,74 @@ def build_network(
         return makers[name]()
 
 
+class Alignment:
+    """Where the tensors of a layout lie in memory if each one starts at a multiple of 16 bytes.
+
+    GPU kernels read four floats at once and fail at any other address. So up to three floats that
+    belong to no tensor, a gap, follow a tensor whose size is no multiple of four.
+
+    Attributes: size: floats in memory, from the first tensor's start to the last one's end; starts:
+    int64 [num_tensors]; positions: int64 [layout.size], where in memory each entry of a gapless
+    vector lies, or None if there are no gaps.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device):
+        sizes, offsets = torch.from_numpy(layout.sizes), torch.from_numpy(layout.offsets)
+        rooms = (sizes + 3) // 4 * 4
+        starts = rooms.cumsum(0) - rooms
+        shifts = starts - offsets[:-1]  # how far each tensor moves; the last one moves furthest
+        self.shapes, self.sizes, self.starts = layout.shapes, sizes.tolist(), starts.tolist()
+        self.size = layout.size + int(shifts[-1:].sum())
+        self.positions = None
+        if self.size > layout.size:
+            moved = torch.arange(layout.size) + shifts.repeat_interleave(sizes)
+            self.positions = moved.to(device)
+
+    def views(self, memory: Tensor) -> list[Tensor]:
+        """The tensors that lie in `memory` [size], in the shapes of the layout."""
+        tensors = zip(self.starts, self.sizes, self.shapes, strict=True)
+        return [memory[start : start + size].view(shape) for start, size, shape in tensors]
+
+    def spread(self, vector: Tensor) -> Tensor:
+        """A gapless vector [layout.size] with gaps of zeros [size]; itself if there are none."""
+        if self.positions is None:
+            return vector
+        return vector.new_zeros(self.size).index_copy_(0, self.positions, vector)
+
+    def compact(self, memory: Tensor) -> Tensor:
+        """The reverse of spread()."""
+        return memory if self.positions is None else memory.index_select(0, self.positions)
+
+    def write(self, memory: Tensor, vector: Tensor) -> None:
+        """Copy a gapless vector into `memory`, from any device, and leave the gaps as they are."""
+        if self.positions is None:
+            memory.copy_(vector)
+        else:
+            memory.index_copy_(0, self.positions, vector.to(memory.device))
+
+
 class FlatModel:
     """A network whose parameters, gradients and norm buffers are views into three flat vectors.
 
-    parameters, gradients: float32 [num_parameters]; buffers: float32 [num_buffers], counters
-    included (exact up to 2^24). Writing to a vector is writing to the network. An engine may leave
-    gradients where autograd put them, if nobody asks for the vector.
-    frozen: BatchNorm normalises by its buffers in training too, and does not change them.
+    `layout` and `buffer_layout` are gapless: they describe the vectors that travel. load() takes
+    such vectors, read_parameters() and read_buffers() return them. Training works on the memory
+    itself, in which every tensor starts at a multiple of 16 bytes (see Alignment). For most
+    networks there are no gaps between the parameters, and the two are the same.
+
+    Attributes: parameters, gradients: float32, the memory of the network, laid out as aligned()
+    returns it; the gaps hold zeros. Writing there is writing to the network. An engine may leave
+    gradients where autograd put them if nobody asks for the vector. buffers: the same for the
+    norm buffers, float32, counters included (exact up to 2^24). is_counter, is_variance: bool
+    [buffer_layout.size], on the CPU. frozen: BatchNorm normalises by its buffers in training too,
+    and does not change them.
     """
 
     def __init__(self, network: nn.Module, device: torch.device, frozen: bool = False):
         self.network, self.device, self.frozen = network.to(device), device, frozen
         named = list(network.named_parameters())
         self.layout = _layout(named)
-        self.parameters = torch.cat([p.detach().reshape(-1) for _, p in named])
+        self._alignment = Alignment(self.layout, device)
+        self.parameters = self.aligned(torch.cat([p.detach().reshape(-1) for _, p in named]))
         self.gradients = torch.zeros_like(self.parameters)
         views = zip(named, self.views(self.parameters), self.views(self.gradients), strict=True)
         for (_, parameter), value, gradient in views:
@@ -199,8 +260,43 @@ class FlatModel:
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
 
+    def load(self, parameters: Tensor, buffers: Tensor | None = None) -> None:
+        """Copy gapless vectors [layout.size] and [buffer_layout.size] into the network.
+
+        Without buffers the network keeps those that it has. The vectors may be on any device.
+        """
+        self._alignment.write(self.parameters, parameters)
+        if buffers is not None:
+            self._buffer_alignment.write(self.buffers, buffers)
+
+    def read_parameters(self) -> Tensor:
+        """The parameters, float32 [layout.size]; the network's own memory if it has no gaps."""
+        return self.compact(self.parameters)
+
+    def read_buffers(self) -> Tensor:
+        """The norm buffers, float32 [buffer_layout.size]; like read_parameters()."""
+        return self._buffer_alignment.compact(self.buffers)
+
+    def aligned(self, vector: Tensor) -> Tensor:
+        """A gapless vector over the parameters [layout.size], laid out as `parameters` is.
+
+        Any dtype. Returns the vector itself if the memory has no gaps.
+        """
+        return self._alignment.spread(vector)
+
+    def compact(self, aligned: Tensor) -> Tensor:
+        """The reverse of aligned(): [layout.size], as vectors travel."""
+        return self._alignment.compact(aligned)
+
+    def views(self, aligned: Tensor) -> list[Tensor]:
+        """The tensors of an aligned vector, in the shapes of the parameters."""
+        return self._alignment.views(aligned)
+
     def norm_positions(self) -> Tensor:
-        """Where in `parameters` the weights and biases of the norm layers are, int64, ascending."""
+        """Where in a gapless vector the weights and biases of the norm layers are.
+
+        int64, ascending.
+        """
         is_norm = {
             name: isinstance(module, nn.BatchNorm2d | nn.GroupNorm)
             for name, module in self.network.named_modules()
@@ -209,19 +305,15 @@ class FlatModel:
         sizes = torch.from_numpy(self.layout.sizes)
         return torch.tensor(chosen).repeat_interleave(sizes).nonzero().flatten()
 
-    def views(self, vector: Tensor) -> list[Tensor]:
-        """The tensors of a flat vector [num_parameters], in the shapes of the parameters."""
-        pieces = vector.split(self.layout.sizes.tolist())
-        return [piece.view(s) for piece, s in zip(pieces, self.layout.shapes, strict=True)]
-
     def _flatten_buffers(self) -> None:
         named = list(self.network.named_buffers())
         self.buffer_layout = _layout(named)
-        self.buffers = torch.cat(
-            [torch.zeros(0, device=self.device), *(b.reshape(-1).float() for _, b in named)]
-        )
+        self._buffer_alignment = Alignment(self.buffer_layout, self.device)
+        nothing = torch.zeros(0, device=self.device)
+        flat = torch.cat([nothing, *(buffer.reshape(-1).float() for _, buffer in named)])
+        self.buffers = self._buffer_alignment.spread(flat)
         sizes = torch.from_numpy(self.buffer_layout.sizes)
-        # Counters such as num_batches_tracked: not averaged, the maximum is taken.
+        # Counters such as num_batches_tracked are not averaged; their maximum is taken.
         self.is_counter, self.is_variance = (
             torch.tensor(marks, dtype=torch.bool).repeat_interleave(sizes)
             for marks in (
@@ -229,11 +321,12 @@ class FlatModel:
                 [name.endswith("running_var") for name, _ in named],
             )
         )
-        pieces = self.buffers.split(self.buffer_layout.sizes.tolist())
-        for (name, buffer), piece in zip(named, pieces, strict=True):
+        views = self._buffer_alignment.views(self.buffers)
+        for (name, _), view in zip(named, views, strict=True):
             owner, _, leaf = name.rpartition(".")
-            # .data: autograd must not take one layer's new statistics for a change of another's
-            self.network.get_submodule(owner)._buffers[leaf] = piece.view(buffer.shape).data
+            # .data, because autograd must not take one layer's new statistics for a change of
+            # another's.
+            self.network.get_submodule(owner)._buffers[leaf] = view.data
 
 
 def _layout(named: list[tuple[str, Tensor]]) -> Layout:

@@ -15,13 +15,15 @@ def _cache_folder() -> Path:
 
     numba keeps machine code by the date of the file that a function stands in, and does not see
     when a function that it calls in another file has changed. So all files that compile anything
-    count, and a new one counts without being named.
+    count, and a new one counts without being named. Nor does numba see whether it was told to check
+    every index (NUMBA_BOUNDSCHECK=1), so that code has a folder of its own too.
     """
     sources = [path.read_bytes() for path in sorted([*HERE.glob("*.py"), *HERE.glob("*/*.py")])]
     compiling = b"".join(source for source in sources if b"from compiled import" in source)
     state = hashlib.blake2b(Path(__file__).read_bytes() + compiling, digest_size=8).hexdigest()
     parent = numba.config.CACHE_DIR or HERE / "__pycache__"
-    return Path(parent) / f"numba-{state}"
+    checked = "-checked" if numba.config.BOUNDSCHECK else ""
+    return Path(parent) / f"numba-{state}{checked}"
 
 
 numba.config.CACHE_DIR = str(_cache_folder())
@@ -73,6 +75,14 @@ def uniform(seed, k):
 
 @compiled
 def add_at(vector, indices, values, weight):
-    """vector[indices] += weight * values, in one pass; float32, the indices distinct."""
+    """vector[indices] += weight * values; float32 [size], int64 [n], float32 [n].
+
+    Raises IndexError, before anything is added, for an index that is not within 0 .. size - 1.
+    """
+    largest = index(0)  # a negative index is larger still: it becomes one of 2^63 or more
+    for k in range(len(indices)):
+        largest = max(largest, index(indices[k]))
+    if len(values) != len(indices) or len(indices) > 0 and largest >= index(len(vector)):
+        raise IndexError("an index lies outside of the vector, or has no value")
     for k in range(len(indices)):
         vector[index(indices[k])] += weight * values[k]

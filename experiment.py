@@ -25,7 +25,8 @@ from distributed import RankLost, Ranks
 from federation.ledger import LedgerRow
 from federation.synchronous import Federation
 from run_folder import RunFolder, RunFolderError
-from training.local_sgd import Interrupted, choose_precision, num_steps, probe_precision
+from training.local_sgd import Interrupted, batch_sizes
+from training.precision import choose_precision, probe_precision
 
 # So many rounds in a row in which no client's update can be used end a run.
 GIVE_UP_AFTER = 5
@@ -245,9 +246,8 @@ def plan(config: Config, ranks: Ranks) -> int:
         precision = config.precision if config.precision != "auto" else choose_precision(seconds)
         federation.clients.precision = precision
         _, messages = federation.run_round()
-    num_clients = config.clients.total
-    steps = sum(num_steps(config.local, len(shard)) for shard in federation.shards) / num_clients
-    estimate = config.rounds * config.clients.per_round * steps
+    steps = sum(len(batch_sizes(config.local, len(shard))) for shard in federation.shards)
+    estimate = config.rounds * config.clients.per_round * steps / len(federation.shards)
     estimate *= seconds.get(precision, seconds["fp32"]) / ranks.size
     _say(
         ranks,

@@ -34,7 +34,7 @@ from experiment import resolve_precision
 from federation.cohort import sample_cohort
 from federation.synchronous import Federation
 from training.engines import autocast
-from training.local_sgd import batch_bounds, local_lr
+from training.local_sgd import batch_sizes, local_lr
 
 # The cohort is a part of the config's, to keep a round short; a client's work is whole.
 CASES = {
@@ -91,13 +91,14 @@ class BareLoop:
             momentum=local.momentum,
             weight_decay=local.weight_decay,
         )
-        bounds = batch_bounds(len(indices), local.batch_size)
         shuffled = torch.from_numpy(indices).to(device)[
             torch.randperm(len(indices), generator=generator, device=device)
         ]
         self.network.train()
-        for start, stop in list(zip(bounds[:-1], bounds[1:], strict=True))[: local.steps]:
-            images, labels = self.pictures.train_batch(shuffled[start:stop], generator)
+        start = 0
+        for size in batch_sizes(local, len(indices)):  # no more than an epoch in all CASES
+            images, labels = self.pictures.train_batch(shuffled[start : start + size], generator)
+            start += size
             optimizer.zero_grad()
             with autocast(device, self.federation.clients.precision):
                 loss = cross_entropy(self.network(images), labels)

@@ -37,7 +37,7 @@ from cnn_model import FlatModel, build_network
 from command_line import load_config
 from config import Config
 from data import Dataset, Pictures, load_dataset, partition_labels
-from training.local_sgd import evaluate
+from training.evaluation import evaluate
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/pfl_benchmark.yaml"

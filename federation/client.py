@@ -6,7 +6,7 @@ next.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,14 @@ from federation.client_store import ClientStore, State
 from federation.messages import SERVER, Broadcast, Buffer, Report
 from pruning import snip_scores
 from training.engines import TorchEngine
-from training.local_sgd import Engine, Interrupted, local_lr, loss_gradient, num_steps, train
+from training.local_sgd import (
+    Engine,
+    Interrupted,
+    batch_sizes,
+    local_lr,
+    loss_gradient,
+    train_client,
+)
 
 OWED = ("residual", "velocity")  # the fields of a State that error feedback keeps
 
@@ -75,11 +82,16 @@ class Clients:
         self.feedback = _error_feedback(config)
         # A new vector for each update would cost ten times the subtraction, because the operating
         # system zeroes its pages. Error feedback needs one, for what the client will owe.
-        self.update = None if self.feedback else torch.empty_like(model.parameters)
+        self.update = None if self.feedback else torch.empty(model.layout.size, device=model.device)
         # FedBN (Li et al. 2021, arXiv 2102.07623): the norm layers are each client's own.
         own = config.model.norm_policy == "local"
-        self.own_positions = model.norm_positions() if own else None
-        self.pruned: Tensor | None = None  # bool [num_parameters], on the device
+        self.own_positions = model.norm_positions().to(model.device) if own else None
+        self.own_aligned: Tensor | None = None  # the same positions in an aligned vector
+        if own:
+            marks = torch.zeros(model.layout.size, dtype=torch.bool, device=model.device)
+            marks[self.own_positions] = True
+            self.own_aligned = model.aligned(marks).nonzero().flatten()
+        self.pruned: Tensor | None = None  # bool, aligned, on the device
         self._use_mask()
         self.stop_requested = False
 
@@ -152,7 +164,8 @@ class Clients:
         if report.failure or not self.team.is_leader:
             return report
         self.load(broadcast.parameters, broadcast.buffers)
-        gradient = self._gradient("mask", 0, client, self.config.pruning.mask.batches)
+        batches = self.config.pruning.mask.batches
+        gradient = self.model.compact(self._gradient("mask", 0, client, batches))
         try:
             self._add(report, "scores", snip_scores(gradient, broadcast.parameters), 0)
         except NotFinite:
@@ -161,12 +174,12 @@ class Clients:
 
     def load(self, parameters: Tensor, buffers: Tensor, state: State | None = None) -> None:
         """Put a model into the network, with the norm layers of the client that kept `state`."""
-        self.model.parameters.copy_(parameters)
-        self.model.buffers.copy_(buffers)
+        model = self.model
         if state and "norm" in state:
-            norm = state["norm"].to(self.model.device)
-            self.model.parameters[self.own_positions] = norm[: len(self.own_positions)]
-            self.model.buffers.copy_(norm[len(self.own_positions) :])
+            norm = state["norm"].to(model.device)
+            own, buffers = norm.split([len(self.own_positions), model.buffer_layout.size])
+            parameters = parameters.to(model.device).index_copy(0, self.own_positions, own)
+        model.load(parameters, buffers)
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -179,13 +192,14 @@ class Clients:
         trained.state = self.store.get(client)
         known = self.team.share({k: v for k, v in trained.state.items() if k not in OWED})
         self.load(broadcast.parameters, broadcast.buffers, known)
-        received = broadcast.parameters if self.own_positions is None else model.parameters.clone()
-        kept = known.get("algorithm")
+        received = broadcast.parameters
+        if self.own_positions is not None:
+            received = model.read_parameters().clone()
         trained.algorithm = self.agreement.algorithm.before(
-            received,
-            None if kept is None else kept.to(model.device),
-            broadcast.vector,
-            lambda: self._gradient("control", round_number, client, None),
+            model.aligned(received),
+            self._aligned(known.get("algorithm")),
+            self._aligned(broadcast.vector),
+            lambda: self._full_gradient(client, round_number),
         )
         self._fit(trained, round_number)
         if not self.team.is_leader:
@@ -197,7 +211,8 @@ class Clients:
         if self.mask.grows_in(round_number):
             self.load(broadcast.parameters, broadcast.buffers, known)
             batches = self.config.pruning.mask.batches
-            trained.growth = self._gradient("mask", round_number, client, batches)
+            gradient = self._gradient("mask", round_number, client, batches)
+            trained.growth = model.compact(gradient)
         return trained
 
     def _fit(self, trained: LocalUpdate, round_number: int) -> None:
@@ -207,7 +222,7 @@ class Clients:
         if self.engine is None:
             self.engine = self.make_engine(self.precision)
         corrects = trained.algorithm.corrects or self.pruned is not None
-        report.loss, report.num_skipped_steps = train(
+        report.loss, report.num_skipped_steps = train_client(
             self.engine,
             self.pictures,
             self.pictures_of[report.client],
@@ -217,7 +232,7 @@ class Clients:
             self._stops,
             self._correction(trained.algorithm) if corrects else None,
         )
-        steps = num_steps(local, report.num_examples) - report.num_skipped_steps
+        steps = len(batch_sizes(local, report.num_examples)) - report.num_skipped_steps
         report.step_length = step_length(lr, steps, local.momentum, local.nesterov)
 
     def _correction(self, algorithm: LocalRound) -> Callable[[Tensor, Tensor], None]:
@@ -227,7 +242,7 @@ class Clients:
         """
 
         def correct(weights: Tensor, gradient: Tensor) -> None:
-            own = self.own_positions
+            own = self.own_aligned
             uncorrected = None if own is None else gradient[own]
             algorithm.correct_gradient(weights, gradient)
             if own is not None:
@@ -242,31 +257,45 @@ class Clients:
         model, own = self.model, self.own_positions
         if self.feedback:  # the update becomes what is owed, so it counts from now on
             self.store.make_room(received.nbytes)
-        update = torch.sub(model.parameters, received, out=self.update)
+        update = torch.sub(model.read_parameters(), received, out=self.update)
         if own is not None:
             update[own] = 0
-        trained.besides = trained.algorithm.after_training(update, trained.report.step_length)
-        trained.update = update
+        aligned = model.aligned(update)
+        besides = trained.algorithm.after_training(aligned, trained.report.step_length)
+        trained.update = model.compact(aligned)
+        trained.besides = None if besides is None else model.compact(besides)
         if own is not None:
-            trained.norm = torch.cat([model.parameters[own], model.buffers])
+            trained.norm = torch.cat([model.read_parameters()[own], model.read_buffers()])
             if trained.besides is not None:
                 trained.besides[own] = 0
         if self.agreement.sends_buffers:
-            trained.buffers = model.buffers.clone()
+            trained.buffers = model.read_buffers().clone()
+
+    def _full_gradient(self, client: int, round_number: int) -> Tensor:
+        """The gradient of what the client minimises, weight decay included, an aligned vector."""
+        gradient = self._gradient("control", round_number, client, None)
+        decay = self.config.local.weight_decay
+        return gradient.add_(self.model.parameters, alpha=decay) if decay else gradient
 
     def _gradient(
         self, purpose: str, round_number: int, client: int, batches: int | None
     ) -> Tensor:
-        """A client's gradient at the weights in the network, float32 [num_parameters]."""
+        """The gradient of a client's loss at the weights in the network, an aligned vector.
+
+        batches: how many to look at; None means that all examples count once.
+        """
         return loss_gradient(
             self.model,
             self.pictures,
             self.pictures_of[client],
-            self.config.local.batch_size,
-            batches,
+            replace(self.config.local, epochs=1, steps=batches),
             self.config.seed_for(purpose, round_number, client),
             self._stops,
         )
+
+    def _aligned(self, vector: Tensor | None) -> Tensor | None:
+        """A vector over the parameters as training holds it, on the device."""
+        return None if vector is None else self.model.aligned(vector.to(self.model.device))
 
     # --- encoding ---------------------------------------------------------------------------------
 
@@ -321,8 +350,7 @@ class Clients:
         return bool(asked)
 
     def _use_mask(self) -> None:
-        pruned = self.mask.pruned
-        self.pruned = None if pruned is None else pruned.to(self.model.device)
+        self.pruned = self._aligned(self.mask.pruned)
 
     def _make_torch_engine(self, precision: str) -> Engine:
         return TorchEngine(self.model, self.config.local, precision, self.team)

@@ -85,8 +85,8 @@ def make_server(config: Config, model: FlatModel, num_examples: list[int]) -> Se
     return Server(
         config,
         Agreement(config, model.layout, model.buffer_layout),
-        model.parameters,
-        model.buffers,
+        model.read_parameters(),
+        model.read_buffers(),
         model.is_counter,
         model.is_variance,
         num_examples,

@@ -31,7 +31,7 @@ from federation.setup import (
 )
 from network.clock import Device, Link, client_timeline
 from training.evaluation import SHARED, evaluate_models
-from training.local_sgd import Interrupted, local_lr
+from training.local_sgd import Interrupted, batch_sizes, local_lr
 
 
 @dataclass
@@ -155,12 +155,10 @@ class Federation:
         return self.clients.score(client, broadcast)
 
     def num_trained(self, client: int) -> int:
-        """How many examples a client trains on in a round."""
-        local, num_examples = self.config.local, len(self.shards[client])
+        """How many examples a client computes gradients of in a round."""
+        num_examples = len(self.shards[client])
         before = num_examples if self.server.algorithm.takes_full_gradient else 0
-        if local.steps:
-            return before + local.steps * min(local.batch_size, num_examples)
-        return before + local.epochs * num_examples
+        return before + sum(batch_sizes(self.config.local, num_examples))
 
     def _evaluate(self, round_number: int, cohort: list[int]) -> dict[str, float | None]:
         """Scores of the model, or of the cohort's models with their own norm layers, if due."""

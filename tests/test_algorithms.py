@@ -330,7 +330,7 @@ NORMS = ["model.name=resnet18", "model.width=0.0625", "model.norm_policy=local"]
 def test_an_interrupted_run_ends_with_the_same_model(run, monkeypatch, words):
     words = [*words, "checkpoint.every=1"]
     _, whole = run(*words, name="whole")
-    original, calls = client.train, []
+    original, calls = client.train_client, []
 
     class Killed(BaseException):
         pass
@@ -342,7 +342,7 @@ def test_an_interrupted_run_ends_with_the_same_model(run, monkeypatch, words):
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(client, "train", train)
+        patch.setattr(client, "train_client", train)
         with pytest.raises(Killed):
             run(*words, name="killed")
     assert run(*words, name="killed")[0] == 0

@@ -107,7 +107,7 @@ def test_a_rank_that_leaves_the_last_checkpoint_late_misses_no_states(run, monke
 
 def test_an_interrupt_writes_a_checkpoint_and_the_same_command_goes_on(run, monkeypatch, capsys):
     _, whole = run(name="whole")
-    original = client.train
+    original = client.train_client
     calls = 0
 
     def train(*args):
@@ -118,7 +118,7 @@ def test_an_interrupt_writes_a_checkpoint_and_the_same_command_goes_on(run, monk
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(client, "train", train)
+        patch.setattr(client, "train_client", train)
         status, folder = run(name="stopped")
     assert status == 130
     assert "interrupted" in capsys.readouterr().err

@@ -23,7 +23,11 @@ from wire.container import PayloadError
 
 NUM_PAYLOADS = 208_000  # of the test, all words together
 NUM_READ_TWICE = 12  # of a series: one payload in so many goes to the naive decoder too
-SMALL = Layout(("conv", "scalar", "empty", "bias"), ((3, 5, 2, 2), (), (0, 4), (19,)))
+SMALL = Layout(
+    ("conv", "scalar", "empty", "hollow", "bias"), ((3, 5, 2, 2), (), (0, 4), (2, 3, 0), (19,))
+)
+LONG = Layout(("row", "bias", "hollow"), ((20_000_000,), (30,), (1, 1, 0)))
+LONG_WORDS = ["fp16", "int8", "bounded(0.3)"]
 FLAT = Layout(("matrix", "bias"), ((24, 25), (3,))).on(np.arange(1, 600))  # over one bucket
 
 
@@ -168,6 +172,18 @@ def test_wounded_payloads_are_refused_or_read_as_the_page_says(word):
     assert seen["refused"] > 0 and seen["accepted"] > 0
 
 
+@pytest.mark.parametrize("word", LONG_WORDS)
+def test_wounded_payloads_of_long_rows_are_refused_or_stay_within_them(word):
+    vector = torch.zeros(LONG.size)
+    few = np.r_[np.arange(0, LONG.size - 100, 1_999_993), LONG.size - 1]
+    vector[few] = 1.0
+    payload = bytes(encode(vector, LONG, word, picking(few))[0])
+    assert attempt(payload, LONG) is not None
+    draw = wounds(np.random.default_rng(WORDS.index(word)))
+    for _ in range(15):
+        attempt(sealed(wound(payload, draw)), LONG)
+
+
 @pytest.mark.parametrize("word", WORDS)
 def test_without_a_right_checksum_nothing_is_accepted(word):
     draw = wounds(np.random.default_rng(0))
@@ -204,6 +220,8 @@ def test_wounded_payloads_take_no_memory_beyond_the_layout():
 
 def main(count: int) -> None:
     """Series of 200 payloads of each word until there are `count`; prints what was seen."""
+    for word in LONG_WORDS:
+        test_wounded_payloads_of_long_rows_are_refused_or_stay_within_them(word)
     total, series, begin = Counter(), 0, time.thread_time()
     while total["refused"] + total["accepted"] < count:
         for number, word in enumerate(WORDS):

@@ -1,9 +1,8 @@
 """DeepSpeed as the engine that trains clients (Rasley et al. 2020; ZeRO: arXiv 1910.02054).
 
 One engine serves all clients of a rank. Parameters stay float32 in every precision (torch.autocast
-inside DeepSpeed), so the flat vectors of a FlatModel stay the ones that are trained: without ZeRO
-they are the network's own; at stage 1 and 2 `parameters` becomes DeepSpeed's flat buffer, and
-`gradients` is filled only where a correction looks at it.
+inside DeepSpeed), so the network trains in the flat vectors of a FlatModel. ZeRO's stages 1 and 2
+step a vector of their own, without gaps, which is copied to the FlatModel after every step.
 """
 
 import contextlib
@@ -20,18 +19,18 @@ from cnn_model import FlatModel
 from config import Config, Local
 from distributed import Team
 from training.deepspeed_file import read_config
-from training.engines import FIRST_SCALE_POWER, Amend, clip_gradient, make_sgd
+from training.engines import FIRST_SCALE_POWER, CorrectGradient, clip_gradient, make_sgd
 
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 class Groups:
-    """Who trains together, in the words of DeepSpeed's `mpu`: teams of k ranks share a client."""
+    """Which ranks train a client together, with the methods that DeepSpeed asks of its `mpu`."""
 
     def __init__(self, ranks_per_client: int):
         self.size = ranks_per_client
         self.data, _ = dist.new_subgroups(ranks_per_client)
-        self.model, _ = dist.new_subgroups(1)  # no tensor parallelism: everybody alone
+        self.model, _ = dist.new_subgroups(1)  # each rank alone: there is no tensor parallelism
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self.data
@@ -53,7 +52,7 @@ class Groups:
 
 
 class DeepSpeedEngine:
-    """forward, backward, step for each batch; begin() before a client's first."""
+    """The methods of TorchEngine, done by DeepSpeed."""
 
     def __init__(
         self,
@@ -65,10 +64,14 @@ class DeepSpeedEngine:
     ):
         local, given = config.local, read_config(config)
         self.model, self.team, self.clip = model, team, local.clip
+        self.weight_decay = local.weight_decay
         self.stage = given.get("zero_optimization", {}).get("stage", 0)
         power = given.get("fp16", {}).get("initial_scale_power", FIRST_SCALE_POWER)
         self.first_scale = 2.0**power
-        self.sgd = make_sgd(list(model.network.parameters()), local)
+        self.tensors = list(model.network.parameters())
+        self.parameter_views = model.views(model.parameters)
+        self.gradient_views = model.views(model.gradients)
+        self.sgd = make_sgd(self.tensors, local)
         if self.stage:
             model.network.zero_grad(set_to_none=True)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -78,26 +81,29 @@ class DeepSpeedEngine:
             mpu=Groups(team.size),
         )
         self.engine.enable_backward_allreduce = self.stage > 0 or team.size > 1
-        if self.stage:  # DeepSpeed moved the parameters, in their order, to a vector of its own
-            model.parameters = self.optimizer.bit16_groups_flat[0][: len(model.parameters)]
-        else:  # the norm over the vector, not over its tensors: the bits of the other engine
+        if self.stage:
+            self.zero_vector = self.optimizer.bit16_groups_flat[0][: model.layout.size]
+            self._take_parameters_back()
+        else:  # the norm of the vector rather than of its tensors' norms, as in TorchEngine
             self.engine.clip_fp32_gradients = lambda: clip_gradient(model, local.clip)
-        self.gradient_views = model.views(model.gradients)
         owner, name = self.engine, "torch_autocast_z0_gradscaler"
         if self.stage:
             owner, name = self.optimizer, "torch_autocast_gradscaler"
         self.scaler = getattr(owner, name) if precision == "fp16" else None
         self.logs = EngineLogs(given, folder)
 
-    def begin(self, lr: float, amend: Amend | None) -> None:
+    def begin(self, lr: float, correct_gradient: CorrectGradient | None) -> None:
         """Train from what model.parameters holds, without memory of the client before."""
-        self.amend = amend
+        self.correct_gradient = correct_gradient
+        # As in TorchEngine: decay, correct, clip, momentum.
+        self.decay = self.weight_decay if correct_gradient or self.clip else 0.0
         for group in self.sgd.param_groups:
-            group["lr"] = lr
+            group["lr"], group["weight_decay"] = lr, self.weight_decay - self.decay
             for parameter in group["params"] if group["momentum"] else ():
-                # Fused SGD would leave it uninitialised where the first step overflows (fp16).
+                # Fused SGD would leave the momentum uninitialised if fp16 overflows at first.
                 self.sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         if self.stage:
+            self.zero_vector.copy_(self.model.read_parameters())
             self.optimizer.refresh_fp32_params()
         if self.scaler:
             scale = {"scale": self.first_scale, "growth_factor": 2.0, "backoff_factor": 0.5}
@@ -109,22 +115,26 @@ class DeepSpeedEngine:
         return self.engine(images).float()
 
     def backward(self, loss: Tensor, share: float) -> None:
-        """The gradient of a mean loss over `share` of the batch; DeepSpeed averages the team's."""
+        """Compute the gradient of a mean loss over `share` of the batch.
+
+        DeepSpeed averages the team's gradients.
+        """
         self.engine.backward(loss * (share * self.team.size))
 
     def step(self) -> int:
-        """Amend, clip and apply the gradient; return 1 if fp16 overflowed and skipped the step."""
+        """Decay, correct, clip and apply the gradient; return 1 if fp16 overflowed instead."""
         scale = self.scaler.get_scale() if self.scaler else 1.0
-        if self.amend:
-            self._amend(scale)
+        if self.correct_gradient or self.decay:
+            self._correct(scale)
         if self.stage and self.scaler:  # ZeRO compares the clip with the scaled norm
             self.optimizer.clip_grad = self.clip * scale
         with self.logs.quiet_step():
             self.engine.step()
-        if not self.stage:  # DeepSpeed took .grad away
-            parameters = self.model.network.parameters()
-            for parameter, view in zip(parameters, self.gradient_views, strict=True):
-                parameter.grad = view
+        if self.stage:
+            self._take_parameters_back()
+        else:  # DeepSpeed took .grad away
+            for tensor, view in zip(self.tensors, self.gradient_views, strict=True):
+                tensor.grad = view
         if not self.scaler:
             return 0
         if self.stage and not self.engine.was_step_applied():  # ZeRO skips, and keeps the scale
@@ -132,20 +142,34 @@ class DeepSpeedEngine:
         return int(self.scaler.get_scale() < scale)
 
     def end(self) -> None:
-        """A client is done."""
+        """Write down what DeepSpeed logged of this client."""
         self.logs.end_client()
 
-    def _amend(self, scale: float) -> None:
-        gradients, parameters = self.model.gradients, list(self.model.network.parameters())
+    def _take_parameters_back(self) -> None:
+        """Copy ZeRO's parameters to the FlatModel's vector, and let the network use that again.
+
+        ZeRO lets the network's tensors be views of its own vector, where they start at any address.
+        """
+        for tensor, view in zip(self.tensors, self.parameter_views, strict=True):
+            tensor.data = view.copy_(tensor.data)
+
+    def _correct(self, scale: float) -> None:
+        """Decay and correct the gradient without fp16's scale.
+
+        Under ZeRO each rank has a part of the gradient.
+        """
+        gradients = self.model.gradients
         if self.stage:
-            for parameter, view in zip(parameters, self.gradient_views, strict=True):
-                view.copy_(deepspeed.utils.safe_get_full_grad(parameter))
+            for tensor, view in zip(self.tensors, self.gradient_views, strict=True):
+                view.copy_(deepspeed.utils.safe_get_full_grad(tensor))
         gradients.div_(scale)  # a power of two: exact both ways
-        self.amend(self.model.parameters, gradients)
+        gradients.add_(self.model.parameters, alpha=self.decay)
+        if self.correct_gradient:
+            self.correct_gradient(self.model.parameters, gradients)
         gradients.mul_(scale)
         if self.stage:
-            for parameter, view in zip(parameters, self.gradient_views, strict=True):
-                deepspeed.utils.safe_set_full_grad(parameter, view)
+            for tensor, view in zip(self.tensors, self.gradient_views, strict=True):
+                deepspeed.utils.safe_set_full_grad(tensor, view)
 
 
 def resolve(given: dict[str, Any], local: Local, precision: str) -> dict[str, Any]:
@@ -163,10 +187,11 @@ def resolve(given: dict[str, Any], local: Local, precision: str) -> dict[str, An
 
 
 class EngineLogs:
-    """DeepSpeed's wall-clock breakdown and comms log, where its config asks for them.
+    """DeepSpeed's wall-clock breakdown and communication log, if its config asks for them.
 
-    In the run folder: deepspeed_wall_clock.rank<n>.txt, and deepspeed_comms.rank<n>.jsonl with a
-    line a client: each operation's count, bytes and milliseconds.
+    They are written into the run folder: deepspeed_wall_clock.rank<n>.txt, and
+    deepspeed_comms.rank<n>.jsonl with a line per client, which holds the count, the bytes and the
+    milliseconds of each operation.
     """
 
     def __init__(self, given: dict[str, Any], folder: Path):
@@ -179,7 +204,7 @@ class EngineLogs:
             self.breakdown = open(path, "a", buffering=1)
 
     def quiet_step(self) -> contextlib.AbstractContextManager:
-        """What DeepSpeed prints within goes to the file."""
+        """Within this context, what DeepSpeed prints goes to the file of the breakdown."""
         if self.breakdown:
             return contextlib.redirect_stdout(self.breakdown)
         return contextlib.nullcontext()

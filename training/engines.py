@@ -1,6 +1,6 @@
-"""What turns a batch's loss into a step: plain PyTorch, on the flat vectors of a FlatModel.
+"""How a batch's loss becomes a step: plain PyTorch on the flat vectors of a FlatModel.
 
-deepspeed_engine.py is the other engine, with the same methods; client.train() uses either.
+deepspeed_engine.py holds the other engine, with the same methods; local_sgd.py uses either.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,11 @@ from config import Local
 from distributed import Team
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-FIRST_SCALE_POWER = 10  # of fp16's loss scale: 2^10
+FIRST_SCALE_POWER = 10  # fp16 multiplies the loss by 2^10 at first
 
-# Corrects the gradient in place, given the weights: after unscaling, before clipping.
-Amend = Callable[[Tensor, Tensor], None]
+# correct_gradient(weights, gradient) corrects a batch's gradient in place: after fp16's scale has
+# been taken out, before clipping. Both are aligned vectors of the model (FlatModel.aligned).
+CorrectGradient = Callable[[Tensor, Tensor], None]
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -24,10 +25,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def clip_gradient(model: FlatModel, max_norm: float) -> Tensor:
-    """Scale model.gradients down to max_norm where their norm is more; return the norm."""
-    flat = torch.nn.Parameter(model.parameters)
-    flat.grad = model.gradients
-    return torch.nn.utils.clip_grad_norm_([flat], max_norm)
+    """Scale model.gradients down to max_norm if their norm is larger; return the norm."""
+    norm = torch.nn.utils.get_total_norm([model.gradients])
+    # Tensor by tensor, because a norm that is NaN must not spread to the gaps between them.
+    torch.nn.utils.clip_grads_with_norm_(model.network.parameters(), max_norm, norm)
+    return norm
 
 
 def make_sgd(parameters: list[torch.nn.Parameter], local: Local) -> torch.optim.SGD:
@@ -39,36 +41,46 @@ def make_sgd(parameters: list[torch.nn.Parameter], local: Local) -> torch.optim.
         momentum=local.momentum,
         nesterov=local.nesterov,
         weight_decay=local.weight_decay,
-        # A plain step is one pass without it too, and measured faster on a CPU (docs/LOG.md).
+        # On a CPU a plain step is one pass without fusion too, and faster (docs/LOG.md).
         fused=not plain or parameters[0].is_cuda,
     )
 
 
 class TorchEngine:
-    """forward, backward, step for each batch; begin() before a client's first.
+    """Call begin() before a client's first batch, forward(), backward() and step() for each batch,
+    and end() after its last.
 
     team: the ranks that share each client's batches; their gradients are added up.
     """
 
     def __init__(self, model: FlatModel, local: Local, precision: str, team: Team):
         self.model, self.precision, self.team, self.clip = model, precision, team, local.clip
+        self.weight_decay = local.weight_decay
         self.tensors = list(model.network.parameters())
         self.views = model.views(model.gradients)
         self.sgd = make_sgd(self.tensors, local)
 
-    def begin(self, lr: float, amend: Amend | None) -> None:
+    def begin(self, lr: float, correct_gradient: CorrectGradient | None) -> None:
         """Train from what model.parameters holds, without memory of the client before."""
-        self.sgd.param_groups[0]["lr"], self.amend = lr, amend
+        self.sgd.param_groups[0]["lr"], self.correct_gradient = lr, correct_gradient
         if self.sgd.param_groups[0]["momentum"]:
-            # Fused SGD would leave it uninitialised where the first step overflows (fp16).
+            # Fused SGD would leave the momentum uninitialised if fp16 overflows in the first step.
             momentum = self.model.views(torch.zeros_like(self.model.parameters))
             for tensor, buffer in zip(self.tensors, momentum, strict=True):
                 self.sgd.state[tensor]["momentum_buffer"] = buffer
         device, scale = self.model.device.type, 2.0**FIRST_SCALE_POWER
         self.scaler = torch.amp.GradScaler(device, scale, enabled=self.precision == "fp16")
-        # Somebody looks at the whole gradient. Else the step takes each tensor's from where
-        # autograd left it, which saves two passes over the vector.
-        self.gathers = bool(amend or self.clip or self.team.size > 1 or self.scaler.is_enabled())
+        # The order of a step is decay, correct, clip, momentum: a correction is of the gradient of
+        # what the client minimises, weight decay included. SGD adds the decay after both, so where
+        # there is one of them, step() adds it first.
+        self.decay = self.weight_decay if correct_gradient or self.clip else 0.0
+        self.sgd.param_groups[0]["weight_decay"] = self.weight_decay - self.decay
+        # Each of these needs the whole gradient in one vector. Otherwise the step takes each
+        # tensor's gradient from where autograd left it, which saves two passes over the vector.
+        needs_vector = correct_gradient or self.clip or self.team.size > 1
+        self.gathers = bool(needs_vector or self.scaler.is_enabled())
+        if self.gathers:
+            self.model.gradients.zero_()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float32 [B, num_classes]."""
@@ -76,25 +88,27 @@ class TorchEngine:
             return self.model.network(images).float()
 
     def backward(self, loss: Tensor, share: float) -> None:
-        """The gradient of a mean loss over `share` of the batch; the team has the rest."""
-        # Not backward(), which adds: to zero what it adds to would move more bytes.
+        """Compute the gradient of a mean loss over `share` of the batch; the team has the rest."""
+        # Tensor.backward() would add to what is there; setting that to zero moves more bytes.
         gradients = torch.autograd.grad(self.scaler.scale(loss * share), self.tensors)
         if self.gathers:
             torch._foreach_copy_(self.views, gradients)
             self.team.sum_(self.model.gradients)
             gradients = self.views
         for tensor, view, gradient in zip(self.tensors, self.views, gradients, strict=True):
-            # Fused SGD reads memory from end to end, in whatever order the strides say it is.
+            # Fused SGD reads memory from end to end, whatever order the strides give it.
             tensor.grad = gradient if gradient.is_contiguous() else view.copy_(gradient)
 
     def step(self) -> Tensor | int:
-        """Amend, clip and apply the gradient; return 1 if fp16 overflowed and skipped the step."""
+        """Decay, correct, clip and apply the gradient; return 1 if fp16 overflowed instead."""
         skipped: Tensor | int = 0
         self.scaler.unscale_(self.sgd)
         if self.scaler.is_enabled():
             skipped = ~self.model.gradients.isfinite().all()
-        if self.amend:
-            self.amend(self.model.parameters, self.model.gradients)
+        if self.decay:
+            self.model.gradients.add_(self.model.parameters, alpha=self.decay)
+        if self.correct_gradient:
+            self.correct_gradient(self.model.parameters, self.model.gradients)
         if self.clip:
             clip_gradient(self.model, self.clip)
         self.scaler.step(self.sgd)
@@ -103,7 +117,7 @@ class TorchEngine:
         return skipped
 
     def end(self) -> None:
-        """A client is done: what only training needs makes room for coding its update."""
+        """Free the memory that only training needs, before the client's update is encoded."""
         self.sgd.state.clear()
         for tensor, view in zip(self.tensors, self.views, strict=True):
             tensor.grad = view

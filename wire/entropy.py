@@ -21,7 +21,7 @@ from wire.range_coder import (
 )
 from wire.rans import is_spent, new_table, push_all
 from wire.scan import as_grids, new_scratch, out_of_order, scan_order
-from wire.walk import DONE, FAULTS, MAX_LEVEL, NO_ROOM, Walk, read_walk, write_walk
+from wire.walk import DONE, FAULTS, MAX_LEVEL, Walk, read_walk, write_walk
 
 
 def encode_integers(indices: np.ndarray, levels: np.ndarray, layout: Layout) -> bytes:
@@ -38,15 +38,17 @@ def encode_integers(indices: np.ndarray, levels: np.ndarray, layout: Layout) -> 
         raise ValueError(f"levels must lie within 1..{MAX_LEVEL} in magnitude")
     tensors = as_grids(layout)
     *entries, copies = scan_order(tensors, indices.astype(np.int64), levels.astype(np.int16))
-    num_words = 256 + 4 * len(indices) + 8 * int(tensors[:, 3].max())
-    ending = NO_ROOM
-    while ending == NO_ROOM:
-        words, tape = np.zeros(num_words, np.uint32), np.empty(num_words, np.uint64)
-        walk = _new_walk(tensors, copies, *entries, least, spread, words, tape)
+    scratch = new_scratch(tensors)
+    num_words, num_steps = 256 + 2 * len(indices), 256 + 4 * len(indices)  # mostly enough
+    while True:
+        words, tape = np.empty(num_words, np.uint32), np.empty(num_steps, np.uint64)
+        walk = _new_walk(tensors, copies, *entries, least, spread, words, tape, scratch)
         ending, state, head = write_walk(walk, writing_state(), (np.uint64(0), 0))
-        num_words *= 4
-    if ending != DONE:
-        raise ValueError(f"indices must be ascending and within the layout: {FAULTS[ending]}")
+        if ending != DONE:
+            raise ValueError(f"indices must be ascending and within the layout: {FAULTS[ending]}")
+        if state[2] <= num_words and head[1] <= num_steps:
+            break
+        num_words, num_steps = state[2], head[1]  # the coders count what does not fit
     code = with_ending(words, state)
     x, rest = push_all(tape[: head[1]])
     numbers = len(indices), least, spread, len(code), x
@@ -82,13 +84,16 @@ def decode_integers(body: bytes | memoryview, layout: Layout) -> tuple[np.ndarra
     copies = np.zeros(len(tensors), np.int64)
     state, words = reading_state(code)
     tape = np.frombuffer(rest, ">u4").astype(np.uint32)
-    walk = _new_walk(tensors, copies, indices, levels, least, spread, words, tape)
+    scratch = new_scratch(tensors)
+    walk = _new_walk(tensors, copies, indices, levels, least, spread, words, tape, scratch)
     ending, state, head = read_walk(walk, state, (np.uint64(x), 0))
     if ending != DONE:
         raise PayloadError(f"levels: {FAULTS[ending]}")
     check_end(code, state)
     if not is_spent(head, tape):
         raise PayloadError("levels: words are left over, or others than an encoder ends with")
+    # A tensor's cells and positions have each their own index within it, and come in ascending order
+    # but where it is walked by columns. So once these are sorted, all indices ascend and differ.
     for t in out_of_order(layout):
         part = slice(walk.bounds[t], walk.bounds[t + 1])
         order = np.argsort(indices[part])
@@ -96,8 +101,8 @@ def decode_integers(body: bytes | memoryview, layout: Layout) -> tuple[np.ndarra
     return indices, levels
 
 
-def _new_walk(tensors, copies, indices, levels, least, spread, words, tape) -> Walk:
+def _new_walk(tensors, copies, indices, levels, least, spread, words, tape, scratch) -> Walk:
     """A walk in which nothing has been coded yet."""
     model, table = FIRST_DECISIONS.copy(), new_table(FIRST_SYMBOLS)
     numbers = indices, levels, least, spread
-    return Walk(tensors, copies, *numbers, words, model, tape, table, *new_scratch(tensors))
+    return Walk(tensors, copies, *numbers, words, model, tape, table, *scratch)

@@ -48,6 +48,15 @@ def share_of_ones(probability, state):
 
 
 @inlined
+def _carry(j, words):
+    """Add one to word j. It never carries beyond the first word: a code is a number below 1."""
+    while words[index(j)] == 0xFFFFFFFF:
+        words[index(j)] = 0
+        j -= 1
+    words[index(j)] += np.uint32(1)
+
+
+@inlined
 def take(reading, bit, ones, state, words):
     """Narrow the range to the share of a one or to that of a zero. Returns state."""
     point, width, at = state
@@ -59,19 +68,17 @@ def take(reading, bit, ones, state, words):
             point -= ones
         else:
             point += ones
-            if point < ones:  # a carry into the words already written
-                j = at - 1
-                while words[j] == 0xFFFFFFFF:
-                    words[j] = 0
-                    j -= 1
-                words[j] += np.uint32(1)
+            if point < ones and at <= len(words):
+                _carry(at - 1, words)
     if width < np.uint64(1 << 32):
         width <<= np.uint64(32)
+        inside = at < len(words)
         if reading:  # past the end there are zeros
-            word = np.uint64(words[at]) if at < len(words) else np.uint64(0)
+            word = np.uint64(words[index(at)]) if inside else np.uint64(0)
             point = point << np.uint64(32) | word
-        else:
-            words[at] = np.uint32(point >> np.uint64(32))
+        else:  # past the end, words are only counted
+            if inside:
+                words[index(at)] = np.uint32(point >> np.uint64(32))
             point <<= np.uint64(32)
         at += 1
     return point, width, at

@@ -129,7 +129,8 @@ def _note(low, size, num_bits, bits, head, tape):
     """Write down a step, to be pushed later. Returns head."""
     x, at = head
     bits = np.uint64(bits) << np.uint64(8) | np.uint64(num_bits)
-    tape[index(at)] = bits << WORD | low << np.uint64(16) | size
+    if at < len(tape):  # past the end, steps are only counted
+        tape[index(at)] = bits << WORD | low << np.uint64(16) | size
     return x, at + 1
 
 

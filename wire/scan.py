@@ -5,27 +5,12 @@ functions below take the whole layout so described: tensors, int64 [num_tensors,
 """
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 from xxhash import xxh3_128_digest
 
 from layout import Layout
-
-
-class Grid(NamedTuple):
-    """One tensor. Entry k of the cell at (row, column) has in the vector the index
-
-    offset + row * row_stride + column * column_stride + k.
-    """
-
-    offset: int
-    rows: int
-    columns: int
-    kernel: int  # how many entries a cell has
-    width: int  # of a row of the kernel
-    row_stride: int
-    column_stride: int
+from wire.walk import Grid
 
 
 @lru_cache(maxsize=16)
@@ -49,7 +34,9 @@ def _grid(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
     if len(shape) == 2:
         return shape[1], shape[0], 1, 1, 1, shape[1]
     kernel = int(np.prod(shape[2:]))
-    return shape[0], shape[1], kernel, max(shape[-1], 1), shape[1] * kernel, kernel
+    if kernel == 0:  # no columns, so that nobody can place a level in one
+        return shape[0], 0, 0, 1, 0, 0
+    return shape[0], shape[1], kernel, shape[-1], shape[1] * kernel, kernel
 
 
 def by_columns(tensors: np.ndarray) -> np.ndarray:
@@ -69,7 +56,8 @@ def new_scratch(tensors: np.ndarray) -> tuple[np.ndarray, ...]:
     """What a walk writes on, int64: one for the tensors and an end, three for the columns; one for
     a kernel with zeros left and above, two for its positions, one for what is set in a row of it.
     """
-    columns, kernel = int(tensors[:, 2].max(initial=1)), int(tensors[:, 3].max(initial=1))
+    columns = int(tensors[tensors[:, 1] > 1, 2].max(initial=1))
+    kernel = int(tensors[:, 3].max(initial=1))
     width = int(tensors[:, 4].max(initial=1))
     framed = int(
         (tensors[:, 3] + tensors[:, 3] // tensors[:, 4] + tensors[:, 4] + 1).max(initial=4)

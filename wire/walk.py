@@ -11,7 +11,7 @@ it, so both ends make the same choices by construction: a writer takes the entri
 and `w.levels`, and a reader puts them there. The walk computes in integers only, so payloads are
 equal on every machine.
 
-Shorthand: `w` is what the parts share (Walk), `grid` is the tensor at hand (scan.Grid), `j` is the
+Shorthand: `w` is what the parts share (Walk), `grid` is the tensor at hand (Grid), `j` is the
 number of entries that are done, `row` and `start` are the indices of the first entry of a row and
 of a cell, `i` is a column. `state` and `head` are where the two coders stand (see range_coder.py
 and rans.py).
@@ -22,33 +22,14 @@ from typing import NamedTuple
 import numpy as np
 
 from compiled import compiled, index, part
-from wire.contexts import (
-    ESCAPES,
-    MASK,
-    OCCUPIED,
-    ROWS,
-    TENSORS,
-    of_kernel_level,
-    of_single_level,
-)
-from wire.range_coder import (
-    FAST,
-    SLOW,
-    clamp,
-    code_number,
-    decide,
-    learn,
-    log,
-    share_of_ones,
-    take,
-)
+from wire.contexts import ESCAPES, MASK, OCCUPIED, ROWS, TENSORS, of_kernel_level, of_single_level
+from wire.range_coder import FAST, SLOW, clamp, code_number, decide, learn, log, share_of_ones, take
 from wire.rans import ESCAPE, code_small_number, code_symbol
-from wire.scan import Grid
 
 MAX_LEVEL = 32767
 
 # How a walk ends.
-DONE, BAD_COPY, TOO_MANY, NO_ROOM, BAD_ROW, BAD_CELL, TOO_LARGE, TOO_FEW = range(8)
+DONE, BAD_COPY, TOO_MANY, ENDED, BAD_ROW, BAD_CELL, TOO_LARGE, TOO_FEW, EMPTY = range(9)
 FAULTS = (
     "",
     "a copy of no tensor",
@@ -58,7 +39,23 @@ FAULTS = (
     "a cell with no positions or others than it has",
     "a level that is too large",
     "fewer values than announced",
+    "a tensor that is said to hold something, and does not",
 )
+
+
+class Grid(NamedTuple):
+    """One tensor. Entry k of the cell at (row, column) has in the vector the index
+
+    offset + row * row_stride + column * column_stride + k.
+    """
+
+    offset: int
+    rows: int
+    columns: int
+    kernel: int  # how many entries a cell has
+    width: int  # of a row of the kernel
+    row_stride: int
+    column_stride: int
 
 
 class Walk(NamedTuple):
@@ -75,7 +72,7 @@ class Walk(NamedTuple):
     tape: np.ndarray  # of rans.py
     table: tuple  # its contexts
     bounds: np.ndarray  # int64 [num_tensors + 1]: the walk notes where each tensor's entries begin
-    # For each column of the tensor at hand, int64:
+    # For each column of the tensor at hand, if it has several rows, int64:
     column_cells: np.ndarray  # how many of its cells hold something so far
     column_logs: np.ndarray  # the logarithm that stands for this number in ratios
     column_sums: np.ndarray  # the sum of its levels so far
@@ -95,8 +92,6 @@ def _build_walk(reading):
         for t in range(len(w.tensors)):
             w.bounds[t] = w.bounds[t + 1] = j
             grid = _grid(w.tensors, t)
-            if not reading and _is_full(0, w, state, head):
-                return NO_ROOM, state, head
             holds, state = _holds_any(reading, j, grid, w, state)
             if not holds:
                 continue
@@ -120,13 +115,6 @@ def _build_walk(reading):
 def _grid(tensors, t):
     rows, columns, size = tensors[t, 1], tensors[t, 2], tensors[t, 3]
     return Grid(tensors[t, 0], rows, columns, size, tensors[t, 4], tensors[t, 5], tensors[t, 6])
-
-
-@part
-def _is_full(size, w, state, head):
-    """Writing: whether a kernel of that size may need more room than is left."""
-    most = 64 + 8 * size
-    return state[2] + most > len(w.words) or head[1] + most > len(w.tape)
 
 
 @part
@@ -196,10 +184,8 @@ def _rows(reading, j, grid, w, state, head):
     _clear(grid, w)
     num_cells = 0  # that hold something, in the rows before
     for o in range(grid.rows):
-        # A payload that has ended is not walked to the end of the layout.
-        ended = reading and state[2] > len(w.words) + 2
-        if ended or not reading and _is_full(0, w, state, head):
-            return NO_ROOM, j, state, head
+        if reading and state[2] > len(w.words) + 2:  # only zeros come: do not walk on to the end
+            return ENDED, j, state, head
         row = grid.offset + o * grid.row_stride
         due = 0 if reading else _num_occupied(row, j, grid, w)
         usual = min(log((num_cells // o if o else 0) + 1) >> 1, 11)
@@ -212,13 +198,16 @@ def _rows(reading, j, grid, w, state, head):
             if ending != DONE:
                 return ending, j, state, head
             num_cells += due
-    return DONE, j, state, head
+    return DONE if num_cells else EMPTY, j, state, head
 
 
 @part
 def _clear(grid, w):
-    """Forget the columns of the tensor before, and find the slots of a kernel."""
-    for i in range(grid.columns):
+    """Forget the columns of the tensor before, and find the slots of a kernel.
+
+    A tensor of one row, which may be tens of millions of entries long, uses no memory for columns.
+    """
+    for i in range(grid.columns if grid.rows > 1 else 0):
         w.column_cells[index(i)] = w.column_logs[index(i)] = w.column_sums[index(i)] = 0
     width = grid.width
     for k in range(grid.kernel):
@@ -250,12 +239,15 @@ def _cells(reading, row, due, num_cells, j, grid, w, state, head):
     ahead = num_cells  # cells of the rows before, in the column to come and those to its right
     i = -1
     while due:
-        i, ratio, ahead, state = _next_cell(reading, row, due, i, ahead, j, grid, w, state)
+        place = row, due, i, ahead, j
+        if grid.rows > 1:
+            i, ratio, ahead, state = _next_cell(reading, True, place, grid, w, state)
+        else:
+            i, ratio, ahead, state = _next_cell(reading, False, place, grid, w, state)
         due -= 1
-        w.column_cells[index(i)] += 1
-        w.column_logs[index(i)] = log(2 * w.column_cells[index(i)] + 1)
-        if not reading and _is_full(grid.kernel, w, state, head):
-            return NO_ROOM, j, state, head
+        if grid.rows > 1:
+            w.column_cells[index(i)] += 1
+            w.column_logs[index(i)] = log(2 * w.column_cells[index(i)] + 1)
         start, num_set, w.positions[0] = row + i * grid.column_stride, 1, 0
         if grid.kernel > 1:
             num_set, head = _positions(reading, start, j, grid, w, head)
@@ -273,19 +265,23 @@ def _cells(reading, row, due, num_cells, j, grid, w, state, head):
 
 
 @part
-def _next_cell(reading, row, due, i, ahead, j, grid, w, state):
+def _next_cell(reading, several, place, grid, w, state):
     """Find the next column, after i, whose cell holds something. Returns (i, ratio, ahead, state).
 
-    It is a loop of its own, so that registers hold all that it needs. Most cells hold nothing, so
+    `several` is a constant too: a tensor of one row has no rows before that tell of its columns.
+    This is a loop of its own, so that registers hold all that it needs. Most cells hold nothing, so
     the decisions that say so stay in the loop, and the one that ends it comes after.
     """
+    row, due, i, ahead, j = place
     log_due = log(due)
     while True:
         i += 1
         left = grid.columns - i
-        ratio = log_due + w.column_logs[index(i)] - log(2 * ahead + left) + 44
+        ratio = log_due - log(2 * ahead + left) + 44
+        if several:
+            ratio += w.column_logs[index(i)]
+            ahead -= w.column_cells[index(i)]
         ratio = clamp(ratio, 0, 67)
-        ahead -= w.column_cells[index(i)]
         if due >= left:  # every cell that is left holds something
             return i, ratio, ahead, state
         context = OCCUPIED + ratio
@@ -359,7 +355,8 @@ def _levels(reading, start, i, num_set, ratio, sums, j, grid, w, state, head):
                 w.kernel, slot, grid.width, num_set, cell_signs, row_signs, w.least
             )
         else:
-            contexts = of_single_level(row_sum, w.column_sums[index(i)], ratio, w.least)
+            column_sum = w.column_sums[index(i)] if grid.rows > 1 else 0
+            contexts = of_single_level(row_sum, column_sum, ratio, w.least)
         bank = ESCAPES + (32 if grid.kernel > 1 else 64)
         level, state, head = _level(reading, w.levels[index(j)], contexts, bank, w, state, head)
         if level == 0:
@@ -372,7 +369,8 @@ def _levels(reading, start, i, num_set, ratio, sums, j, grid, w, state, head):
         cell_signs += sign
         row_signs += sign
         row_sum += level
-        w.column_sums[index(i)] += level
+        if grid.rows > 1:
+            w.column_sums[index(i)] += level
         w.kernel[index(slot)] = level
     for n in range(num_set):
         w.kernel[index(w.slots[index(w.positions[index(n)])])] = 0

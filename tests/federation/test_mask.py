@@ -156,7 +156,7 @@ def test_the_mask_never_changes_after_the_last_round():
 @pytest.mark.parametrize("method", SETTINGS)
 def test_the_global_model_and_all_messages_stay_on_the_mask(tmp_path, monkeypatch, method):
     received, learned = [], []
-    original = client.train
+    original = client.train_client
 
     def train(engine, *rest):
         received.append(engine.model.parameters.clone())
@@ -164,7 +164,7 @@ def test_the_global_model_and_all_messages_stay_on_the_mask(tmp_path, monkeypatc
         learned.append(engine.model.parameters.clone())
         return loss
 
-    monkeypatch.setattr(client, "train", train)
+    monkeypatch.setattr(client, "train_client", train)
     one = make_federation(tmp_path, *SETTINGS[method], "local.clip=0.5", "server.optimizer=FedAvgM")
     size, counts = one.model.layout.size, set()
     for number in range(1, 5):
@@ -251,7 +251,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("last_call", [2, 9])  # of train: in round 1 and in round 3
 def test_a_killed_run_resumes_to_the_same_end(run, monkeypatch, method, last_call):
     _, whole = run(*SETTINGS[method], name="whole")
-    original, calls = client.train, []
+    original, calls = client.train_client, []
 
     def train(*args):
         calls.append(1)
@@ -260,7 +260,7 @@ def test_a_killed_run_resumes_to_the_same_end(run, monkeypatch, method, last_cal
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(client, "train", train)
+        patch.setattr(client, "train_client", train)
         with pytest.raises(Killed):
             run(*SETTINGS[method], name="killed")
     assert run(*SETTINGS[method], name="killed")[0] == 0

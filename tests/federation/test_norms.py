@@ -37,7 +37,7 @@ def test_frozen_statistics_never_change_nor_travel(tmp_path):
     before = one.server.buffers.clone()
     weights = one.server.parameters.detach().clone()
     _, rows = one.run_round()
-    assert torch.equal(one.server.buffers, before) and torch.equal(one.model.buffers, before)
+    assert torch.equal(one.server.buffers, before) and torch.equal(one.model.read_buffers(), before)
     assert not torch.equal(one.server.parameters, weights)
     assert kinds(rows) == {("down", "model"), ("up", "update")}
 
@@ -58,7 +58,8 @@ def test_local_norm_layers_stay_with_their_client(tmp_path):
     received = []
     load = one.clients.load
     one.clients.load = lambda p, b, s=None: (
-        load(p, b, s) or received.append(torch.cat([one.model.parameters[own], one.model.buffers]))
+        load(p, b, s)
+        or received.append(torch.cat([one.model.read_parameters()[own], one.model.read_buffers()]))
     )
     rows = [row for _ in range(2) for row in one.run_round()[1]]
     assert torch.equal(one.server.parameters.detach()[own], norms)  # the server's never move
@@ -98,7 +99,7 @@ def hold_still(monkeypatch, positions):
         return original(*rest, correct_gradient)
 
     original = local_sgd.train
-    monkeypatch.setattr(client, "train", train)
+    monkeypatch.setattr(client, "train_client", train)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -129,7 +130,8 @@ def test_local_norm_layers_of_a_client_that_has_kept_nothing(tmp_path, monkeypat
         one.clients.pictures_of[2] = one.clients.pictures_of[2][:0]
     else:
         monkeypatch.setattr(
-            "federation.client.train", lambda e, *_: (e.model.parameters.fill_(np.nan), (0.0, 0))[1]
+            "federation.client.train_client",
+            lambda e, *_: (e.model.parameters.fill_(np.nan), (0.0, 0))[1],
         )
     row, _ = one.run_round()
     assert row["num_failed"] == (1 if how == "no examples" else 4)
@@ -209,4 +211,4 @@ def test_a_round_of_clients_without_examples_keeps_the_model(tmp_path):
 def test_one_client_is_plain_training(tmp_path):
     one = make_plain_federation(tmp_path, "clients.total=1", "clients.per_round=1")
     one.run_round()
-    torch.testing.assert_close(one.server.parameters.detach(), one.model.parameters)
+    torch.testing.assert_close(one.server.parameters.detach(), one.model.read_parameters())

@@ -38,8 +38,8 @@ def test_a_client_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypat
             return float("nan"), 0
         return original(engine, *rest)
 
-    calls, original = [], client.train
-    monkeypatch.setattr(client, "train", train)
+    calls, original = [], client.train_client
+    monkeypatch.setattr(client, "train_client", train)
     one = make_federation(tmp_path)
     row, _ = one.run_round()
     assert row["num_clients"] == 2 and row["num_failed"] == 1
@@ -70,7 +70,7 @@ def test_a_round_with_nobody_left_keeps_the_model(tmp_path, monkeypatch):
         engine.model.parameters.fill_(float("inf"))
         return float("nan"), 0
 
-    monkeypatch.setattr(client, "train", diverge)
+    monkeypatch.setattr(client, "train_client", diverge)
     one = make_federation(tmp_path)
     before = one.server.sha256()
     row, _ = one.run_round()
@@ -80,20 +80,20 @@ def test_a_round_with_nobody_left_keeps_the_model(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_is_logged_as_none(tmp_path, monkeypatch):
     """fp16's loss scaler skips such a step, so the update may be finite."""
-    monkeypatch.setattr(client, "train", lambda *rest: (float("inf"), 0))
+    monkeypatch.setattr(client, "train_client", lambda *rest: (float("inf"), 0))
     row, _ = make_federation(tmp_path).run_round()
     assert row["num_failed"] == 0 and row["train_loss"] is None
 
 
 def test_clients_train_from_what_they_decoded(tmp_path, monkeypatch):
     starts = []
-    original = client.train
+    original = client.train_client
 
     def train(engine, *rest):
         starts.append(engine.model.parameters.clone())
         return original(engine, *rest)
 
-    monkeypatch.setattr(client, "train", train)
+    monkeypatch.setattr(client, "train_client", train)
     one = make_federation(tmp_path, "downlink.values=fp16")
     exact = one.server.parameters.detach().clone()
     one.run_round()

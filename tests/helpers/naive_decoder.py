@@ -519,6 +519,7 @@ def read_tensor(
     rows, columns, kernel, _ = grid
     if not decoder.bit(("any", rows == 1)):
         return {}
+    demand(rows * columns * kernel > 0, "something in a tensor of no entries")
     if alike and decoder.bit(("copy", rows == 1)):
         back = decoder.gamma(("row", "all"), ("row", 0))
         demand(back < len(alike), "a copy of no tensor")
@@ -565,6 +566,7 @@ def read_tensor(
                 cell[k] = levels[index_of(shape, o, i, k)] = level
                 row_sum, column_sums[i] = row_sum + level, column_sums[i] + level
                 kernel_signs, row_signs = kernel_signs + sign(level), row_signs + sign(level)
+    demand(len(levels) > 0, "nothing in a tensor that holds something")
     return levels
 
 

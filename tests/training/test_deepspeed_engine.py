@@ -11,22 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.noise import flat_model, make_pictures
 from helpers.runs import PYTHON, REPOSITORY, SCRIPTS, launch
 
-from cnn_model import FlatModel, build_network
 from config import Config, Local
-from data import Pictures
-from data.datasets import Dataset
 from distributed import Team
 from training import engines
-from training import local_sgd as client
+from training.local_sgd import batch_sizes, train_client
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="DeepSpeed is for Linux only"
 )
 LOCAL = Local(epochs=2, batch_size=8, lr=0.1, momentum=0.9, weight_decay=5e-4, clip=0.5)
 CLIENTS = {0: range(0, 22), 1: range(20, 41), 2: range(5, 30)}  # by seed; last batches are smaller
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -41,28 +38,12 @@ class Case:
 
 @pytest.fixture(autouse=True)
 def from_anywhere(monkeypatch):
-    """The other side, a script below tests/, finds the repository's files."""
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    """The other side, a script below tests/, finds the repository's files and the helpers."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as launch() does: more round differently
     yield
     torch.set_num_threads(threads)
-
-
-def make_model(network: str) -> FlatModel:
-    return FlatModel(build_network(network, 3, (8, 8), seed=0, width=0.125), CPU)
-
-
-def make_pictures() -> Pictures:
-    """Three classes of 8x8 noise, shifted and flipped as it is trained."""
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(count):
-        images = torch.randint(256, (count, 8, 8, 3), generator=generator, dtype=torch.uint8)
-        return images, torch.randint(3, (count,), generator=generator)
-
-    fields = (*noise(43), *noise(17), ("a", "b", "c"), "0" * 64)
-    return Pictures(Dataset("noise", *fields), CPU, padding=1, flip=True)
 
 
 def lr_of(seed: int) -> float:
@@ -73,22 +54,34 @@ def expected(network: str, precision: str, scale_power: int = 10) -> dict[int, t
     """Every client's weights and norm buffers with the other engine, from the same start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines, "FIRST_SCALE_POWER", scale_power)
-        model = make_model(network)
+        model = flat_model(network)
         return train_clients(engines.TorchEngine(model, LOCAL, precision, Team()), CLIENTS)["ends"]
 
 
-def train_clients(engine, clients, amend=None) -> dict:
-    """Each client's weights and norm buffers, all from the same start, and the skipped steps."""
-    model, pictures, ends, skipped = engine.model, make_pictures(), {}, 0
-    start = model.parameters.clone(), model.buffers.clone()
+def train_clients(engine, clients, correct_gradient=None) -> dict:
+    """Train each client from the same start.
+
+    Returns their weights and norm buffers, the number of skipped steps, and how many tensors of the
+    network do not start at a multiple of 16 bytes after a client.
+    """
+    model, pictures, ends, skipped, misaligned = engine.model, make_pictures(1, True), {}, 0, 0
+    start = model.read_parameters().clone(), model.read_buffers().clone()
     for seed, indices in clients.items():
-        model.parameters.copy_(start[0])
-        model.buffers.copy_(start[1])
-        skipped += client.train(
-            engine, pictures, torch.tensor(indices), LOCAL, lr_of(seed), seed, amend=amend
+        model.load(*start)
+        indices = torch.tensor(indices)
+        skipped += train_client(
+            engine, pictures, indices, LOCAL, lr_of(seed), seed, correct_gradient=correct_gradient
         )[1]
-        ends[seed] = torch.cat([model.parameters, model.buffers])
-    return {"ends": ends, "skipped": skipped}
+        ends[seed] = torch.cat([model.read_parameters(), model.read_buffers()])
+        tensors = [*model.network.parameters(), *model.network.buffers()]
+        misaligned += sum(tensor.data_ptr() % 16 != 0 for tensor in tensors)
+        values = torch.cat([tensor.detach().flatten() for tensor in tensors])
+        assert torch.equal(values, ends[seed]), "the network does not read the flat vectors"
+    return {"ends": ends, "skipped": skipped, "misaligned": misaligned}
+
+
+def num_batches(indices: range) -> int:
+    return len(batch_sizes(LOCAL, len(indices)))
 
 
 def trained(tmp_path_factory, cases: list[Case], *launcher: str) -> list[list[dict]]:
@@ -113,20 +106,21 @@ TOGETHER = [Case("lenet", "fp32", stage, ranks_per_client=2) for stage in (0, 1,
 
 def test_one_rank(tmp_path_factory):
     (results,) = trained(tmp_path_factory, [*ALONE, *OVERFLOWS, *ZEROED])
+    assert [result["misaligned"] for result in results] == [0] * len(results)
     for case, ours in zip(ALONE, results[:3], strict=True):  # to the bit
         for seed, end in expected(case.network, case.precision).items():
             assert torch.equal(ours["ends"][seed], end), (case, seed)
         assert ours["skipped"] == 0
     for case, ours in zip(OVERFLOWS, results[3:6], strict=True):
-        assert 0 < ours["skipped"] < sum(client.num_steps(LOCAL, len(i)) for i in CLIENTS.values())
+        assert 0 < ours["skipped"] < sum(num_batches(i) for i in CLIENTS.values())
         for seed, end in expected("lenet", "fp16", case.scale_power).items():
             assert (ours["ends"][seed] - end).abs().max() <= (1e-3 if case.stage else 0), case
     for case, ours in zip(ZEROED, results[6:], strict=True):
         for seed, indices in CLIENTS.items():  # no gradient: weight decay alone acts
-            weights = torch.nn.Parameter(make_model("lenet").parameters)
+            weights = torch.nn.Parameter(flat_model("lenet").read_parameters())
             weights.grad = torch.zeros_like(weights)
             sgd = torch.optim.SGD([weights], lr_of(seed), momentum=0.9, weight_decay=5e-4)
-            for _ in range(client.num_steps(LOCAL, len(indices))):
+            for _ in range(num_batches(indices)):
                 sgd.step()
             assert torch.allclose(ours["ends"][seed], weights.detach(), rtol=1e-6, atol=0), case
 
@@ -163,10 +157,10 @@ def train_case(case: Case) -> dict:
         path = Path(folder, "deepspeed.json")
         path.write_text(json.dumps(given))
         config = Config(local=LOCAL, deepspeed_config=str(path))
-        engine = DeepSpeedEngine(make_model(case.network), config, case.precision, team, folder)
+        engine = DeepSpeedEngine(flat_model(case.network), config, case.precision, team, folder)
     mine = {seed: part for seed, part in CLIENTS.items() if seed % (size // k) == rank // k}
-    amend = (lambda x, gradient: gradient.zero_()) if case.zeroed else None
-    return train_clients(engine, mine, amend)
+    take_all = (lambda x, gradient: gradient.zero_()) if case.zeroed else None
+    return train_clients(engine, mine, take_all)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,33 @@
 """Scores on held-out pictures, and what each client would see of them."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from helpers.noise import PICTURES, flat_model
 from helpers.runs import make_plain_federation, summary
 from torch.nn.functional import cross_entropy
 
-from training.evaluation import client_accuracies
+from training.evaluation import client_accuracies, evaluate
+
+
+def test_evaluate_counts_and_sums_over_its_part_of_the_test_set():
+    model = flat_model("resnet18")
+    model.buffers.mul_(1.5)  # statistics that a batch would not have
+    module = copy.deepcopy(model.network).eval()
+    buffers = model.buffers.clone()
+    parts = [evaluate(model, PICTURES, "fp32", "test", *part) for part in ((0, 10), (10, 17))]
+    with torch.no_grad():
+        images, labels = PICTURES.evaluation_batch("test", 0, 17)
+        logits = module(images)
+    right = labels[logits.argmax(1) == labels].tolist()
+    assert [a + b for a, b in zip(parts[0][0], parts[1][0], strict=True)] == [
+        right.count(label) for label in range(3)
+    ]
+    expected = float(cross_entropy(logits, labels, reduction="sum"))
+    assert sum(loss for _, loss in parts) == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(model.buffers, buffers)
 
 
 def test_a_clients_accuracy_is_that_of_its_classes_by_hand():

@@ -49,7 +49,7 @@ def cases(draw):
     """Small layouts of all kinds, in which tensors of equal shape often have equal content."""
     kinds = [(), (0,), (3, 0), (1,), (9,), (4, 3), (3, 4), (1, 5), (5, 1), (3, 4, 1, 1)]
     kinds += [(4, 3, 3, 3), (2, 3, 5, 4), (3, 2, 1, 4), (3, 2, 2, 2), (5, 4, 3), (2, 2, 2, 3, 3)]
-    kinds += [(2, 0, 3, 3), (2, 2, 0), (40, 2, 3, 3)]
+    kinds += [(2, 0, 3, 3), (2, 2, 0), (1, 1, 0), (0, 2, 3), (40, 2, 3, 3)]
     layout = layout_of(*draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=6)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     density = draw(st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.9, 1.0]))
@@ -99,6 +99,42 @@ def test_many_tensors_of_one_entry():
         check(vector, layout)
 
 
+@pytest.mark.parametrize(
+    ("shape", "places"),
+    [
+        ((14_000_000,), [13_999_000]),
+        ((30_000_000,), [0, 29_999_999]),
+        ((25_000_000,), range(7, 25_000_000, 999_983)),
+        ((20_000_000, 2), [1, 20_000_002, 39_999_999]),  # two rows of 20 million columns
+        ((2, 20_000_000), [3, 39_999_999]),  # the reverse
+        ((1, 20_000_000, 2), [39_999_998, 39_999_999]),
+    ],
+)
+def test_few_levels_in_tens_of_millions_of_entries(shape, places):
+    """Each empty cell costs a little, and all together many words."""
+    layout, places = layout_of(shape), np.array(places)
+    levels = np.arange(1, len(places) + 1) * 1000
+    tracemalloc.start()
+    indices, found = decode_integers(encode_integers(places, levels, layout), layout)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert indices.tolist() == places.tolist() and found.tolist() == levels.tolist()
+    assert peak < (13 * layout.size if min(shape) == 2 < shape[0] else 1e6)
+
+
+@pytest.mark.parametrize("empty", [(1, 1, 0), (2, 3, 0), (2, 3, 0, 4)])
+def test_no_level_lies_in_a_kernel_of_no_entries(empty):
+    """The index behind the vector, or one of the next tensor, was accepted."""
+    full = tuple(max(dim, 1) for dim in empty)
+    for shapes in ([(7,), empty], [(7,), empty, (9,)]):
+        given = layout_of(*(full if shape is empty else shape for shape in shapes))
+        body = encode_integers(np.array([7]), np.array([5]), given)
+        with pytest.raises(PayloadError, match="a row with more cells than columns"):
+            decode_integers(body, layout_of(*shapes))
+        with pytest.raises(naive_decoder.Refused):
+            naive_decoder.read_levels(body, shapes)
+
+
 def test_a_matrix_and_a_convolution_of_one_grid_are_not_confused():
     """Both have 3 rows of 4 columns, but their levels lie in another order."""
     layout = layout_of((4, 3), (3, 4, 1, 1))
@@ -146,7 +182,7 @@ GOLDEN = "0f027d08e8a4e9e6cef13f3737a45a1591faae03ea8af7"
 
 # --- a stranger's bytes ---------------------------------------------------------------------------
 
-FUZZED = layout_of((4, 3, 3, 3), (6,), (5, 4), (6,), (4, 5, 1, 1), (0, 3), ())
+FUZZED = layout_of((4, 3, 3, 3), (6,), (5, 4), (6,), (4, 5, 1, 1), (0, 3), (), (2, 3, 0))
 
 
 @cache

@@ -1,0 +1,69 @@
+"""`precision: auto`: whether this device trains faster in bf16 than in fp32."""
+
+from time import perf_counter
+
+import torch
+
+from cnn_model import FlatModel
+from config import Local
+from data import Pictures
+from distributed import Team
+from training.engines import TorchEngine
+from training.local_sgd import train_client
+
+PROBE_SECONDS = 2.0
+CLEARLY_FASTER = 0.85  # bf16 must take less than this share of fp32's time: probes are noisy
+CLEARLY_SLOWER = 2.0  # bf16 is not tried on whole batches if it takes more than this many times
+SMALL_SHARE = 16  # the first try is made with one 16th of a batch
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bf16. Without them it is emulated, many times slower.
+
+    An older torch cannot tell for a CPU; then the CPU counts as one that has them.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return True
+    capabilities = torch.cpu.get_capabilities()
+    names = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16")  # the last one is ARM's
+    return any(capabilities.get(name) for name in names)
+
+
+def probe_precision(model: FlatModel, pictures: Pictures, local: Local) -> dict[str, float]:
+    """Seconds of one training step in fp32 and, if it may be faster, in bf16.
+
+    Both are first tried on a small part of a batch, so that a device on which bf16 is much slower
+    loses no more than a few steps of fp32. Then whole batches are timed in turn, for about two
+    seconds. The probe trains the model; load its vectors again afterwards.
+    """
+    whole = min(local.batch_size, pictures.num_train)
+    small = min(whole, max(2, whole // SMALL_SHARE))
+    engines = {"fp32": TorchEngine(model, local, "fp32", Team())}
+    if computes_in_bf16(model.device):
+        engines["bf16"] = TorchEngine(model, local, "bf16", Team())
+
+    def seconds_of_a_step(precision: str, num_examples: int) -> float:
+        indices = torch.arange(num_examples, device=model.device)
+        one_step = Local(steps=1, batch_size=num_examples)
+        begin = perf_counter()
+        train_client(engines[precision], pictures, indices, one_step, 1e-9, seed=0)
+        return perf_counter() - begin
+
+    if "bf16" in engines:
+        tried = {name: min(seconds_of_a_step(name, small) for _ in range(2)) for name in engines}
+        if tried["bf16"] > CLEARLY_SLOWER * tried["fp32"]:
+            del engines["bf16"]
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    begin = perf_counter()
+    while len(times["fp32"]) < 2 or "bf16" in engines and perf_counter() - begin < PROBE_SECONDS:
+        for name in engines:
+            times[name].append(seconds_of_a_step(name, whole))
+    return {name: min(seconds) for name, seconds in times.items()}
+
+
+def choose_precision(seconds: dict[str, float]) -> str:
+    """bf16 if a step in it takes clearly less time; seconds: as probe_precision() returns them."""
+    faster = "bf16" in seconds and seconds["bf16"] < CLEARLY_FASTER * seconds["fp32"]
+    return "bf16" if faster else "fp32"
