@@ -19,7 +19,7 @@ from wire.range_coder import (
     with_ending,
     writing_state,
 )
-from wire.rans import is_spent, new_table, push_all
+from wire.rans import LEAST_HEAD, is_spent, new_table, push_all
 from wire.scan import as_grids, new_scratch, out_of_order, scan_order
 from wire.walk import DONE, FAULTS, MAX_LEVEL, Walk, read_walk, write_walk
 
@@ -80,6 +80,8 @@ def decode_integers(body: bytes | memoryview, layout: Layout) -> tuple[np.ndarra
     code, rest = body[start : start + length], body[start + length :]
     if len(code) < length or len(rest) % 4:
         raise PayloadError("levels: the body ends early, or within a word")
+    if rest and x < LEAST_HEAD:
+        raise PayloadError(f"levels: a stack that begins with {x}, before its words")
     tensors = as_grids(layout)
     indices, levels = np.empty(count, np.int64), np.zeros(count, np.int16)
     copies = np.zeros(len(tensors), np.int64)

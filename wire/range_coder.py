@@ -249,6 +249,8 @@ def read_varint(body: bytes, start: int) -> tuple[int, int]:
     number = 0
     for i, byte in enumerate(body[start : start + 9]):
         number |= (byte & 127) << 7 * i
+        if byte == 0 and i > 0:
+            raise PayloadError("levels: a number of more bytes than it needs")
         if byte < 128:
             return number, start + i + 1
     if len(body) < start + 9:
