@@ -37,13 +37,13 @@ class RankLost(Exception):
 class Team:
     """The ranks that train one client together, each on its part of every batch."""
 
-    def __init__(self, rank: int = 0, size: int = 1, number: int = 0, group: Any = None):
+    def __init__(self, rank: int = 0, size: int = 1, index: int = 0, group: Any = None):
         """Make this process's view of its team.
 
-        rank: of this process within the team; size: the team's number of ranks; number: which of
+        rank: of this process within the team; size: how many ranks the team has; index: which of
         all teams it is, from 0; group: torch's process group of the team.
         """
-        self.rank, self.size, self.number, self._group = rank, size, number, group
+        self.rank, self.size, self.index, self._group = rank, size, index, group
         self.is_leader, self.received = rank == 0, 0
 
     def sum_(self, tensor: Tensor) -> None:
@@ -53,13 +53,13 @@ class Team:
             with _lost_ranks():
                 dist.all_reduce(tensor, group=self._group)
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return the value that the team's leader gave, on every rank of the team."""
         if self.size == 1:
             return value
         box = [value]
         with _lost_ranks():
-            dist.broadcast_object_list(box, self.number * self.size, group=self._group)
+            dist.broadcast_object_list(box, self.index * self.size, group=self._group)
         return box[0]
 
 
@@ -162,7 +162,7 @@ class Ranks:
             with _lost_ranks():
                 dist.all_reduce(tensor, operation)
 
-    def together(self, work: Callable[[], T], main_first: bool = False) -> T:
+    def on_all_ranks(self, work: Callable[[], T], main_first: bool = False) -> T:
         """Do `work` on every rank and return this rank's result.
 
         main_first: the other ranks begin when the main one is done. If the work fails anywhere, all

@@ -103,7 +103,7 @@ def test_placing_many_clients_takes_no_time(most):
 def test_a_team_of_one_does_nothing():
     tensor = torch.ones(3)
     Team().sum_(tensor)
-    assert tensor.tolist() == [1, 1, 1] and Team().share("state") == "state"
+    assert tensor.tolist() == [1, 1, 1] and Team().broadcast("state") == "state"
 
 
 # --- the same model for any number of ranks -------------------------------------------------------
