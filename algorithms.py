@@ -77,6 +77,8 @@ class FedAvg:
     has_vector = False  # whether the server holds a vector between rounds; it begins as zeros
     takes_full_gradient = False  # whether before() asks for it
     steps_by_average = True  # whether the server's optimizer steps by the average of the updates
+    updates_vanish = False  # whether at the optimum each client's update is zero, not their mean
+    owes = False  # whether what compression loses of an update is part of the client's next one
 
     def before(
         self,
@@ -134,6 +136,7 @@ class SCAFFOLD(FedAvg):
 
     down = up = "control"
     has_vector = True
+    updates_vanish = True
 
     def __init__(self, option: int = 2):
         if option not in (1, 2):
@@ -192,12 +195,15 @@ class FedDyn(FedAvg):
     Training uses gradient - g_i + alpha * (weights - received); then g_i moves by -alpha * update.
     The server steps by the average update minus h / alpha, where h moves by -alpha times the
     average times the cohort's share: it holds -h / alpha, which is free of alpha. Both move by the
-    update that arrived, so that h stays the mean of all g_i under any compression. alpha = 0 is
-    FedAvg. Raises ValueError for alpha < 0.
+    update that arrived, so that h stays the mean of all g_i under any compression. What was lost
+    still pulls in the next round, because g_i does not have it yet. Error feedback would add it a
+    second time, rounds late, and h, which sums all updates, would swing ever wider (measured in
+    tests/test_quadratics.py). alpha = 0 is FedAvg. Raises ValueError for alpha < 0.
     """
 
     has_vector = True
     steps_by_average = False
+    updates_vanish = owes = True
 
     def __init__(self, alpha: float = 0.01):
         self.alpha = at_least("alpha", alpha, 0)

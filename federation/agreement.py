@@ -48,7 +48,8 @@ class Agreement:
         """All kinds of messages that this run may send."""
         config, algorithm, size = self.config, self.algorithm, self.layout.size
         up, down = config.uplink, config.downlink
-        yield self._vector("up", "update", config.pruning, up, owes=up.error_feedback)
+        owes = up.error_feedback or algorithm.owes
+        yield self._vector("up", "update", config.pruning, up, owes)
         if algorithm.up:  # both ends keep the sum of what was sent, so what is lost is owed
             yield self._vector("up", algorithm.up, config.pruning, up, owes=True)
         for name in filter(None, ("model", algorithm.down)):

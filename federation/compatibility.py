@@ -18,8 +18,8 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
     try:
         algorithm = make_algorithm(config.local.algorithm, **config.local.options)
     except ValueError as error:
-        name_is_wrong = str(error).startswith("no algorithm")
-        yield "local.algorithm" if name_is_wrong else "local.options", str(error)
+        named = [key for key in config.local.options if key in str(error).split(";")[0]]
+        yield f"local.options.{named[0]}" if named else "local.algorithm", str(error)
         return
     masked = config.pruning.mask.method != "none"
     up = config.uplink, config.pruning, "uplink", "pruning"
@@ -31,6 +31,7 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
             yield f"{name}.values", str(error)
             return
         yield from _of_a_direction(link, coder, selection, name, section, masked)
+    yield from _of_error_feedback(config, algorithm)
     yield from _of_the_optimizer(config, algorithm)
 
 
@@ -53,6 +54,19 @@ def _of_a_direction(
         yield f"{section}.method", "a part of the model can be sent only in downlink.mode change"
     if whole_model and coder.ruins_models:
         yield f"{name}.values", f"{link.values} ruins a whole model: it needs downlink.mode change"
+
+
+def _of_error_feedback(config: Config, algorithm: FedAvg) -> Iterator[tuple[str, str]]:
+    """Which of them end beside the optimum, or run away from it: see tests/test_quadratics.py."""
+    key, name, up = "uplink.error_feedback", config.local.algorithm, config.uplink
+    coder = parse_coder(up.values)
+    lossless = config.pruning.method == "none" and coder.variance == 0
+    if up.error_feedback and algorithm.owes and not lossless:
+        lost = up.values if config.pruning.method == "none" else config.pruning.method
+        yield key, f"{name} itself makes up for what {lost} loses: it must be false"
+    coarse = coder.ruins_models and not coder.unbiased
+    if not up.error_feedback and coarse and not algorithm.updates_vanish:
+        yield key, f"{up.values} errs alike each time, and {name} ends far off: it must be true"
 
 
 def _of_the_optimizer(config: Config, algorithm: FedAvg) -> Iterator[tuple[str, str]]:

@@ -1,19 +1,19 @@
-"""Positions on the wire: Rice codes of the gaps, and payloads that hold nothing else."""
+"""Positions on the wire: Rice codes of the gaps between them, and payloads of positions alone."""
 
 import numpy as np
 
 from layout import Layout
 from wire.container import PayloadError, Reader, pack, unpack
 
-POSITIONS = 4  # the selection byte of a payload without values, whose next byte is one of:
-RICE, BITMAP = 0, 1
+POSITIONS = 4  # the selection byte of a payload that holds positions and no values
+RICE, BITMAP = 0, 1  # its next byte: how the positions are written
 
 
 def encode_positions(indices: np.ndarray, layout: Layout) -> bytes:
-    """Code ascending int64 indices: counts per tensor, then Rice codes of the gaps (Rice 1979).
+    """Code ascending int64 indices: a count for each tensor, then Rice codes (Rice 1979).
 
-    A gap g of tensor t is written as g >> k zeros and a one in the first stream, and the low k
-    bits of g in the second; k follows from the tensor's count, so it is not sent.
+    A gap g is written as g >> k zeros and a one in the first stream, and as its low k bits in the
+    second. k follows from the size of the tensor and its count, so it is not sent.
     """
     tensor = np.searchsorted(layout.offsets, indices, side="right") - 1
     counts = np.bincount(tensor, minlength=len(layout.sizes))
@@ -67,7 +67,10 @@ def decode_positions(reader: Reader, layout: Layout) -> np.ndarray:
 
 
 def _rice_parameters(counts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """k = floor(log2(ln 2 * size / count)), at least 0, in integers (ln 2 is about 177 / 256)."""
+    """Return k = floor(log2(ln 2 * size / count)), at least 0, int64 [num_tensors].
+
+    It is computed in integers, so that it is equal on every machine; ln 2 is about 177 / 256.
+    """
     mean_gaps = sizes * 177 // (256 * np.maximum(counts, 1))
     return np.array([max(int(gap).bit_length() - 1, 0) for gap in mean_gaps], np.int64)
 
@@ -80,7 +83,7 @@ def _bit_shifts(k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pack_positions(positions: np.ndarray, layout: Layout) -> memoryview:
-    """A payload of ascending int64 positions alone: Rice codes, or a bitmap where it is shorter."""
+    """Return a payload of ascending int64 positions: Rice codes, or a bitmap if that is shorter."""
     marks = np.zeros(layout.size, np.uint8)
     marks[positions] = 1
     bodies = encode_positions(positions, layout), np.packbits(marks).tobytes()
@@ -89,7 +92,10 @@ def pack_positions(positions: np.ndarray, layout: Layout) -> memoryview:
 
 
 def unpack_positions(payload: bytes | memoryview, layout: Layout) -> np.ndarray:
-    """The positions of pack_positions(), int64, ascending. Raises PayloadError."""
+    """Return the positions that pack_positions() was given: int64, ascending.
+
+    Raises PayloadError.
+    """
     selection, coder, flags, body = unpack(payload, layout)
     if selection != POSITIONS or coder not in (RICE, BITMAP) or flags:
         raise PayloadError(f"byte 5: {selection}, {coder}, {flags} announces no positions alone")
