@@ -99,9 +99,17 @@ def decode_integers(body: bytes | memoryview, layout: Layout) -> tuple[np.ndarra
     # except in the tensors that are sorted here. So all indices ascend, and no two are equal.
     for t in out_of_order(layout):
         part = slice(walk.bounds[t], walk.bounds[t + 1])
-        order = np.argsort(indices[part])
-        indices[part], levels[part] = indices[part][order], levels[part][order]
+        _sort(indices[part], levels[part])
     return indices, levels
+
+
+def _sort(indices: np.ndarray, levels: np.ndarray) -> None:
+    """Sort both by the indices, in place: each level travels in the low 16 bits of its index."""
+    indices <<= 16
+    indices |= levels.view(np.uint16)
+    indices.sort()
+    levels[:] = indices  # an int16 takes the low 16 bits
+    indices >>= 16
 
 
 def _new_walk(tensors, copies, indices, levels, least, spread, words, tape, scratch) -> Walk:

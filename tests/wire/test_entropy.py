@@ -307,7 +307,21 @@ def test_hostile_bytes_take_no_more_time_and_memory_than_the_layout_allows():
             assert time.perf_counter() - begin < 2
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 40 * layout.size
+    assert peak < 12 * layout.size
+
+
+@pytest.mark.parametrize("shapes", [((600, 500),), ((600, 500), (500, 600, 1, 1)), ((300_000,),)])
+def test_a_full_vector_takes_no_more_memory_than_its_levels(shapes):
+    """Some bytes of payload may announce as many levels as the layout has: 10 bytes an entry."""
+    layout = layout_of(*shapes)
+    body = encode_integers(np.arange(layout.size), np.full(layout.size, -7), layout)
+    assert len(body) < 2000
+    tracemalloc.start()
+    indices, levels = decode_integers(body, layout)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (indices == np.arange(layout.size)).all() and (levels == -7).all()
+    assert peak < 11 * layout.size
 
 
 def test_it_works_where_nothing_can_be_cached(tmp_path):
