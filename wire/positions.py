@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from compiled import compiled, index
 from layout import Layout
 from wire.container import PayloadError, Reader, pack, unpack
 
@@ -30,8 +31,12 @@ def encode_positions(indices: np.ndarray, layout: Layout) -> bytes:
     return b"".join((head, np.packbits(unary).tobytes(), np.packbits(remainders).tobytes()))
 
 
-def decode_positions(reader: Reader, layout: Layout) -> np.ndarray:
-    """Return ascending int64 indices. Raises PayloadError."""
+def decode_positions(reader: Reader, layout: Layout, most: int | None = None) -> np.ndarray:
+    """Return ascending int64 indices. Raises PayloadError.
+
+    most: how many positions there may be; None means as many as there are entries. Takes 8 bytes
+    for each announced position.
+    """
     counts = reader.take("<u4", len(layout.sizes)).astype(np.int64)
     if (counts > layout.sizes).any():
         tensor = int(np.argmax(counts > layout.sizes))
@@ -39,31 +44,57 @@ def decode_positions(reader: Reader, layout: Layout) -> np.ndarray:
             f"{counts[tensor]} positions in {layout.names[tensor]}, which is smaller"
         )
     total = int(counts.sum())
+    if most is not None and total > most:
+        raise PayloadError(f"{total} positions where at most {most} are due")
     k = _rice_parameters(counts, layout.sizes)
-    tensor = np.repeat(np.arange(len(counts)), counts)
     num_unary = int(reader.take("<u4", 1)[0])
     # A tensor of s entries has gaps that add up to at most s, so its unary code is bounded.
     if num_unary * 8 > int((counts + (layout.sizes >> k)).sum()) + 7:
         raise PayloadError(f"a unary stream of {num_unary} bytes is longer than the layout allows")
-    unary = np.unpackbits(reader.take("u1", num_unary))
-    ones = np.flatnonzero(unary)
-    if len(ones) != total or len(unary) - (ones[-1] + 1 if total else 0) >= 8:
-        raise PayloadError(f"the unary stream holds {len(ones)} gaps, {total} were announced")
-    quotients = np.diff(ones, prepend=-1) - 1
-    shifts, owners = _bit_shifts(k[tensor])
-    bits = np.unpackbits(reader.take("u1", -(-len(shifts) // 8)))
-    if bits[len(shifts) :].any():
-        raise PayloadError("the padding after the remainders is not zero")
-    gaps = quotients << k[tensor]
-    np.add.at(gaps, owners, bits[: len(shifts)].astype(np.int64) << shifts)
-    # Positions within the vector: a running sum that starts anew in each tensor.
-    ends = np.cumsum(gaps + 1)
-    starts = np.cumsum(counts) - counts
-    before = np.where(starts > 0, ends[np.maximum(starts, 1) - 1], 0) if total else starts
-    indices = ends - 1 - before[tensor] + layout.offsets[tensor]
-    if total and (indices >= layout.offsets[tensor + 1]).any():
+    unary = reader.take("u1", num_unary)
+    ones = int(np.bitwise_count(unary).sum())
+    if ones != total or num_unary and unary[-1] == 0:
+        raise PayloadError(f"the unary stream holds {ones} gaps, {total} were announced")
+    remainders = reader.take("u1", -(-int((k * counts).sum()) // 8))
+    indices = np.empty(total, np.int64)
+    num_read, left_over = _read_gaps(unary, remainders, counts, k, layout.offsets, indices)
+    if num_read < total:
         raise PayloadError("a position lies beyond its tensor")
+    if left_over:
+        raise PayloadError("the padding after the remainders is not zero")
     return indices
+
+
+@compiled
+def _read_gaps(unary, remainders, counts, k, offsets, indices):
+    """Turn gaps into indices. Returns (how many lie within their tensors, the bits left over).
+
+    The unary stream holds a one for each of them.
+    """
+    bit, byte, held, num_held, i = 0, 0, 0, 0, 0
+    for t in range(len(counts)):
+        position, end = offsets[t], offsets[t + 1]
+        for _ in range(counts[t]):
+            gap = 0
+            while not unary[index(bit >> 3)] << (bit & 7) & 128:
+                gap += 1
+                bit += 1
+            bit += 1
+            while num_held < k[t]:
+                held = held << 8 | np.int64(remainders[index(byte)])
+                num_held += 8
+                byte += 1
+            num_held -= k[t]
+            if gap > end - position >> k[t]:  # so that nothing overflows below
+                return i, held
+            position += (gap << k[t]) + (held >> num_held)
+            held &= (1 << num_held) - 1
+            if position >= end:
+                return i, held
+            indices[index(i)] = position
+            position += 1
+            i += 1
+    return i, held
 
 
 def _rice_parameters(counts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
