@@ -420,3 +420,16 @@ def test_training_with_batchnorm_equals_that_of_the_plain_network():
         torch.testing.assert_close(
             model.network.eval()(images), plain.eval()(images), rtol=1e-4, atol=1e-5
         )
+
+
+def test_norm_positions_are_the_weights_and_biases_of_norm_layers():
+    for norm in ("batch", "group(2)"):
+        model = FlatModel(build_network("resnet18", 10, (8, 8), 0, norm=norm, width=0.0625), CPU)
+        marks = torch.zeros(model.layout.size)
+        for module in model.network.modules():
+            if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+                module.weight.data.fill_(7.0)
+                module.bias.data.fill_(7.0)
+        marks[model.norm_positions()] = 1
+        assert torch.equal(marks.bool(), model.parameters == 7.0)
+    assert len(FlatModel(build_network("lenet", 10, (8, 8), 0), CPU).norm_positions()) == 0

@@ -91,6 +91,58 @@ def test_densities_follow_rounds_and_clients():
     ]
 
 
+# --- what was not agreed on -----------------------------------------------------------------------
+
+TWO_IN_A_TENSOR = Layout(("a", "b"), ((30,), (30,)))
+
+
+def at(*positions):
+    return lambda *_: np.array(positions, np.int64)
+
+
+@pytest.mark.parametrize("agreed", ["fp32", "fp16", "int8", "qsgd4", "eden2"])
+@pytest.mark.parametrize("method", ["none", "topk"])
+def test_values_of_another_coder_are_refused(agreed, method):
+    link = channel(agreed, method=method)
+    for word in ["fp32", "bf16", "int4", "int8", "qsgd4", "eden1", "eden2", "powersgd(1)"]:
+        if method == "topk" and word in ("powersgd(1)", "int4"):
+            continue  # one takes no selection; of the other, coded levels do not say their bits
+        payload, _ = channel(word, method=method).encode(vector(), 1)
+        if word == agreed:
+            link.decode(payload, 1)
+        else:
+            with pytest.raises(PayloadError):
+                link.decode(payload, 1)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "chunk"])
+def test_more_positions_than_were_agreed_on_are_refused(scope):
+    """A tenth of 60 entries, of 30 and 30, or of chunks of 25, 25 and 10: 6, 3 + 3, 3 + 3 + 1."""
+    settings = Pruning(method="topk", density=0.1, scope=scope, chunk=25)
+    link, most = Channel(TWO_IN_A_TENSOR, "fp32", settings), {"global": 6, "layer": 6, "chunk": 7}
+    ones = torch.ones(60)
+    payload, _ = link.encode(ones, 1, select=at(*range(most[scope])))
+    assert len(link.decode(payload, 1).values) == most[scope]
+    payload, _ = link.encode(ones, 1, select=at(*range(most[scope] + 1)))
+    with pytest.raises(PayloadError):
+        link.decode(payload, 1)
+
+
+@pytest.mark.parametrize("method", ["none", "random"])
+def test_positions_are_refused_where_the_sender_picks_none(method):
+    link = channel("fp32", method=method, density=0.3)
+    payload, _ = link.encode(vector(), 1, select=at(0, 1, 2))
+    with pytest.raises(PayloadError):
+        link.decode(payload, 1)
+
+
+def test_a_sender_that_picks_by_itself_may_pick_any_number():
+    link = Channel(LAYOUT, "bf16", sender_picks=True)
+    for count in (0, 1, LAYOUT.size):
+        payload, _ = link.encode(torch.ones(LAYOUT.size), 1, select=at(*range(count)))
+        assert int(link.decode(payload, 1).dense().sum()) == count
+
+
 # --- error feedback -------------------------------------------------------------------------------
 
 

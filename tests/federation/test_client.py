@@ -6,15 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers.runs import make_federation
+from helpers.runs import kinds, make_federation, make_plain_federation
 
-from algorithms import step_length
+from algorithms import ALGORITHMS, step_length
 from compression import OVERHEAD
 from distributed import Team
 from federation.agreement import Agreement
 from federation.cohort import sample_cohort
 from federation.server import Average, Server
 from federation.setup import build_model
+from training import local_sgd
 from training.engines import TorchEngine
 from training.local_sgd import batch_sizes, local_lr, loss_gradient, train_client
 from wire.container import OUTBOX_CHUNK
@@ -139,12 +140,13 @@ class Recluse:
 MASK = ["pruning.mask.method=dynamic", "pruning.mask.density=0.3", "pruning.mask.every=1"]
 TOP_K = ["pruning.method=topk", "pruning.density=0.1", "uplink.values=int8"]
 ALL = ["clients.total=3", "clients.per_round=3", "uplink.error_feedback=true"]
-SOME = ["clients.total=5", "clients.per_round=2", "uplink.error_feedback=false"]
+NOTHING_OWED = "uplink.error_feedback=false"
+SOME = ["clients.total=5", "clients.per_round=2", NOTHING_OWED]
 RESNET = ["model.name=resnet18", "model.width=0.0625"]
 RECLUSES = {
     "FedAvg": ["local.algorithm=FedAvg", *TOP_K, *MASK, *ALL],
     "SCAFFOLD": ["local.algorithm=SCAFFOLD", *TOP_K, *MASK, *ALL],
-    "FedDyn, buffers": ["local.algorithm=FedDyn", *TOP_K, *MASK, *ALL, *RESNET],
+    "FedDyn, buffers": ["local.algorithm=FedDyn", *TOP_K, *MASK, *ALL, NOTHING_OWED, *RESNET],
     "FedCM, changes": ["local.algorithm=FedCM", *TOP_K, *MASK, *ALL, "downlink.mode=change"],
     "random, some": ["pruning.method=random", "uplink.values=eden2", *MASK, *SOME],
     "SCAFFOLD, some": ["local.algorithm=SCAFFOLD", *TOP_K, *SOME, "downlink.mode=change"],
@@ -202,7 +204,7 @@ def test_a_client_that_has_only_the_messages_answers_byte_by_byte_the_same(
 
 THREADED = {
     "top-k": ["local.algorithm=SCAFFOLD", *TOP_K],
-    "dense": ["local.algorithm=FedDyn", "pruning.method=none", "uplink.values=fp16"],
+    "dense": ["local.algorithm=SCAFFOLD", "pruning.method=none", "uplink.values=fp16"],
     "momentum": [*TOP_K, "uplink.momentum=0.9", "local.momentum=0", "local.steps=1"],
 }
 
@@ -269,3 +271,121 @@ def test_a_rank_keeps_the_payloads_of_one_client_at_a_time(tmp_path, monkeypatch
     assert 0 < max(in_use) - 4 * one.model.layout.size - OVERHEAD < 64  # a cache line
     assert sum(map(len, outbox.chunks)) == OUTBOX_CHUNK
     assert all(m.payload is None for report in average.reports for m in report.messages)
+
+
+# --- norm layers ----------------------------------------------------------------------------------
+
+NORMS = ["model.name=resnet18", "model.width=0.0625", "local.batch_size=8"]
+
+
+def test_frozen_statistics_never_change_nor_travel(tmp_path):
+    one = make_plain_federation(tmp_path, *NORMS, "model.norm_policy=frozen")
+    before = one.server.buffers.clone()
+    weights = one.server.parameters.detach().clone()
+    _, rows = one.run_round()
+    assert torch.equal(one.server.buffers, before) and torch.equal(one.model.read_buffers(), before)
+    assert not torch.equal(one.server.parameters, weights)
+    assert kinds(rows) == {("down", "model"), ("up", "update")}
+
+
+def test_frozen_statistics_are_those_of_training(tmp_path):
+    """The loss of a training batch is that of the network in evaluation."""
+    one = make_plain_federation(tmp_path, *NORMS, "model.norm_policy=frozen")
+    one.model.train()
+    images, _ = one.pictures.evaluation_batch("test", 0, 8)
+    trained = one.model.network(images)
+    assert torch.equal(trained, one.model.network.eval()(images))
+
+
+def test_local_norm_layers_stay_with_their_client(tmp_path):
+    one = make_plain_federation(tmp_path, *NORMS, "model.norm_policy=local", "clients.per_round=4")
+    own = one.clients.own_positions
+    norms = one.server.parameters.detach()[own].clone()
+    received = []
+    load = one.clients.load
+    one.clients.load = lambda p, b, s=None: (
+        load(p, b, s)
+        or received.append(torch.cat([one.model.read_parameters()[own], one.model.read_buffers()]))
+    )
+    rows = [row for _ in range(2) for row in one.run_round()[1]]
+    assert torch.equal(one.server.parameters.detach()[own], norms)  # the server's never move
+    assert kinds(rows) == {("down", "model"), ("up", "update")}
+    held = [one.clients.store.get(client)["norm"] for client in range(4)]
+    assert len({tensor.numpy().tobytes() for tensor in held}) == 4  # each its own
+    evaluated = received[-4:]  # the last evaluation loads the four models
+    assert all(torch.equal(a, b) for a, b in zip(evaluated, held, strict=True))
+    assert all((tensor[len(own) :][one.model.is_variance] > 0).all() for tensor in held)
+
+
+def test_the_accuracy_with_local_norm_layers_is_the_mean_of_the_cohorts_models(tmp_path):
+    one = make_plain_federation(tmp_path, *NORMS, "model.norm_policy=local")
+    row, _ = one.run_round()
+    cohort = sample_cohort(one.config, one.candidates, 1)
+    accuracies = []
+    for state in map(one.clients.store.get, cohort):
+        one.clients.load(one.server.parameters.detach(), one.server.buffers, state)
+        images, labels = one.pictures.evaluation_batch("test", 0, 360)
+        with torch.no_grad():
+            right = one.model.network.eval()(images).argmax(1) == labels
+        accuracies.append(float(right.float().mean()))
+    assert row["test_accuracy"] == pytest.approx(np.mean(accuracies))
+
+
+def hold_still(monkeypatch, positions):
+    """From now on the weights at these positions, bool [num_parameters], have no gradient."""
+
+    def train(*args):
+        *rest, correct = args
+
+        def correct_gradient(weights, gradient):
+            if correct:
+                correct(weights, gradient)
+            gradient.masked_fill_(positions, 0.0)
+
+        return original(*rest, correct_gradient)
+
+    original = local_sgd.train_client
+    monkeypatch.setattr("federation.client.train_client", train)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_no_algorithm_reaches_into_local_norm_layers(tmp_path, monkeypatch, name):
+    """Nothing of them is sent, and with all else held still they train as FedAvg's do."""
+    words = [*NORMS, "model.norm_policy=local", "clients.per_round=4", "local.lr=0.01"]
+    norms = []
+    for algorithm in ("FedAvg", name):
+        one = make_plain_federation(
+            tmp_path, *words, f"local.algorithm={algorithm}", name=f"run{len(norms)}"
+        )
+        own = one.clients.own_positions
+        others = torch.ones(one.model.layout.size, dtype=torch.bool)
+        others[own] = False
+        hold_still(monkeypatch, others)
+        for _ in range(3):
+            one.run_round()
+        assert one.server.vector is None or not one.server.vector[own].any()
+        norms.append([one.clients.store.get(client)["norm"] for client in range(4)])
+    for ours, plain in zip(*norms, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("how", ["no examples", "not finite"])
+def test_local_norm_layers_of_a_client_that_has_kept_nothing(tmp_path, monkeypatch, how):
+    one = make_plain_federation(tmp_path, *NORMS, "model.norm_policy=local", "clients.per_round=4")
+    if how == "no examples":
+        one.clients.pictures_of[2] = one.clients.pictures_of[2][:0]
+    else:
+        monkeypatch.setattr(
+            "federation.client.train_client",
+            lambda e, *_: (e.model.parameters.fill_(np.nan), (0.0, 0))[1],
+        )
+    row, _ = one.run_round()
+    assert row["num_failed"] == (1 if how == "no examples" else 4)
+    assert 0 <= row["test_accuracy"] <= 1
+
+
+def test_a_finished_run_keeps_its_clients_norm_layers(run):
+    _, folder = run(*NORMS, "model.norm_policy=local")
+    states = list((folder / "clients").glob("*.pt"))
+    assert len(states) == 4
+    assert all("norm" in torch.load(path, weights_only=True) for path in states)

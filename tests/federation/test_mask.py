@@ -5,23 +5,20 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers import naive_decoder
 from helpers.ends import make_server, mask_messages
 from helpers.runs import REPOSITORY, TINY, ledger, make_federation, summary
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import pruning
 from command_line import load_config
-from compression import decode, encode
+from compression import decode
 from config import Config, Mask, Pruning
 from federation import client
 from federation.mask import SharedMask
 from federation.server import Average, Server
 from federation.synchronous import Federation
 from layout import Layout
-from wire.container import OVERHEAD, PayloadError, pack
-from wire.positions import encode_positions, pack_positions, unpack_positions
+from wire.container import PayloadError
+from wire.positions import unpack_positions
 
 SNIP = ["pruning.mask.method=snip", "pruning.mask.density=0.2", "pruning.mask.batches=2"]
 DYNAMIC = ["pruning.mask.method=dynamic", "pruning.mask.density=0.2", "pruning.mask.every=2"]
@@ -34,55 +31,6 @@ LAYOUT = Layout(("w", "b", "v"), ((100, 90), (100,), (10, 100)))  # 10,000 of 10
 
 def outside(kept: np.ndarray, size: int) -> torch.Tensor:
     return torch.from_numpy(np.setdiff1d(np.arange(size), kept))
-
-
-# --- positions as a payload -----------------------------------------------------------------------
-
-SMALL = Layout(("a", "b", "c"), ((5, 3), (), (21,)))
-TENSORS = list(zip(SMALL.names, SMALL.shapes, strict=True))
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.sets(st.integers(0, 36)))
-def test_positions_alone_against_the_second_decoder(chosen):
-    payload = pack_positions(np.array(sorted(chosen), np.int64), SMALL)
-    assert len(payload) <= OVERHEAD + 5  # 37 bits
-    assert payload[5] == 4 and payload[7] == 0
-    assert payload[8:16] == naive_decoder.fingerprint(TENSORS)
-    bits = "".join(f"{byte:08b}" for byte in payload[24:-8])
-    assert payload[6] == 1 and [i for i, bit in enumerate(bits) if bit == "1"] == sorted(chosen)
-    assert unpack_positions(payload, SMALL).tolist() == sorted(chosen)
-
-
-def test_few_positions_are_rice_codes():
-    positions = np.array([3, 9000, 9999])
-    payload = pack_positions(positions, LAYOUT)
-    assert payload[6] == 0 and len(payload) == OVERHEAD + len(encode_positions(positions, LAYOUT))
-    sizes = LAYOUT.sizes.tolist()
-    read, _ = naive_decoder.read_positions(naive_decoder.Body(payload[24:-8]), sizes)
-    assert read == unpack_positions(payload, LAYOUT).tolist() == positions.tolist()
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.data())
-def test_positions_of_a_stranger_are_refused_or_ascending(data):
-    coder, flags = (data.draw(st.sampled_from([0, 0, 0, 1, 2])) for _ in range(2))
-    body = data.draw(st.binary(min_size=4, max_size=40))
-    selection = data.draw(st.sampled_from([4, 4, 4, 0]))
-    try:
-        positions = unpack_positions(pack(selection, coder, SMALL, body, flags=flags), SMALL)
-    except PayloadError:
-        return
-    assert selection == 4 and not flags
-    assert np.array_equal(np.unique(positions), positions)
-    assert not len(positions) or 0 <= positions[0] <= positions[-1] < 37
-
-
-def test_a_payload_of_positions_is_no_update_and_the_other_way_round():
-    with pytest.raises(PayloadError, match="no selection has the number 4"):
-        decode(pack_positions(np.arange(3), SMALL), SMALL)
-    with pytest.raises(PayloadError, match="announces no positions"):
-        unpack_positions(encode(torch.zeros(37), SMALL)[0], SMALL)
 
 
 # --- which client is told what --------------------------------------------------------------------

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 from helpers.ends import NO_BUFFERS, make_server, report_of
+from helpers.runs import make_plain_federation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compression import encode
 from config import Config, ConfigError, Downlink, Local, Mask, Pruning, Uplink
 from config import Server as ServerSettings
 from federation.agreement import Agreement
+from federation.cohort import sample_cohort
 from federation.messages import SERVER, Report
 from federation.server import Average
 from layout import Layout
@@ -121,6 +124,26 @@ def test_the_payload_of_another_client_is_refused_where_the_choice_is_random():
     stolen = report_of(agreement, 1, update=vector(1))
     average.add(replace(stolen, client=2), 1)
     assert "another layout" in average.reports[0].failure
+
+
+def test_a_negative_variance_is_refused(tmp_path):
+    one = make_plain_federation(tmp_path, "model.name=resnet18", "model.width=0.0625")
+    cohort = sample_cohort(one.config, one.candidates, 1)
+    broadcast = one.server.broadcast(1, cohort)
+    reports = [one._train_and_encode(client, 1, broadcast) for client in cohort]
+    buffers = one.server.buffers.clone()
+    buffers[one.model.is_variance.nonzero()[3]] = -1e-3
+    payload, _ = encode(buffers, one.model.buffer_layout)
+    reports[0].messages = [
+        replace(message, payload=payload) if message.kind == "buffers" else message
+        for message in reports[0].messages
+    ]
+    average = one.server.new_average(cohort)
+    for report in reports:
+        average.add(report, 1)
+    assert one.server.step(average, 1) == cohort[1:]
+    assert reports[0].failure == "payload refused: buffers: a running variance is negative"
+    assert (one.server.buffers[one.model.is_variance] > 0).all()
 
 
 # --- the step -------------------------------------------------------------------------------------

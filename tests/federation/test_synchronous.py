@@ -3,8 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from helpers.runs import damage_first, kinds, ledger, make_federation, summary
+from helpers.runs import (
+    damage_first,
+    kinds,
+    ledger,
+    make_federation,
+    make_plain_federation,
+    summary,
+)
 
+from config import ConfigError
 from federation import channel, client
 from federation.cohort import sample_cohort
 
@@ -112,3 +120,52 @@ def test_batchnorm_buffers_are_averaged_and_counted(tmp_path):
     for name, start, stop in zip(names, bounds[:-1], bounds[1:], strict=True):
         if name.endswith("running_var"):
             assert (one.server.buffers[start:stop] > 0).all()
+
+
+@pytest.mark.parametrize("optimizer", ["FedAdam", "FedYogi"])
+def test_500_rounds_of_an_adaptive_server_keep_variances_positive(tmp_path, optimizer):
+    """With BatchNorm, top-k and error feedback: what breaks where buffers are stepped by Adam."""
+    one = make_plain_federation(
+        tmp_path,
+        *("model.name=resnet18", "model.width=0.015625", "local.batch_size=4", "local.steps=1"),
+        *("clients.per_round=2", "clients.total=2", "evaluation.every=1000", "local.momentum=0.9"),
+        *("pruning.method=topk", "pruning.density=0.05", "uplink.values=int8"),
+        *("uplink.error_feedback=true", f"server.optimizer={optimizer}"),
+    )
+    variances = one.model.is_variance
+    for _ in range(500):
+        assert one.run_round()[0]["num_failed"] == 0
+        assert (one.server.buffers[variances] > 0).all()
+    assert torch.isfinite(one.server.parameters).all()
+
+
+# --- clients that take no part --------------------------------------------------------------------
+
+
+def test_clients_without_examples_are_never_sampled(tmp_path, capsys):
+    words = ["clients.total=30", "clients.per_round=10", "data.partition.name=dirichlet"]
+    words += ["data.partition.args={alpha: 0.01, min_partition_size: 0}", "local.batch_size=4"]
+    one = make_plain_federation(tmp_path, *words)
+    empty = {str(number) for number, indices in enumerate(one.shards) if not len(indices)}
+    assert empty and "clients without examples" in capsys.readouterr().err
+    for _ in range(4):
+        row, rows = one.run_round()
+        assert row["num_failed"] == 0 and row["num_clients"] == 10 and row["failures"] == {}
+        assert not empty & {name for message in rows for name in (message.sender, message.receiver)}
+    with pytest.raises(ConfigError, match=f"30 is more than the {30 - len(empty)} clients that"):
+        make_plain_federation(tmp_path, *words, "clients.per_round=30", name="all")
+
+
+def test_a_round_of_clients_without_examples_keeps_the_model(tmp_path):
+    one = make_plain_federation(tmp_path, "local.algorithm=SCAFFOLD")
+    one.clients.pictures_of = [indices[:0] for indices in one.clients.pictures_of]
+    before = one.server.sha256()
+    row, _ = one.run_round()
+    assert row["num_clients"] == 0 and row["bytes_up"] == 0 and row["train_loss"] is None
+    assert one.server.sha256() == before and not one.server.vector.any()
+
+
+def test_one_client_is_plain_training(tmp_path):
+    one = make_plain_federation(tmp_path, "clients.total=1", "clients.per_round=1")
+    one.run_round()
+    torch.testing.assert_close(one.server.parameters.detach(), one.model.read_parameters())

@@ -28,9 +28,14 @@ def make_server(config: Config, layout: Layout, num_examples=(1,) * 8, seed=0) -
 
 def report_of(agreement: Agreement, client: int, round_number: int = 1, **vectors) -> Report:
     """What a client reports that sends these vectors, by kind of message."""
+
+    def pick(vector, _):
+        return agreement.mask.growth_candidates(vector, round_number)
+
     report = Report(client, num_examples=1, step_length=1.0)
     for kind, vector in vectors.items():
-        payload, sent = agreement.channel("up", kind).encode(vector, round_number, client)
+        channel, select = agreement.channel("up", kind), pick if kind == "growth" else None
+        payload, sent = channel.encode(vector, round_number, client, select=select)
         report.messages.append(
             agreement.message("up", kind, client, SERVER, payload, len(sent.values))
         )
