@@ -188,13 +188,15 @@ class AdaptiveOptimizer(Optimizer):
 
 
 class FedAdagrad(AdaptiveOptimizer):
+    """beta1 is 0, as in the paper's experiments: FedAdagrad is used without momentum."""
+
     rule = ADAGRAD
 
     def __init__(
         self,
         params: Any,
         lr: float = 0.1,
-        beta1: float = 0.9,
+        beta1: float = 0.0,
         tau: float = 1e-2,
         v0: float | None = None,
     ):

@@ -1,9 +1,9 @@
 """Networks, and their view as one flat vector.
 
 ResNets are torchvision's blocks (He et al. 2016, arXiv 1512.03385) behind a stem that fits the
-pictures; `cnn` is the network of pfl-research's CIFAR-10 benchmark, `lenet` that of NIID-Bench
-(Li et al. 2022, arXiv 2102.02079). A FlatModel keeps all parameters in one contiguous vector, so
-that receiving a model is one copy and an update one subtraction.
+pictures. `cnn` is the network of pfl-research's CIFAR-10 benchmark, and `lenet` is that of
+NIID-Bench (Li et al. 2022, arXiv 2102.02079). A FlatModel keeps all parameters in one contiguous
+vector, so that receiving a model is one copy and an update one subtraction.
 """
 
 from collections.abc import Callable
@@ -75,7 +75,7 @@ class ResNet(nn.Module):
         self.head = nn.Linear(channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                module.__class__ = Conv2d  # those of torchvision's blocks, too
+                module.__class__ = Conv2d  # torchvision's blocks hold nn.Conv2d
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,7 +93,10 @@ def _residual(block: type, channels: int, planes: int, stride: int, norm: Callab
 
 
 class Dropout(nn.Dropout):
-    """Dropout by random bytes, so p is k/256: torch's CPU generator takes 9 ns a number."""
+    """Dropout that draws bytes, so p is a multiple of 1/256.
+
+    torch's CPU generator takes 9 ns for each number, and a number holds eight bytes.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -113,7 +116,7 @@ def cnn(num_classes: int, image_size: tuple[int, int], width: float) -> nn.Modul
         nn.ReLU(),
         nn.Conv2d(a, b, 3),
         nn.MaxPool2d(2),
-        nn.ReLU(),  # the same function and gradient after the pool, for a quarter of the work
+        nn.ReLU(),  # after the pool it gives the same output and gradient for a quarter of the work
         Dropout(0.25),
         nn.Flatten(),
         nn.Linear(b * height * width_, hidden),
@@ -124,14 +127,14 @@ def cnn(num_classes: int, image_size: tuple[int, int], width: float) -> nn.Modul
 
 
 def lenet(num_classes: int, image_size: tuple[int, int], width: float) -> nn.Module:
-    """NIID-Bench's CNN: 62,006 parameters at 32x32 and width 1; pads pictures under 16x16."""
+    """NIID-Bench's CNN: 62,006 parameters at 32x32 and width 1. It pads pictures under 16x16."""
     a, b, c, d = (max(1, round(width * n)) for n in (6, 16, 120, 84))
     padding = 0 if min(image_size) >= 16 else 2
     height, width_ = (((side - 4 + 2 * padding) // 2 - 4 + 2 * padding) // 2 for side in image_size)
     return nn.Sequential(
         nn.Conv2d(3, a, 5, padding=padding),
         nn.MaxPool2d(2),
-        nn.ReLU(),  # as in cnn(): after the pool it costs a quarter
+        nn.ReLU(),  # after the pool, as in cnn()
         nn.Conv2d(a, b, 5, padding=padding),
         nn.MaxPool2d(2),
         nn.ReLU(),

@@ -19,7 +19,16 @@ import numpy as np
 
 from compiled import add_at
 from compressors.bounded import Bounded
-from compressors.coder import CODED, COMPRESSED, SMALL_DENSE, SPARSE, SPARSE_CODED, Body, Coder
+from compressors.coder import (
+    CODED,
+    COMPRESSED,
+    SMALL_DENSE,
+    SPARSE,
+    SPARSE_CODED,
+    Body,
+    Coder,
+    read_integers,
+)
 from compressors.eden import Eden
 from compressors.linear import Linear
 from compressors.plain import Bf16, Fp16, Fp32
@@ -39,7 +48,6 @@ from wire.container import (
     pack,
     unpack,
 )
-from wire.entropy import decode_integers
 from wire.positions import decode_positions, pack_positions, unpack_positions
 
 if TYPE_CHECKING:
@@ -160,28 +168,51 @@ def encode(
     return payload, _joined(layout, large, small, _read_back(payload, body, rest, coder))
 
 
-def decode(payload: bytes | memoryview, layout: Layout) -> Decoded:
-    """Decode a stranger's bytes. Raises PayloadError, never anything else."""
+def decode(
+    payload: bytes | memoryview,
+    layout: Layout,
+    values: str | Coder | None = None,
+    selected: int | None = None,
+    dense_below: int = 0,
+) -> Decoded:
+    """Decode a stranger's bytes. Raises PayloadError, never anything else.
+
+    values: the coder that both ends agreed on, or its word; selected: how many positions the sender
+    may select at most, None if it may not; dense_below: as in encode(). What was not agreed on is
+    refused before it costs any work. If `values` is None, any payload for the layout is decoded.
+    """
     selection, kind, flags, body = unpack(payload, layout)
-    coder = _coder_of(selection, kind)
+    if values is None:
+        coder, most = _any_coder(selection, kind), layout.size
+    else:
+        coder = parse_coder(values) if isinstance(values, str) else values
+        most = layout.size if selected is None else selected
+        if (selection, kind) not in coder.formats(selected is not None):
+            raise PayloadError(f"byte 5: selection {selection}, kind {kind}: not {coder} as agreed")
     may_be_compressed = coder.compressible and selection != CODED
     if flags & COMPRESSED and not may_be_compressed or flags > 3:
         raise PayloadError(f"byte 7: flags {flags} with selection {selection} and kind {kind}")
     reader = Reader(body)
+    limit = int(reader.take("<u4", 1)[0]) if flags & SMALL_DENSE else 0
+    due = dense_below if (layout.sizes < dense_below).any() else 0
+    if values is not None and limit != due:
+        raise PayloadError(f"tensors of under {limit} entries are apart, not {due} as agreed")
+    large = layout.sizes >= limit
     if not flags & SMALL_DENSE:
-        return _finite(_decode(reader, selection, flags, layout, coder))
-    large = layout.sizes >= int(reader.take("<u4", 1)[0])
+        return _finite(_decode(reader, selection, flags, layout, coder, most))
     small = reader.take("<f4", int(layout.sizes[~large].sum()))
-    rest = _decode(reader, selection, flags, layout.where(large), coder)
-    return _finite(_joined(layout, large, small, rest))
+    rest = layout.where(large)
+    joined = _joined(layout, large, small, _decode(reader, selection, flags, rest, coder, most))
+    return _finite(joined)
 
 
 # --- one body -------------------------------------------------------------------------------------
 
 
 def _encode(vector: Tensor, layout: Layout, coder: Coder, select: Select | None, seed: int) -> Body:
-    indices = None if select is None else select(vector, layout)
-    if indices is not None:
+    indices = None
+    if select is not None:
+        indices = select(vector, layout)
         vector = vector.index_select(0, _as_tensor(indices).to(vector.device))
     return coder.encode(vector.cpu().numpy(), indices, layout, seed)
 
@@ -197,33 +228,40 @@ def _read_back(payload: memoryview, body: Body, layout: Layout, coder: Coder) ->
     return Decoded(layout.size, body.indices, values)
 
 
-def _coder_of(selection: int, kind: int) -> type[Coder]:
-    """A coder that reads payloads with these bytes. Raises PayloadError if there is none."""
+def _any_coder(selection: int, kind: int) -> Coder:
+    """A coder that reads all payloads with these bytes. Raises PayloadError if there is none."""
     if selection > SPARSE_CODED:
         raise PayloadError(f"byte 5: no selection has the number {selection}")
     for coder in CODERS:
         if (selection, kind) in coder.formats(False) | coder.formats(True):
-            return coder
+            return coder(number=None)
     raise PayloadError(f"byte 6: selection {selection} has no values of kind {kind}")
 
 
 def _decode(
-    reader: Reader, selection: int, flags: int, layout: Layout, coder: type[Coder]
+    reader: Reader, selection: int, flags: int, layout: Layout, coder: Coder, most: int
 ) -> Decoded:
-    if selection == CODED:
-        return Decoded(layout.size, *coder.read_coded(reader, layout))
+    """The vector in a body, which may hold `most` positions. Raises PayloadError."""
     indices = None
+    if selection == CODED:  # which only levels are
+        return Decoded(layout.size, *coder.read_coded(reader, layout, most))
     if selection == SPARSE:
-        indices = decode_positions(reader, layout)
+        indices = decode_positions(reader, layout, most)
     elif selection == SPARSE_CODED:
-        ones = reader.take("u1", int(reader.take("<u4", 1)[0]))
-        indices, levels = decode_integers(ones.data, layout)
-        if (levels != 1).any():
-            raise PayloadError("positions are coded as levels of 1, and one is another")
+        indices = _read_ones(reader, layout, most)
     count = layout.size if indices is None else len(indices)
     values = coder.decode(reader, flags, layout, count)
     reader.finish()
     return Decoded(layout.size, indices, values)
+
+
+def _read_ones(reader: Reader, layout: Layout, most: int) -> np.ndarray:
+    """Positions that are coded as integers of 1, int64, ascending. Raises PayloadError."""
+    code = reader.take("u1", int(reader.take("<u4", 1)[0]))
+    indices, levels = read_integers(code.data, layout, most, largest=1)
+    if len(levels) and not levels.min() == levels.max() == 1:
+        raise PayloadError("positions are coded as levels of 1, and one is another")
+    return indices
 
 
 # --- small tensors dense --------------------------------------------------------------------------
@@ -233,42 +271,54 @@ def _pick(vector: Tensor, layout: Layout, chosen: np.ndarray) -> Tensor:
     """The entries of the chosen tensors, one after the other; chosen: bool [num_tensors]."""
     import torch
 
-    return torch.cat([vector[:0], *(vector[start:stop] for start, stop in _spans(layout, chosen))])
-
-
-def _spans(layout: Layout, chosen: np.ndarray) -> list[tuple[int, int]]:
-    spans = np.stack((layout.offsets[:-1], layout.offsets[1:]), 1)
-    return [(start, stop) for start, stop in spans[chosen].tolist()]
+    tensors = vector.split(layout.sizes.tolist())
+    picked = [tensor for tensor, is_chosen in zip(tensors, chosen, strict=True) if is_chosen]
+    return torch.cat([vector[:0], *picked])
 
 
 def _joined(layout: Layout, large: np.ndarray, small: np.ndarray, rest: Decoded) -> Decoded:
     """The vector of which `small` holds the small tensors and `rest` the large ones."""
-    small_places = [np.arange(start, stop) for start, stop in _spans(layout, ~large)]
-    small_places = np.concatenate([np.zeros(0, np.int64), *small_places])
+    values, small_sizes = rest.values, layout.sizes[~large]
     if rest.indices is None:
-        values = np.empty(layout.size, np.float32)
-        values[small_places] = small
-        done = 0
-        for start, stop in _spans(layout, large):
-            values[start:stop] = rest.values[done : done + stop - start]
-            done += stop - start
+        values = _in_turn(large, values, layout.sizes[large], small, small_sizes)
         return Decoded(layout.size, None, values)
-    sizes = layout.sizes[large]
-    ends = np.cumsum(sizes)
-    shifts = layout.offsets[:-1][large] - (ends - sizes)
-    places = rest.indices + shifts[np.searchsorted(ends, rest.indices, side="right")]
-    indices = np.concatenate((small_places, places))
-    order = np.argsort(indices, kind="stable")
-    values = np.concatenate((small, rest.values))
-    return Decoded(layout.size, indices[order], values[order])
+    # A payload may hold all positions: they take little room while the values are joined.
+    coded = rest.indices.astype(np.min_scalar_type(layout.size))
+    del rest
+    starts = np.cumsum(layout.sizes[large]) - layout.sizes[large]
+    counts = np.diff(np.searchsorted(coded, starts.astype(coded.dtype)), append=len(coded))
+    coded += np.repeat((layout.offsets[:-1][large] - starts).astype(coded.dtype), counts)
+    spans = zip(layout.offsets[:-1][~large], layout.offsets[1:][~large], strict=True)
+    places = np.concatenate([coded[:0], *(np.arange(*span, dtype=coded.dtype) for span in spans)])
+    values = _in_turn(large, values, counts, small, small_sizes)
+    indices = _in_turn(large, coded, counts, places, small_sizes, np.int64)
+    return Decoded(layout.size, indices, values)
+
+
+def _in_turn(
+    large: np.ndarray,
+    of_large: np.ndarray,
+    large_counts: np.ndarray,
+    of_small: np.ndarray,
+    small_counts: np.ndarray,
+    dtype: type = np.float32,
+) -> np.ndarray:
+    """What belongs to each tensor, in the order of the layout: so much to each large and small."""
+    tensors = {True: (of_large, large_counts), False: (of_small, small_counts)}
+    tensors = {key: iter(np.split(all_of, np.cumsum(n))) for key, (all_of, n) in tensors.items()}
+    in_turn = [next(tensors[is_large]) for is_large in large.tolist()]
+    return np.concatenate([of_large[:0], *in_turn], dtype=dtype)
 
 
 # --- finite numbers -------------------------------------------------------------------------------
 
 
 def all_finite(vector: Tensor) -> bool:
-    """A finite sum has only finite terms; only a sum that overflowed needs the second look."""
-    return math.isfinite(vector.sum()) or bool(vector.isfinite().all())
+    """Whether float32 [n] holds neither inf nor NaN.
+
+    A finite sum has only finite terms; only one that overflowed needs the second look.
+    """
+    return math.isfinite(vector.sum()) or all(map(math.isfinite, vector.aminmax()))
 
 
 def _finite(decoded: Decoded) -> Decoded:

@@ -1,7 +1,7 @@
-"""Ranks: who am I, on which device, who trains whom, and how payloads get from rank to rank.
+"""Ranks: the processes of a run, what they exchange, and which of them trains which client.
 
-The same program runs under python, torchrun, accelerate launch (Accelerate sets up the process
-group) and the deepspeed launcher (DeepSpeed does): gloo between CPUs, NCCL between GPUs.
+A run has one process, or several that a launcher started (launchers.py); each is called a rank.
+Tensors on CPUs are exchanged by gloo, tensors on GPUs by NCCL.
 """
 
 import json
@@ -37,32 +37,41 @@ class RankLost(Exception):
 class Team:
     """The ranks that train one client together, each on its part of every batch."""
 
-    def __init__(self, rank: int = 0, size: int = 1, number: int = 0, group: Any = None):
-        """rank: within the team, whose number is counted over all teams."""
-        self.rank, self.size, self.number, self._group = rank, size, number, group
+    def __init__(self, rank: int = 0, size: int = 1, index: int = 0, group: Any = None):
+        """Make this process's view of its team.
+
+        rank: of this process within the team; size: how many ranks the team has; index: which of
+        all teams it is, from 0; group: torch's process group of the team.
+        """
+        self.rank, self.size, self.index, self._group = rank, size, index, group
         self.is_leader, self.received = rank == 0, 0
 
     def sum_(self, tensor: Tensor) -> None:
-        """Add up everybody's tensor, in place."""
+        """Replace the tensor by the sum of the tensors of all ranks of the team."""
         if self.size > 1:
             self.received += tensor.nbytes
             with _lost_ranks():
                 dist.all_reduce(tensor, group=self._group)
 
-    def share(self, value: T) -> T:
-        """The leader's value, on all."""
+    def broadcast(self, value: T) -> T:
+        """Return the value that the team's leader gave, on every rank of the team."""
         if self.size == 1:
             return value
         box = [value]
         with _lost_ranks():
-            dist.broadcast_object_list(box, self.number * self.size, group=self._group)
+            dist.broadcast_object_list(box, self.index * self.size, group=self._group)
         return box[0]
 
 
 class Ranks:
-    """The processes of a run; every method is called by all of them, in the same order."""
+    """The processes of a run. Each must call the same methods in the same order as the others."""
 
     def __init__(self, config: Config):
+        """Meet the other processes and choose this one's device.
+
+        Raises ConfigError if the config or the launcher's variables are wrong, and RankLost if
+        another process does not start.
+        """
         settings, on_cpu = config.distributed, _trains_on_cpu(config)
         launch = read_launch(on_cpu)
         launched_by_deepspeed = "CROSS_RANK" in os.environ  # set by its launcher and by no other
@@ -81,7 +90,7 @@ class Ranks:
         self.rank, self.size = launch.rank, launch.size
         self.is_main = self.rank == 0
         self.received = 0
-        self._held = torch.empty(self.size + 1, 0, dtype=torch.uint8)
+        self._gather_buffers = torch.empty(self.size + 1, 0, dtype=torch.uint8)
         self._make_teams(settings.ranks_per_client, timeout)
 
     def _make_teams(self, size: int, timeout: timedelta) -> None:
@@ -102,14 +111,14 @@ class Ranks:
 
     @property
     def bytes_received(self) -> int:
-        """What collectives have brought to this process: others' bytes, and once each sum."""
+        """How many bytes this process received: other ranks' bytes, and each sum once."""
         return self.received + self.team.received
 
     def gather(self, *parts: Blob) -> list[memoryview]:
-        """Everybody's bytes, in rank order. Nothing but the bytes and their lengths travels.
+        """Return the bytes that each rank gave, in the order of ranks.
 
-        parts: what this rank gives, one after the other. What comes back is overwritten by the next
-        call: a round's payloads are read in place, in memory that is touched once in a run.
+        parts: this rank's bytes, which are joined. The next call overwrites the memory that is
+        returned: a round's payloads are read where they arrive, in buffers that are made once.
         """
         if self.size == 1:
             return [memoryview(b"".join(parts))]
@@ -130,12 +139,13 @@ class Ranks:
         return [memoryview(tensor[:length].numpy()) for tensor, length in pairs]
 
     def _buffers(self, length: int) -> Tensor:
-        """uint8 [size + 1, at least length]: for what comes from each rank, and what goes."""
-        if self._held.shape[1] < length:
-            self._held = torch.empty(self.size + 1, length, dtype=torch.uint8)
-        return self._held
+        """Return uint8 [size + 1, >= length]: a row to receive from each rank, and one to send."""
+        if self._gather_buffers.shape[1] < length:
+            self._gather_buffers = torch.empty(self.size + 1, length, dtype=torch.uint8)
+        return self._gather_buffers
 
     def gather_json(self, value: Any) -> list[Any]:
+        """Return the value that each rank gave, in the order of ranks; JSON makes keys strings."""
         return [json.loads(bytes(blob)) for blob in self.gather(json.dumps(value).encode())]
 
     def sum_(self, tensor: Tensor) -> None:
@@ -152,8 +162,12 @@ class Ranks:
             with _lost_ranks():
                 dist.all_reduce(tensor, operation)
 
-    def together(self, work: Callable[[], T], main_first: bool = False) -> T:
-        """Do `work` on every rank, or on the main one first; if one fails, all raise its error."""
+    def on_all_ranks(self, work: Callable[[], T], main_first: bool = False) -> T:
+        """Do `work` on every rank and return this rank's result.
+
+        main_first: the other ranks begin when the main one is done. If the work fails anywhere, all
+        ranks raise ConfigError with the first failure's message.
+        """
         turns = (self.is_main, not self.is_main) if main_first else (True,)
         result, error = None, ""
         for my_turn in turns:
@@ -179,9 +193,10 @@ def place(costs: dict[int, float], num_teams: int, holders: dict[int, int]) -> d
 
     costs: each client's expected work, at least 0; holders: the teams that hold clients' states.
 
-    The longest client comes first and goes to the team with the least work so far (Graham 1969:
-    the last team ends at most 4/3 of the shortest possible time later). Among equally long clients
-    and equally loaded teams, a client whose state such a team holds comes first and goes there.
+    The longest client comes first and goes to the team with the least work so far, by which the
+    last team ends within 4/3 of the shortest possible time (Graham 1969). Among equally long
+    clients and equally loaded teams, a client whose state such a team holds comes first and goes
+    there.
     """
     holder = {client: holders.get(client, client % num_teams) for client in costs}
     loads, placed = [0.0] * num_teams, {}
@@ -215,10 +230,10 @@ def place(costs: dict[int, float], num_teams: int, holders: dict[int, int]) -> d
 
 @contextmanager
 def _lost_ranks() -> Iterator[None]:
-    """Turn what torch raises where another process is gone, RuntimeErrors of many words."""
+    """Raise RankLost in place of what torch raises when another process is gone."""
     try:
         yield
-    except TimeoutError as error:  # of launchers.in_time
+    except TimeoutError as error:  # a start that took too long, see launchers.py
         raise RankLost(str(error)) from None
     except RuntimeError as error:
         if not re.search(r"connect|clos|peer|reset|tim(e|ed) ?out|broken", str(error), re.I):
@@ -229,7 +244,7 @@ def _lost_ranks() -> Iterator[None]:
         raise RankLost(f"{gone} ({reason})") from None
 
 
-# What Accelerate would do on its own behind the YAML's back, and what stands for it here.
+# Variables by which Accelerate would act without a word in the YAML, and what to use instead.
 ACCELERATE_SETTINGS = {
     "ACCELERATE_MIXED_PRECISION": "use precision",
     "ACCELERATE_TORCH_DEVICE": "use device",
@@ -243,7 +258,7 @@ ACCELERATE_SETTINGS = {
 
 
 def _trains_on_cpu(config: Config) -> bool:
-    """Whether `device`, `accelerate launch --cpu` or the want of a GPU makes this a run on CPUs."""
+    """Whether the run uses CPUs: by `device`, by `accelerate launch --cpu` or for want of a GPU."""
     try:
         asked = parse_flag_from_env("ACCELERATE_USE_CPU")
     except ValueError:
@@ -257,7 +272,10 @@ def _trains_on_cpu(config: Config) -> bool:
 
 
 def _make_accelerator(config: Config, on_cpu: bool, rank: int) -> Accelerator:
-    """Accelerate chooses the device and leads the trackers."""
+    """Make the Accelerator, which chooses the device and writes to the trackers.
+
+    Raises ConfigError for an unknown tracker and for variables that Accelerate cannot follow here.
+    """
     for name, advice in ACCELERATE_SETTINGS.items():
         value = os.environ.get(name, "").lower()
         agrees = name.endswith("PRECISION") and config.precision in ("auto", value)
@@ -283,7 +301,7 @@ def _make_accelerator(config: Config, on_cpu: bool, rank: int) -> Accelerator:
 
 
 def _init_deepspeed(on_cpu: bool, backend: str) -> None:
-    """Hand the process group to DeepSpeed, which needs one even for a single process."""
+    """Give DeepSpeed the process group. DeepSpeed needs a group even for a single process."""
     if not dist.is_initialized():
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -93,16 +93,16 @@ def start(config: Config, ranks: Ranks, folder: RunFolder) -> Federation:
 
     All that can be refused is refused before the folder is touched.
     """
-    if result := ranks.together(lambda: folder.refuse_other_runs(config)):
+    if result := ranks.on_all_ranks(lambda: folder.refuse_other_runs(config)):
         raise RunFinished(result)
     federation = Federation(config, ranks, folder.clients)
-    ranks.together(lambda: folder.claim(config) if ranks.is_main else None, main_first=True)
-    if state := ranks.together(folder.checkpoint):
+    ranks.on_all_ranks(lambda: folder.claim(config) if ranks.is_main else None, main_first=True)
+    if state := ranks.on_all_ranks(folder.checkpoint):
         federation.load(state)
         _say(ranks, f"resuming {folder.path} after round {federation.progress.round_number}")
     _announce_data(federation)
     resolve_precision(federation, folder.environment().get("precision"))
-    ranks.together(lambda: record_environment(federation, folder) if ranks.is_main else None)
+    ranks.on_all_ranks(lambda: record_environment(federation, folder) if ranks.is_main else None)
     _ornament("trackers", lambda: ranks.accelerator.init_trackers("tensorboard"))
     return federation
 

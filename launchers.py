@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -96,8 +97,8 @@ def _whole_number(
         raise ConfigError(f"{name} is not set, but WORLD_SIZE is {size}; {ADVICE}")
     number = int(text) if text.isdecimal() else -1
     if number < least or (most is not None and number > most):
-        range_ = f"of {least} or more" if most is None else f"from {least} to {most}"
-        raise ConfigError(f"{name} is {text!r}, but must be a whole number {range_}")
+        bounds = f"of {least} or more" if most is None else f"from {least} to {most}"
+        raise ConfigError(f"{name} is {text!r}, but must be a whole number {bounds}")
     return number
 
 
@@ -219,7 +220,8 @@ def choose_interface(own: str, masters: list[str]) -> None:
         return
     elsewhere = [address for address in masters if not _is_loopback(address)]
     if _is_loopback(own) and elsewhere:  # other machines know the master by its real address
-        own = source_address(elsewhere[0])
+        with suppress(OSError):  # there may be no way to that address from here
+            own = source_address(elsewhere[0])
     for name, addresses in interfaces.items():
         if own in addresses:
             os.environ["GLOO_SOCKET_IFNAME"] = name

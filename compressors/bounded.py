@@ -6,7 +6,6 @@ import numpy as np
 
 from compressors.coder import Words
 from compressors.levels import ENOUGH_STEPS, Levels, rounded
-from wire.entropy import MAX_LEVEL
 
 
 class Bounded(Levels):
@@ -28,9 +27,16 @@ class Bounded(Levels):
     def ruins_models(self) -> bool:
         return self.steps <= 2
 
+    @property
+    def largest_level(self) -> int:
+        return 2 * self.steps  # reached where the scale is a denormal number
+
     def quantise(self, values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        # Where the scale is a denormal number, levels may be up to twice as large as `steps`.
-        return rounded(values, np.array([len(values)]), self.steps, MAX_LEVEL)
+        return rounded(values, np.array([len(values)]), self.steps, self.largest_level)
 
     def bits_of(self, levels: np.ndarray) -> int:
         return max(2, int(np.abs(levels).max(initial=0)).bit_length() + 1)
+
+    @property
+    def bits_sent(self) -> range:
+        return range(2, self.largest_level.bit_length() + 2)

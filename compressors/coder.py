@@ -12,13 +12,14 @@ import numpy as np
 
 from layout import Layout
 from wire.container import PayloadError, Reader, compress, decompress
-from wire.entropy import encode_integers
+from wire.entropy import MAX_LEVEL, decode_integers, encode_integers
 from wire.positions import encode_positions
+from wire.range_coder import read_varint
 
 Buffer = bytes | memoryview
 DENSE, SPARSE, CODED, SPARSE_CODED = range(4)  # the selection byte of the container
 COMPRESSED, SMALL_DENSE = 1, 2  # its flags
-LARGEST = float(np.finfo(np.float32).max)
+LARGEST = np.finfo(np.float32).max
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Coder:
     is above 1e-30 or, for fp16, within 1e-7 and 65504. tests/compressors measures each of them.
     """
 
-    number: float = 0  # the one in its word: bits, an error bound or a rank
+    # The number in its word: bits, an error bound or a rank. None makes a reader of all numbers.
+    number: float | None = 0
 
     words: ClassVar[Words]
     kind: ClassVar[int]  # the byte of the container that announces its values
@@ -125,10 +127,9 @@ class Coder:
             indices, written = indices[arrives], self.write(values[arrives], layout, seed)
         return in_order(self.kind, written, indices, layout)
 
-    @classmethod
-    def decode(cls, reader: Reader, flags: int, layout: Layout, count: int) -> np.ndarray:
-        """The `count` values of a payload of this kind, float32. Raises PayloadError."""
-        return cls.read(reader, layout, count)
+    def decode(self, reader: Reader, flags: int, layout: Layout, count: int) -> np.ndarray:
+        """The `count` values that encode() sent, float32. Raises PayloadError."""
+        return self.read(reader, layout, count)
 
     @classmethod
     def formats(cls, selected: bool) -> set[tuple[int, int]]:
@@ -152,11 +153,35 @@ def in_order(
     return Body(SPARSE, kind, rice, values, flags, indices)
 
 
+def read_integers(
+    code: memoryview, layout: Layout, most: int, largest: int = MAX_LEVEL
+) -> tuple[np.ndarray, np.ndarray]:
+    """decode_integers(), but for codes of over `most` integers or with some beyond `largest`.
+
+    What a code announces is checked before any work. Raises PayloadError.
+    """
+    head = bytes(code[:27])  # three numbers of up to 9 bytes
+    count, end = read_varint(head, 0)
+    if count > most:
+        raise PayloadError(f"{count} positions where at most {most} are due")
+    if count:
+        least, end = read_varint(head, end)
+        spread, _ = read_varint(head, end)
+        if least + spread > largest:
+            raise PayloadError(f"levels of up to {least + spread} where at most {largest} is due")
+    return decode_integers(code, layout)
+
+
 class Packed(Coder):
     """Values of a few bits each: their number of bits, then a packet that Zstandard may shorten."""
 
     compressible = True
     most_bits: ClassVar[int]
+
+    @property
+    def bits_sent(self) -> range:
+        """The numbers of bits that its payloads have."""
+        return range(self.number, self.number + 1)
 
     @classmethod
     def packet_size(cls, bits: int, layout: Layout, count: int) -> int:
@@ -168,15 +193,16 @@ class Packed(Coder):
         """The `count` values of a packet, float32. Raises PayloadError."""
         raise NotImplementedError
 
-    @classmethod
-    def decode(cls, reader, flags, layout, count) -> np.ndarray:
+    def decode(self, reader, flags, layout, count) -> np.ndarray:
         bits = int(reader.take("u1", 1)[0])
-        if not 1 <= bits <= cls.most_bits:
-            raise PayloadError(f"values of {bits} bits are not of kind {cls.kind}")
+        if not 1 <= bits <= self.most_bits:
+            raise PayloadError(f"values of {bits} bits are not of kind {self.kind}")
+        if self.number is not None and bits not in self.bits_sent:
+            raise PayloadError(f"values of {bits} bits, and {self} was agreed on")
         if flags & COMPRESSED:
-            size = cls.packet_size(bits, layout, count)
+            size = self.packet_size(bits, layout, count)
             reader = Reader(memoryview(decompress(reader.rest(), size)))
-        values = cls.read_packet(reader, bits, layout, count)
+        values = self.read_packet(reader, bits, layout, count)
         reader.finish()
         return values
 

@@ -79,8 +79,6 @@ class Eden(Packed):
         indices = unpack_bits(reader, rotated, bits)
         out = np.empty(count, np.float32)
         _eden_back(indices, sizes, seed, centroids(bits), scales, *_room(), out)
-        if np.isinf(out[:rotated]).any():
-            np.clip(out[:rotated], -LARGEST, LARGEST, out=out[:rotated])
         out[rotated:] = reader.take("<f4", count - rotated)
         return out
 
@@ -170,5 +168,5 @@ def _eden_back(indices, sizes, seed, centres, scales, x, spare, out):
             x, spare = _rotate(x, spare, size)
             _flip(x, size, start, stage, seed)
         for j in range(size):
-            out[start + j] = x[j] * scales[b]
+            out[start + j] = min(max(x[j] * scales[b], -LARGEST), LARGEST)
         start += size

@@ -7,11 +7,11 @@ machines decode the same bits. Nothing overflows: what would, becomes the larges
 import numpy as np
 
 from compiled import compiled
-from compressors.coder import CODED, DENSE, Body, Packed, with_bits
+from compressors.coder import CODED, DENSE, Body, Packed, read_integers, with_bits
 from layout import Layout
 from wire.bits import pack_bits, unpack_bits
 from wire.container import Reader
-from wire.entropy import decode_integers, encode_integers
+from wire.entropy import MAX_LEVEL, encode_integers
 
 SMALLEST = np.float32(2.0**-149)
 WORTH_CODING = 1 / 8  # of levels that are not zero: beyond it, packed ones are shorter or nearly so
@@ -33,6 +33,11 @@ class Levels(Packed):
     def steps(self) -> int:
         """The level of the largest magnitude."""
         return 2 ** (self.number - 1) - 1
+
+    @property
+    def largest_level(self) -> int:
+        """No level of its payloads is larger in magnitude."""
+        return self.steps
 
     def quantise(self, values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """float32 [n] as (levels int16 [n], scales float32 [num_scales])."""
@@ -104,12 +109,20 @@ class Levels(Packed):
         """
         return scales.astype("<f4").tobytes(), np.array([len(kept)])
 
-    @classmethod
-    def read_coded(cls, reader: Reader, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-        """(indices int64 [n], ascending, values float32 [n]). Raises PayloadError."""
+    def read_coded(
+        self, reader: Reader, layout: Layout, most: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(indices int64 [n], ascending, values float32 [n]), n <= most. Raises PayloadError."""
         scales = reader.take("<f4", 1)
-        indices, levels = decode_integers(reader.rest(), layout)
+        indices, levels = self.read_levels(reader.rest(), layout, most)
         return indices, times(levels, scales, np.array([len(levels)]))
+
+    def read_levels(
+        self, code: memoryview, layout: Layout, most: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(indices int64 [n], ascending, levels int16 [n]), n <= most. Raises PayloadError."""
+        largest = MAX_LEVEL if self.number is None else self.largest_level
+        return read_integers(code, layout, most, largest)
 
 
 # --- levels and scales ----------------------------------------------------------------------------

@@ -52,9 +52,11 @@ class Bf16(Coder):
 
     @classmethod
     def read(cls, reader: Reader, layout: Layout, count: int) -> np.ndarray:
-        bits = reader.take("<u2", count).astype(np.uint32)
+        values = np.empty(count, np.float32)
+        bits = values.view(np.uint32)
+        bits[:] = reader.take("<u2", count)
         bits <<= 16
-        return bits.view(np.float32)
+        return values
 
 
 @compiled

@@ -46,11 +46,12 @@ class PowerSgd(Coder):
                 parts.append(tensor.astype("<f4").tobytes())
         return b"".join(parts)
 
-    @classmethod
-    def decode(cls, reader, flags, layout, count) -> np.ndarray:
+    def decode(self, reader, flags, layout, count) -> np.ndarray:
         rank = int(reader.take("<u2", 1)[0])
         if rank == 0:
             raise PayloadError("a rank of 0")
+        if self.number not in (None, rank):
+            raise PayloadError(f"a rank of {rank}, and {self} was agreed on")
         out = np.empty(layout.size, np.float32)
         for start, shape, size in zip(layout.offsets, layout.shapes, layout.sizes, strict=False):
             rows, columns, low = _factors(shape, rank)
@@ -60,12 +61,26 @@ class PowerSgd(Coder):
             p, q = reader.take("<f4", rows * low), reader.take("<f4", columns * low)
             if not (np.isfinite(p).all() and np.isfinite(q).all()):
                 raise PayloadError("a factor is not finite")
-            p, q = (factor.reshape(-1, low).astype(np.float64) for factor in (p, q))
-            total = p[:, :1] * q[:, 0]
-            for r in range(1, low):
-                total += p[:, r : r + 1] * q[:, r]
-            out[start : start + size] = np.clip(total, -LARGEST, LARGEST).reshape(-1)
+            p, q = p.reshape(rows, low), q.reshape(columns, low).T
+            p, q = (np.array(factor, order="C") for factor in (p, q))  # aligned, unlike the payload
+            _product(p, q, np.empty(columns), out[start : start + size].reshape(rows, columns))
         return out
+
+
+@compiled
+def _product(p, q, sums, out):
+    """out = p @ q in float64, each sum from the left, clamped to the range of float32.
+
+    p: float32 [rows, low]; q: float32 [low, columns]; sums: float64 [columns], to work on.
+    """
+    for i in range(len(p)):
+        for r in range(len(q)):
+            factor = np.float64(p[i, r])
+            for j in range(len(sums)):
+                product = factor * np.float64(q[r, j])
+                sums[j] = sums[j] + product if r else product
+        for j in range(len(sums)):
+            out[i, j] = min(max(sums[j], -LARGEST), LARGEST)
 
 
 @compiled

@@ -14,6 +14,7 @@ class Sign(Levels):
 
     words = Words("sign")
     contractive, keeps_norms, ruins_models = True, True, True
+    largest_level, bits_sent = 1, range(1, 2)
 
     def quantise(self, values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         levels = np.where(values < 0, np.int16(-1), np.int16(1))

@@ -14,6 +14,7 @@ class Ternary(Levels):
 
     words = Words("ternary")
     contractive, keeps_norms, ruins_models = True, True, True
+    largest_level, bits_sent = 1, range(2, 3)
 
     def quantise(self, values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         return np.sign(values).astype(np.int16), mean_magnitude(values, np.count_nonzero(values))

@@ -64,7 +64,7 @@ class Agreement:
             yield Kind(direction, "buffers", channel, self.buffer_layout.size)
         # A system without compression would send nothing in place of what makes a mask.
         yield Kind("up", "scores", Channel(self.layout, "fp16"), 0)
-        yield Kind("up", "growth", Channel(self.layout, "bf16"), 0)
+        yield Kind("up", "growth", Channel(self.layout, "bf16", sender_picks=True), 0)
         for name in ("mask", "mask_change"):
             yield Kind("down", name, PositionChannel(self.layout), 0)
 

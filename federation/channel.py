@@ -42,7 +42,7 @@ class Channel:
     is on average: a random choice is not scaled by 1 / density, as it is elsewhere so that its mean
     is the vector, and a coder of relative variance w >= 1 is damped by 1 / (1 + w), which makes it
     a contraction (Beznosikov et al. 2020, arXiv 2002.12410); otherwise what is owed would grow
-    without end.
+    without end. sender_picks: encode() is given a selection of its own.
     """
 
     def __init__(
@@ -53,9 +53,11 @@ class Channel:
         dense_below: int = 0,
         seed_for: Callable[..., int] = lambda *_: 0,
         owes: bool = False,
+        sender_picks: bool = False,
     ):
         self.layout, self.coder, self.selection = layout, parse_coder(values), selection
         self.dense_below, self.seed_for, self.owes = dense_below, seed_for, owes
+        self.sender_picks = sender_picks
         damped = owes and not self.coder.contractive
         self.damping = np.float32(1 / (1 + self.coder.variance) if damped else 1)
         self.use_mask(None)
@@ -83,9 +85,11 @@ class Channel:
         return payload, self._lift(sent, support)
 
     def decode(self, payload: bytes | memoryview, round_number: int, client: int = ALL) -> Decoded:
-        """The vector as it arrives. Raises PayloadError."""
+        """The vector as it arrives. Raises PayloadError, also for what was not agreed on."""
         support, layout, _ = self._support(round_number, client)
-        return self._lift(decode(payload, layout), support)
+        most = self._most_selected(round_number, client, layout)
+        decoded = decode(payload, layout, self.coder, most, self.dense_below)
+        return self._lift(decoded, support)
 
     @property
     def num_coordinates(self) -> int:
@@ -121,6 +125,23 @@ class Channel:
             "layer": lambda v, layout: pruning.topk_per_layer(v, density, layout.offsets),
             "chunk": lambda v, _: pruning.topk_per_chunk(v, density, settings.chunk),
         }[settings.scope]
+
+    def _most_selected(self, round_number: int, client: int, layout: Layout) -> int | None:
+        """How many positions the sender may pick at most; None if it picks none."""
+        settings, density = self.selection, self.density(round_number, client)
+        if self.sender_picks or settings.method == "threshold":
+            return layout.size
+        if settings.method in ("none", "random"):
+            return None
+        sizes = {
+            "global": [layout.size],
+            "layer": layout.sizes.tolist(),
+            "chunk": [
+                min(settings.chunk, layout.size - start)
+                for start in range(0, layout.size, settings.chunk)
+            ],
+        }[settings.scope]
+        return sum(pruning.num_kept(density, size) for size in sizes)
 
     def _lift(self, decoded: Decoded, support: np.ndarray | None) -> Decoded:
         """From positions within the support to positions in the vector, and damped."""

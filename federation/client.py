@@ -190,7 +190,7 @@ class Clients:
         if trained.report.failure:
             return trained
         trained.state = self.store.get(client)
-        known = self.team.share({k: v for k, v in trained.state.items() if k not in OWED})
+        known = self.team.broadcast({k: v for k, v in trained.state.items() if k not in OWED})
         self.load(broadcast.parameters, broadcast.buffers, known)
         received = broadcast.parameters
         if self.own_positions is not None:

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import RLock
 from typing import Any, TypedDict
 
 import torch
@@ -37,7 +38,8 @@ class ClientStore:
     """The states of the clients that one rank trains.
 
     folder: of all ranks' files; budget: bytes of states to hold in memory at most; versions: those
-    of the checkpoint to go on from. Spilling raises OSError where the disk is full.
+    of the checkpoint to go on from. Spilling raises OSError where the disk is full. Any thread may
+    read and stage states; what else happens to them is one thread's work.
     """
 
     def __init__(self, folder: Path, budget: float, versions: dict[int, int] | None = None):
@@ -48,6 +50,7 @@ class ClientStore:
         self.replaced: list[Path] = []  # files that only the checkpoint on the disk needs
         self.memory: dict[tuple[int, int], State] = {}  # not on the disk; last used, last in line
         self.bytes_in_memory = 0
+        self._lock = RLock()  # threads that encode stage states while another one trains
         # int32 [num_parameters]: the round in which each weight last left the mask; 0 for never
         self.left_in = torch.zeros(0, dtype=torch.int32)
 
@@ -81,17 +84,19 @@ class ClientStore:
 
         The store keeps the tensors themselves: do not write to them afterwards.
         """
-        if client in self.staged:
-            self._drop(client, self.staged.pop(client))
-        self.staged[client] = round
-        self.memory[client, round] = state
-        self.bytes_in_memory += _num_bytes(state)
-        self.make_room(0)
+        with self._lock:
+            if client in self.staged:
+                self._drop(client, self.staged.pop(client))
+            self.staged[client] = round
+            self.memory[client, round] = state
+            self.bytes_in_memory += _num_bytes(state)
+            self.make_room(0)
 
     def make_room(self, num_bytes: int) -> None:
         """Spill until this much of the budget is free, or all of it: for a state to come."""
-        while self.memory and self.bytes_in_memory + num_bytes > self.budget:
-            self._spill(*next(iter(self.memory)))
+        with self._lock:
+            while self.memory and self.bytes_in_memory + num_bytes > self.budget:
+                self._spill(*next(iter(self.memory)))
 
     def release(self, client: int) -> tuple[int, bool]:
         """Put a client's state on the disk and forget it, so that another store may adopt() it."""
@@ -144,11 +149,11 @@ class ClientStore:
         self.replaced = []
 
     def _read(self, client: int, version: int) -> State:
-        state = self.memory.pop((client, version), None)
-        if state is None:
-            return torch.load(self._path(client, version), weights_only=True, mmap=True)
-        self.memory[client, version] = state  # now the last in line
-        return state
+        with self._lock:
+            if (state := self.memory.pop((client, version), None)) is not None:
+                self.memory[client, version] = state  # now the last in line
+                return state
+        return torch.load(self._path(client, version), weights_only=True, mmap=True)
 
     def _spill(self, client: int, version: int) -> None:
         self.folder.mkdir(exist_ok=True)

@@ -29,7 +29,7 @@ class Placement:
 
     def is_here(self, client: int) -> bool:
         """Whether this rank belongs to the client's team."""
-        return self.team_of[client] == self.ranks.team.number
+        return self.team_of[client] == self.ranks.team.index
 
     def holds_state(self, client: int) -> bool:
         """Whether this rank is the one that keeps the client's state."""
@@ -38,7 +38,7 @@ class Placement:
     def place(self, costs: dict[int, float], store: ClientStore) -> None:
         """Place the cohort's clients, by the costs of training them, and move their states."""
         placed = place(costs, self.ranks.num_teams, self.team_of)
-        here = self.ranks.team.number
+        here = self.ranks.team.index
         leaving = [c for c in costs if c in store.versions and placed[c] != here]
         released = {client: store.release(client) for client in leaving}
         self.team_of |= placed

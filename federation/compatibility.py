@@ -18,8 +18,8 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
     try:
         algorithm = make_algorithm(config.local.algorithm, **config.local.options)
     except ValueError as error:
-        name_is_wrong = str(error).startswith("no algorithm")
-        yield "local.algorithm" if name_is_wrong else "local.options", str(error)
+        named = [key for key in config.local.options if key in str(error).split(";")[0]]
+        yield f"local.options.{named[0]}" if named else "local.algorithm", str(error)
         return
     masked = config.pruning.mask.method != "none"
     up = config.uplink, config.pruning, "uplink", "pruning"

@@ -60,18 +60,20 @@ class Federation:
         if ranks.use_deepspeed:
             from training.deepspeed_engine import read_config
 
-            ranks.together(lambda: read_config(config))  # a mistake in it is answered now
-        self.dataset = ranks.together(lambda: load_data(config), main_first=True)
-        self.pictures = ranks.together(lambda: make_pictures(config, self.dataset, ranks.device))
-        self.shards = ranks.together(lambda: partition(config, self.dataset))
+            ranks.on_all_ranks(lambda: read_config(config))  # a mistake in it is answered now
+        self.dataset = ranks.on_all_ranks(lambda: load_data(config), main_first=True)
+        self.pictures = ranks.on_all_ranks(
+            lambda: make_pictures(config, self.dataset, ranks.device)
+        )
+        self.shards = ranks.on_all_ranks(lambda: partition(config, self.dataset))
         labels, num_classes = self.dataset.train_labels.numpy(), self.pictures.num_classes
         self.labels_per_client = np.array(
             [np.bincount(labels[indices], minlength=num_classes) for indices in self.shards]
         )
         self.candidates = [client for client, indices in enumerate(self.shards) if len(indices)]
-        self.model = ranks.together(lambda: build_model(config, self.pictures, ranks.device))
+        self.model = ranks.on_all_ranks(lambda: build_model(config, self.pictures, ranks.device))
         num_examples = list(map(len, self.shards))
-        self.server = ranks.together(lambda: make_server(config, self.model, num_examples))
+        self.server = ranks.on_all_ranks(lambda: make_server(config, self.model, num_examples))
         self.versions: dict[int, int] = {}  # client: version of its saved state, of all ranks
         self.placement = Placement(ranks, [])
         self.clients = make_clients(

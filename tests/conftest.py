@@ -1,6 +1,7 @@
 """What all tests share: how OpenMP waits, and a tiny run in this process."""
 
 import os
+import sys
 
 import pytest
 from helpers.runs import REPOSITORY, TINY
@@ -20,3 +21,12 @@ def run(tmp_path):
         return main(config), config.run_folder
 
     return run
+
+
+@pytest.fixture
+def many_switches():
+    """Threads take turns a thousand times as often as usual."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(usual / 1000)
+    yield
+    sys.setswitchinterval(usual)

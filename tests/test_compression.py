@@ -370,6 +370,9 @@ def test_wrong_bodies_are_named(selection, kind, body, message):
 def test_coded_positions_are_ones():
     code = levels_body(1, 2)
     body = len(code).to_bytes(4, "little") + code + bytes(8)
+    refused(pack(3, 0, LAYOUT, body), "levels of up to 2 where at most 1 is due")
+    code = levels_body(1, -1)
+    body = len(code).to_bytes(4, "little") + code + bytes(8)
     refused(pack(3, 0, LAYOUT, body), "levels of 1, and one is another")
 
 
@@ -428,6 +431,69 @@ def test_decoding_takes_memory_in_proportion_to_the_layout():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100 * layout.size
+
+
+# --- what was agreed on ---------------------------------------------------------------------------
+
+TENSORS = Layout(("m", "bias", "v"), ((30, 40), (7,), (900,)))
+DENSE_VECTOR = torch.from_numpy(np.random.default_rng(0).standard_normal(TENSORS.size, np.float32))
+
+
+def sent_with(word: str, indices=None, dense_below: int = 0) -> memoryview:
+    return encode(DENSE_VECTOR, TENSORS, word, picking(indices), dense_below)[0]
+
+
+@pytest.mark.parametrize("word", [*WORDS, "bounded(3.125e-05)", "bounded(0.5)"])
+@pytest.mark.parametrize("dense_below", [0, 10])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-147])
+def test_what_was_agreed_on_is_decoded(word, dense_below, scale):
+    """Denormal numbers reach levels that others do not."""
+    vector = DENSE_VECTOR * scale
+    for indices in (None, np.arange(0, 1200, 3)) if parse_coder(word).takes_selection else (None,):
+        payload, sent = encode(vector, TENSORS, word, picking(indices), dense_below)
+        for values in (word, parse_coder(word)):
+            most = None if indices is None else len(indices)
+            decoded = decode(payload, TENSORS, values, most, dense_below)
+            assert same_bits(decoded.values, sent.values)
+
+
+FEW = np.arange(100)
+
+
+@pytest.mark.parametrize(
+    ("sent", "agreed", "message"),
+    [
+        (("int8",), ("fp32",), "byte 5: selection 0, kind 4: not fp32 as agreed"),
+        (("int8",), ("int4",), "values of 8 bits, and int4 was agreed on"),
+        (("eden4",), ("eden2",), "values of 4 bits, and eden2 was agreed on"),
+        (("sign",), ("ternary",), "values of 1 bits, and ternary was agreed on"),
+        (("bounded(0.01)",), ("bounded(0.3)",), "values of 7 bits, and bounded"),
+        (("powersgd(2)",), ("powersgd(1)",), "a rank of 2, and powersgd.1. was agreed on"),
+        (("fp32", FEW), ("fp32",), "selection 3, kind 0: not fp32 as agreed"),
+        (("fp32",), ("fp32", 100), "selection 0, kind 0: not fp32 as agreed"),
+        (("fp16", FEW), ("fp16", 99), "100 positions where at most 99 are due"),
+        (("fp16", np.arange(1200)), ("fp16", 99), "1200 positions where at most 99 are due"),
+        (("int8", FEW), ("int8", 9), "positions where at most 9 are due"),
+        (("qsgd8", FEW), ("qsgd8", 9), "positions where at most 9 are due"),
+        (("int8", FEW), ("int4", 100), "levels of up to 127 where at most 7 is due"),
+        (("qsgd4", FEW), ("qsgd2", 100), "levels of up to 7 where at most 1 is due"),
+        (("bounded(0.01)", FEW), ("ternary", 100), "levels of up to 51 where at most 1 is due"),
+        (("int8", None, 10), ("int8",), "tensors of under 10 entries are apart, not 0 as agreed"),
+        (("int8",), ("int8", None, 10), "tensors of under 0 entries are apart, not 10 as agreed"),
+        (("int8", FEW, 10), ("int8", 100, 9), "under 10 entries are apart, not 9 as agreed"),
+    ],
+)
+def test_what_was_not_agreed_on_is_refused(sent, agreed, message):
+    payload = sent_with(*sent)
+    decode(payload, TENSORS)  # well-formed
+    with pytest.raises(PayloadError, match=message):
+        decode(payload, TENSORS, *agreed)
+
+
+def test_a_limit_under_which_there_is_no_tensor_leaves_none_apart():
+    payload = sent_with("int8", None, 7)
+    assert payload[7] < 2
+    decode(payload, TENSORS, "int8", None, 7)
 
 
 # --- Decoded ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from helpers.configs import load, mistake
 from helpers.runs import REPOSITORY as ROOT
 
 from command_line import load_config
-from compressors.quantisers import parse_values
+from compression import parse_coder
 from config import Config
 
 
@@ -121,7 +121,7 @@ def test_words():
     assert [load("", f"device={word}").device for word in choices] == choices
     message = "x.yaml:2: model.name: 'resnet19' is not one of resnet18, resnet50, cnn, lenet"
     assert mistake("model:\n  name: resnet19") == message
-    for key in ("device", "precision", "model.name", "model.stem", "local.algorithm"):
+    for key in ("device", "precision", "model.name", "model.stem"):
         assert mistake("", f"{key}=X").startswith(f"command line: {key}: 'X' is not one of ")
     for key in ("local.optimizer", "local.lr_schedule.name", "pruning.method", "pruning.scope"):
         assert mistake("", f"{key}=X").startswith(f"command line: {key}: 'X' is not one of ")
@@ -156,7 +156,7 @@ def test_an_output_folder_must_have_a_name():
         ("pruning: {warmup: [0.5, 0]}", [], "x.yaml:1: pruning.warmup: 0.0 is out of range"),
         ("pruning: {client_densities: [2]}", [], "x.yaml:1: pruning.client_densities: 2.0 is"),
         ("downlink: {pruning: {method: topk}}", [], "x.yaml:1: downlink.pruning.method: a part of "
-         "the model can be sent only in mode: change"),
+         "the model can be sent only in downlink.mode change"),
         ("uplink: {values: powersgd(2)}", [], "x.yaml:1: uplink.values: powersgd(2) needs whole "),
         (
             "pruning: {method: none, mask: {method: snip}}",
@@ -192,7 +192,7 @@ NO_VALUES = ["int1", "int17", "qsgd9", "eden5", "fp64", "powersgd(0)", "powersgd
 
 @pytest.mark.parametrize("word", VALUES)
 def test_values_that_codecs_know_are_words_of_the_config(word):
-    parse_values(word)
+    parse_coder(word)
     both = [f"uplink.values={word}", f"downlink.values={word}"]
     load("", *both, "pruning.method=none", "downlink.mode=change")
 
@@ -200,8 +200,8 @@ def test_values_that_codecs_know_are_words_of_the_config(word):
 @pytest.mark.parametrize("word", NO_VALUES)
 def test_values_that_codecs_do_not_know_are_refused(word):
     with pytest.raises(ValueError):
-        parse_values(word)
-    message = f"command line: uplink.values: {word!r} is none of the forms fp32, fp16, "
+        parse_coder(word)
+    message = f"command line: uplink.values: {word!r} is no way to send values; valid are fp32, "
     assert mistake("", f"uplink.values={word}").startswith(message)
 
 
@@ -213,6 +213,28 @@ def test_what_looks_like_a_contradiction_and_is_none():
     load("", "local.nesterov=true", "model.norm=group(32)", "name=A-1_b.c")
     load("", "local.lr_schedule.name=step", "local.lr_schedule.milestones=[3]")
     load("", "server.scheduler=StepLR", "server.scheduler_options.step_size=3")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["local.algorithm=FedProks"], "local.algorithm: no algorithm is called 'FedProks';"),
+        (["local.algorithm=FedProx", "local.options.alpha=1"], "local.options.alpha: FedProx has "
+         "no setting 'alpha'; it has mu"),
+        (["local.options.mu=1"], "local.options.mu: FedAvg has no setting 'mu'; it has none"),
+        (["local.algorithm=FedCM", "local.options.alpha=0"], "local.options.alpha: alpha is 0; it"),
+        (["local.algorithm=FedProx", "local.options.mu=-1"], "local.options.mu: mu is -1; it"),
+        (["local.algorithm=SCAFFOLD", "local.options.option=3"], "local.options.option: option"),
+        (["server.optimizer=FedExP", "local.algorithm=FedDyn"], "server.optimizer: FedExP needs "
+         "the updates' average; FedDyn makes another step"),
+        (["server.optimizer=FedExP", "uplink.values=qsgd2"], "server.optimizer: FedExP would "
+         "take the noise of qsgd2 for progress"),
+        (["server.optimizer=FedExP", "pruning.method=random", "uplink.error_feedback=false"],
+         "server.optimizer: FedExP would take the noise of a random choice for progress"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused_by_name(words, message):
+    assert mistake("", *words).startswith(f"command line: {message}")
 
 
 # --- seeds ----------------------------------------------------------------------------------------

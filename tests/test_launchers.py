@@ -134,7 +134,8 @@ def environment(monkeypatch):
     return environment
 
 
-PAIR = {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+PAIR = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0}
+PAIR |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_an_environment_that_cannot_be_is_refused(run, environment, capsys, vari
 
 
 def test_a_gpu_needs_a_local_rank(environment):
-    environment(**PAIR)
+    environment(**PAIR | {"LOCAL_RANK": ""})
     assert launchers.read_launch(on_cpu=True) == Launch(0, 2, "127.0.0.1", 29500)
     with pytest.raises(ConfigError, match="LOCAL_RANK is not set, but WORLD_SIZE is 2; start wi"):
         launchers.read_launch(on_cpu=False)

@@ -103,7 +103,7 @@ def test_placing_many_clients_takes_no_time(most):
 def test_a_team_of_one_does_nothing():
     tensor = torch.ones(3)
     Team().sum_(tensor)
-    assert tensor.tolist() == [1, 1, 1] and Team().share("state") == "state"
+    assert tensor.tolist() == [1, 1, 1] and Team().broadcast("state") == "state"
 
 
 # --- the same model for any number of ranks -------------------------------------------------------
@@ -286,10 +286,10 @@ def test_machines_that_do_not_reach_each_other_end_within_a_minute(tmp_path):
         nodes = [start(rank, *command, RANK=str(rank), **pair) for rank in (0, 1)]
         outputs = [node.communicate(timeout=240)[0] for node in nodes]
         assert time.monotonic() - begin < 60 + 40  # of which up to 40 for the start of python
-    assert "does not answer (timed out connecting" in outputs[0]
-    assert "cannot connect to each other" in outputs[1]
+    assert "cannot connect to each other" in "".join(outputs)  # the other: connection refused
     for node, output in zip(nodes, outputs, strict=True):
         assert node.returncode == 1 and "Traceback" not in output, output
+        assert output.splitlines()[-1].startswith("rank "), output
     assert not (tmp_path / "tiny-s1").exists()
 
 

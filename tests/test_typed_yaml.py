@@ -219,8 +219,8 @@ def test_an_unknown_key_has_its_place_and_the_nearest_name(text, overrides, mess
         ("", ["rounds="], "command line: rounds: "),
         ("rounds: 3", ["rounds={}"], "command line: rounds: "),
         ("", ["local.lr.x=1"], "command line: local.lr.x: no such key; local.lr takes a value"),
-        ("local: 5", [], "x.yaml:1: local: takes keys below it (algorithm, mu, "),
-        ("seed: 1\nlocal:", [], "x.yaml:2: local: takes keys below it (algorithm, mu, "),
+        ("local: 5", [], "x.yaml:1: local: takes keys below it (algorithm, options, "),
+        ("seed: 1\nlocal:", [], "x.yaml:2: local: takes keys below it (algorithm, options, "),
         (
             "",
             ["data.partition=5"],

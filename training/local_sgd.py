@@ -6,6 +6,7 @@ the client or on the clients that were trained before.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from itertools import cycle, islice
 from typing import Protocol
 
@@ -141,7 +142,7 @@ def loss_gradient(
     return model.gradients / sum(sizes)
 
 
-def _fork_rng(device: torch.device):
+def _fork_rng(device: torch.device) -> AbstractContextManager[None]:
     """Within this context, draws leave torch's global generators as they were."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 

@@ -8,7 +8,7 @@ from wire.container import PayloadError, Reader
 
 @compiled
 def _pack(fields, bits, out):
-    """The low `bits` of each field, highest first; fields int16 [n], out uint8."""
+    """Write the low `bits` of each field, highest bit first. fields: int16 [n]; out: uint8."""
     held, num_held, at = 0, 0, 0
     for i in range(len(fields)):
         held = held << bits | np.int64(fields[i]) & (1 << bits) - 1
@@ -24,7 +24,7 @@ def _pack(fields, bits, out):
 
 @compiled
 def _unpack(stream, bits, out):
-    """The reverse. Returns what is left over of the last byte, which must be 0."""
+    """Do the reverse. Returns the bits of the last byte that no field uses; they must be 0."""
     held, num_held, at = 0, 0, 0
     for i in range(len(out)):
         while num_held < bits:
@@ -38,13 +38,17 @@ def _unpack(stream, bits, out):
 
 
 def pack_bits(fields: np.ndarray, bits: int) -> bytes:
+    """Pack integers [n] into n * bits bits, filled up with zeros to whole bytes."""
     out = np.empty(-(-len(fields) * bits // 8), np.uint8)
     _pack(fields.astype(np.int16, copy=False), bits, out)
     return out.tobytes()
 
 
 def unpack_bits(reader: Reader, count: int, bits: int) -> np.ndarray:
-    """int16 [count]: the fields, without a sign unless they have 16 bits. Raises PayloadError."""
+    """Return `count` fields, int16 [count]. Only fields of 16 bits have a sign.
+
+    Raises PayloadError.
+    """
     stream = reader.take("u1", -(-count * bits // 8))
     fields = np.empty(count, np.int16)
     if _unpack(stream, bits, fields) != 0:

@@ -1,7 +1,8 @@
 """The container that every message travels in.
 
-docs/wire-format.md specifies every bit. A payload comes from a stranger: whatever is wrong with it
-ends in PayloadError, before memory beyond the layout is taken, and nothing is ever executed.
+docs/wire-format.md specifies every bit. A payload comes from a stranger. Whatever is wrong with it
+raises PayloadError before more memory is taken than the layout allows, and nothing in it is ever
+executed.
 """
 
 import mmap
@@ -19,9 +20,9 @@ VERSION = 3
 HEADER = struct.Struct("<4sBBBBQQ")  # magic, version, selection, kind, flags, layout, body bytes
 CHECKSUM = struct.Struct("<Q")
 OVERHEAD = HEADER.size + CHECKSUM.size  # bytes of a payload that are not its body
-LARGEST_WINDOW = 1 << 17  # of a Zstandard frame whose content is smaller
-Memory = Callable[[int], memoryview]  # gives so many bytes to write on
-OUTBOX_CHUNK = 64 << 20  # bytes
+LARGEST_WINDOW = 1 << 17  # bytes that the window of a Zstandard frame may have whatever its content
+Memory = Callable[[int], memoryview]  # returns as many bytes to write on as it is asked for
+OUTBOX_CHUNK = 64 << 20  # bytes that an Outbox takes from the system at once
 
 
 class PayloadError(ValueError):
@@ -29,15 +30,19 @@ class PayloadError(ValueError):
 
 
 def new_memory(size: int) -> memoryview:
-    """`size` bytes of numpy's, which asks for huge pages: new small ones for 45 MB take 20 ms."""
+    """Return `size` bytes to write on.
+
+    numpy asks the system for huge pages. With small ones, new memory of 45 MB takes 20 ms.
+    """
     return memoryview(np.empty(size, np.uint8))
 
 
 class Outbox:
-    """Memory for the payloads of a round, which those of the next round take again.
+    """Memory for the payloads of a round. The payloads of the next round are written on it again.
 
-    One by one among what training takes and frees, they would keep it from finding its memory
-    again: the kernel then zeroes new pages, at ten times the cost of writing a payload here.
+    If each payload took memory of its own, training could not reuse the memory that it has freed,
+    since payloads would lie in between. The system would then have to zero new pages, which takes
+    ten times as long as to write a payload here.
     """
 
     def __init__(self):
@@ -45,18 +50,18 @@ class Outbox:
         self.clear()
 
     def clear(self) -> None:
-        """What take() has returned is not valid any more."""
+        """Begin a new round: what take() has returned before is not valid any more."""
         self.chunk, self.used = 0, 0
 
     def take(self, size: int) -> memoryview:
-        """`size` bytes to write on, until clear()."""
+        """Return `size` bytes to write on. They are valid until clear() is called."""
         while self.chunk < len(self.chunks):
             start, end = self.used, self.used + size
             if end <= len(self.chunks[self.chunk]):
-                self.used = end + -end % 64  # a cache line
+                self.used = end + -end % 64  # the next payload begins on a cache line of its own
                 return self.chunks[self.chunk][start:end]
             self.chunk, self.used = self.chunk + 1, 0
-        # Outside the heap, and its pages are taken only once they are written.
+        # An anonymous map lies outside of the heap, and takes its pages only once they are written.
         self.chunks.append(memoryview(mmap.mmap(-1, max(OUTBOX_CHUNK, size))))
         return self.take(size)
 
@@ -69,7 +74,7 @@ def pack(
     flags: int = 0,
     memory: Memory = new_memory,
 ) -> memoryview:
-    """Put a body into the container, which gets its bytes from `memory`; read-only."""
+    """Return a body in its container, read-only. `memory` gives the bytes to write it on."""
     length = sum(len(part) for part in body)
     header = HEADER.pack(MAGIC, VERSION, selection, kind, flags, layout.fingerprint, length)
     payload = memory(OVERHEAD + length)
@@ -82,7 +87,7 @@ def pack(
 
 
 def unpack(payload: bytes | memoryview, layout: Layout) -> tuple[int, int, int, memoryview]:
-    """Return (selection, kind, flags, body). Raises PayloadError."""
+    """Open the container. Returns (selection, kind, flags, body). Raises PayloadError."""
     if len(payload) < OVERHEAD:
         raise PayloadError(f"{len(payload)} bytes are too short for a payload")
     magic, version, selection, kind, flags, fingerprint, length = HEADER.unpack_from(payload)
@@ -101,13 +106,13 @@ def unpack(payload: bytes | memoryview, layout: Layout) -> tuple[int, int, int, 
 
 
 class Reader:
-    """Reads a body from front to back and never past its end."""
+    """Reads a body from its beginning to its end and never past it."""
 
     def __init__(self, body: memoryview):
         self.body, self.position = body, 0
 
     def take(self, dtype: str, count: int) -> np.ndarray:
-        """The next `count` items, read-only. Raises PayloadError if they are not there."""
+        """Return the next `count` items, read-only. Raises PayloadError if the body is shorter."""
         length = count * np.dtype(dtype).itemsize
         if length > len(self.body) - self.position:
             raise PayloadError(f"the body ends at byte {len(self.body)}, {length} more were due")
@@ -116,25 +121,26 @@ class Reader:
         return items
 
     def rest(self) -> memoryview:
-        """All that is left."""
+        """Return all that has not been read yet."""
         left = self.body[self.position :]
         self.position = len(self.body)
         return left
 
     def finish(self) -> None:
+        """Raise PayloadError unless the whole body has been read."""
         if self.position != len(self.body):
             raise PayloadError(f"{len(self.body) - self.position} bytes are left over in the body")
 
 
 def compress(data: bytes) -> bytes:
-    """One Zstandard frame (RFC 8878) that states the size of its content."""
+    """Return one Zstandard frame (RFC 8878), which states the size of its content."""
     return zstandard.ZstdCompressor(level=1).compress(data)
 
 
 def decompress(frame: bytes | memoryview, size: int) -> bytes:
-    """The content of a frame, which must have `size` bytes. Raises PayloadError.
+    """Return the content of a frame, which must have `size` bytes. Raises PayloadError.
 
-    What the frame says of itself is checked first, so that it can claim no more memory than that.
+    The header of the frame is checked first, so that it cannot claim more memory than that.
     """
     frame = bytes(frame)
     try:

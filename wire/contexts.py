@@ -1,4 +1,4 @@
-"""The contexts of entropy.py's walk: where they stand, how they begin, and what chooses one."""
+"""The contexts of the walk (walk.py): where each one stands, how it begins, and what chooses it."""
 
 import numpy as np
 
@@ -6,26 +6,27 @@ from compiled import index, inlined
 from wire.range_coder import clamp, new_model
 from wire.rans import first_words
 
-# Where each bank of contexts begins: of decisions,
-TENSORS = 0  # any[flat], copy[flat]
-ROWS = 4  # 13 banks of 32: cells of a row; the first is shared by all rows
-ESCAPES = ROWS + 13 * 32  # 3 banks of 32: all, in kernels, in flat tensors
-OCCUPIED = ESCAPES + 3 * 32  # 68 ratios of how many cells are due to how many are left
-SIGN = OCCUPIED + 68  # prediction, kernel, row
-FLAT_SIGN = SIGN + 9 * 5 * 5  # row, column
+# Where the contexts of each kind of decision begin, and what they depend on.
+TENSORS = 0  # does a tensor hold anything, and is it a copy: has it one row or several
+ROWS = 4  # how many cells of a row hold something: a bank of 32 for all rows, and 12 for the usual
+ESCAPES = ROWS + 13 * 32  # large magnitudes: 3 banks of 32: all, in kernels, in flat tensors
+OCCUPIED = ESCAPES + 3 * 32  # does a cell hold something: 68 ratios of cells due to cells left
+SIGN = OCCUPIED + 68  # the sign of a level in a kernel: its prediction, the kernel, the row
+FLAT_SIGN = SIGN + 9 * 5 * 5  # the sign of a level that is a cell of its own: the row, the column
 NUM_DECISIONS = FLAT_SIGN + 9 * 9
-# and of symbols.
-MASK = 0  # first of its row or not, row, the three above, how many are set or two to the left
-MAGNITUDE = MASK + 2 * 3 * 8 * 4  # prediction, how many of the kernel are set
-FLAT_MAGNITUDE = MAGNITUDE + 12 * 4  # 9 ratios, as above
+# The same for each kind of symbol.
+MASK = 0  # three positions: first of their row?, row, the three above, set so far or to the left
+MAGNITUDE = MASK + 2 * 3 * 8 * 4  # in a kernel: the prediction, and how many positions are set
+FLAT_MAGNITUDE = MAGNITUDE + 12 * 4  # of a cell of its own: 9 ratios, as above
 NUM_SYMBOLS = FLAT_MAGNITUDE + 9
 
-# How many of these a prediction's excess over the least magnitude reaches.
+# For n = 0..63: how many of these edges n reaches. n is how far a prediction exceeds the least
+# magnitude.
 NEARNESS = np.digitize(np.arange(64), [1, 2, 3, 5, 7, 10, 16, 26, 51]).astype(np.int64)
 
 
 def _first_probabilities() -> tuple[np.ndarray, np.ndarray]:
-    """Of each decision, what is likely before anything was seen: (probabilities, counts)."""
+    """How likely a one is before anything was seen: (probabilities in 1/65536, counts)."""
     probability = np.full(NUM_DECISIONS, 32768, np.int64)
     count = np.zeros(NUM_DECISIONS, np.int64)
     for ratio in range(68):  # 2^((ratio - 43) / 4), at most 0.8
@@ -40,7 +41,7 @@ def _first_probabilities() -> tuple[np.ndarray, np.ndarray]:
     return probability, count
 
 
-# Before anything was seen; of three positions few are set, and magnitudes are near the least.
+# Before anything was seen: of three positions few are set, and magnitudes are near the least one.
 FIRST_DECISIONS = new_model(*_first_probabilities())
 FIRST_SYMBOLS = first_words(
     np.array(
@@ -55,7 +56,7 @@ FIRST_SYMBOLS = first_words(
 
 @inlined
 def _size_of_sum(total, least):
-    """A sum of levels as -4..4, in units of the least magnitude."""
+    """The class of a sum of levels, -4..4, in units of the least magnitude."""
     a = abs(total)
     size = 0 if a == 0 else 1 if a < least else 2 if a < 3 * least else 3 if a < 8 * least else 4
     return -size if total < 0 else size
@@ -63,7 +64,7 @@ def _size_of_sum(total, least):
 
 @inlined
 def _nearness(predicted, least):
-    """A predicted level as 0..11: far below the least magnitude to far above it."""
+    """The class of a predicted level, 0..11: from far below the least magnitude to far above it."""
     a = abs(predicted)
     if a < least:
         return 0 if a == 0 else 1 if 2 * a < least else 2
@@ -72,9 +73,9 @@ def _nearness(predicted, least):
 
 @inlined
 def of_kernel_level(kernel, slot, width, num_set, kernel_signs, row_signs, least):
-    """Contexts of a level within a kernel: (of its sign, of its magnitude).
+    """The contexts of a level within a kernel: (of its sign, of its magnitude).
 
-    Of the levels left, above and above left, their plane predicts this one.
+    The plane through the levels to the left, above, and above to the left predicts the level.
     """
     above = slot - width - 1
     predicted = kernel[index(slot - 1)] + kernel[index(above)] - kernel[index(above - 1)]
@@ -86,6 +87,6 @@ def of_kernel_level(kernel, slot, width, num_set, kernel_signs, row_signs, least
 
 @inlined
 def of_single_level(row_sum, column_sum, ratio, least):
-    """Contexts of a level that is a cell of its own: (of its sign, of its magnitude)."""
+    """The contexts of a level that is a cell of its own: (of its sign, of its magnitude)."""
     signs = 9 * (_size_of_sum(row_sum, least) + 4) + _size_of_sum(column_sum, least) + 4
     return FLAT_SIGN + signs, FLAT_MAGNITUDE + (ratio >> 3)

@@ -19,16 +19,16 @@ from wire.range_coder import (
     with_ending,
     writing_state,
 )
-from wire.rans import is_spent, new_table, push_all
+from wire.rans import LEAST_HEAD, is_spent, new_table, push_all
 from wire.scan import as_grids, new_scratch, out_of_order, scan_order
 from wire.walk import DONE, FAULTS, MAX_LEVEL, Walk, read_walk, write_walk
 
 
 def encode_integers(indices: np.ndarray, levels: np.ndarray, layout: Layout) -> bytes:
-    """Code the entries that are not zero of an integer vector [layout.size].
+    """Code the entries of an integer vector [layout.size] that are not zero.
 
-    indices: int64 [n], ascending, distinct, within the layout; levels: integers [n], not zero, at
-    most MAX_LEVEL in magnitude. Raises ValueError for other levels.
+    indices: int64 [n], ascending, distinct and within the layout. levels: integers [n], not zero
+    and at most MAX_LEVEL in magnitude. Raises ValueError for other levels or indices.
     """
     if len(indices) == 0:
         return varint(0)
@@ -56,9 +56,10 @@ def encode_integers(indices: np.ndarray, levels: np.ndarray, layout: Layout) -> 
 
 
 def decode_integers(body: bytes | memoryview, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Return (indices: int64 [n], ascending; levels: int16 [n], not zero). Raises PayloadError.
+    """Return (indices: int64 [n], ascending and distinct; levels: int16 [n], not zero).
 
-    Takes 10 bytes for each announced value, of which there are no more than the layout has.
+    This takes 10 bytes for each level that the body announces, and a body that announces more
+    levels than the layout has entries is refused. Raises PayloadError.
     """
     body = bytes(body)
     count, start = read_varint(body, 0)
@@ -79,6 +80,8 @@ def decode_integers(body: bytes | memoryview, layout: Layout) -> tuple[np.ndarra
     code, rest = body[start : start + length], body[start + length :]
     if len(code) < length or len(rest) % 4:
         raise PayloadError("levels: the body ends early, or within a word")
+    if rest and x < LEAST_HEAD:
+        raise PayloadError(f"levels: a stack that begins with {x}, before its words")
     tensors = as_grids(layout)
     indices, levels = np.empty(count, np.int64), np.zeros(count, np.int16)
     copies = np.zeros(len(tensors), np.int64)
@@ -92,13 +95,21 @@ def decode_integers(body: bytes | memoryview, layout: Layout) -> tuple[np.ndarra
     check_end(code, state)
     if not is_spent(head, tape):
         raise PayloadError("levels: words are left over, or others than an encoder ends with")
-    # A tensor's cells and positions have each their own index within it, and come in ascending order
-    # but where it is walked by columns. So once these are sorted, all indices ascend and differ.
+    # Each position of each cell has an index of its own. The walk meets them in ascending order,
+    # except in the tensors that are sorted here. So all indices ascend, and no two are equal.
     for t in out_of_order(layout):
         part = slice(walk.bounds[t], walk.bounds[t + 1])
-        order = np.argsort(indices[part])
-        indices[part], levels[part] = indices[part][order], levels[part][order]
+        _sort(indices[part], levels[part])
     return indices, levels
+
+
+def _sort(indices: np.ndarray, levels: np.ndarray) -> None:
+    """Sort both by the indices, in place: each level travels in the low 16 bits of its index."""
+    indices <<= 16
+    indices |= levels.view(np.uint16)
+    indices.sort()
+    levels[:] = indices  # an int16 takes the low 16 bits
+    indices >>= 16
 
 
 def _new_walk(tensors, copies, indices, levels, least, spread, words, tape, scratch) -> Walk:

@@ -1,19 +1,20 @@
-"""Positions on the wire: Rice codes of the gaps, and payloads that hold nothing else."""
+"""Positions on the wire: Rice codes of the gaps between them, and payloads of positions alone."""
 
 import numpy as np
 
+from compiled import compiled, index
 from layout import Layout
 from wire.container import PayloadError, Reader, pack, unpack
 
-POSITIONS = 4  # the selection byte of a payload without values, whose next byte is one of:
-RICE, BITMAP = 0, 1
+POSITIONS = 4  # the selection byte of a payload that holds positions and no values
+RICE, BITMAP = 0, 1  # its next byte: how the positions are written
 
 
 def encode_positions(indices: np.ndarray, layout: Layout) -> bytes:
-    """Code ascending int64 indices: counts per tensor, then Rice codes of the gaps (Rice 1979).
+    """Code ascending int64 indices: a count for each tensor, then Rice codes (Rice 1979).
 
-    A gap g of tensor t is written as g >> k zeros and a one in the first stream, and the low k
-    bits of g in the second; k follows from the tensor's count, so it is not sent.
+    A gap g is written as g >> k zeros and a one in the first stream, and as its low k bits in the
+    second. k follows from the size of the tensor and its count, so it is not sent.
     """
     tensor = np.searchsorted(layout.offsets, indices, side="right") - 1
     counts = np.bincount(tensor, minlength=len(layout.sizes))
@@ -30,8 +31,12 @@ def encode_positions(indices: np.ndarray, layout: Layout) -> bytes:
     return b"".join((head, np.packbits(unary).tobytes(), np.packbits(remainders).tobytes()))
 
 
-def decode_positions(reader: Reader, layout: Layout) -> np.ndarray:
-    """Return ascending int64 indices. Raises PayloadError."""
+def decode_positions(reader: Reader, layout: Layout, most: int | None = None) -> np.ndarray:
+    """Return ascending int64 indices. Raises PayloadError.
+
+    most: how many positions there may be; None means as many as there are entries. Takes 8 bytes
+    for each announced position.
+    """
     counts = reader.take("<u4", len(layout.sizes)).astype(np.int64)
     if (counts > layout.sizes).any():
         tensor = int(np.argmax(counts > layout.sizes))
@@ -39,35 +44,64 @@ def decode_positions(reader: Reader, layout: Layout) -> np.ndarray:
             f"{counts[tensor]} positions in {layout.names[tensor]}, which is smaller"
         )
     total = int(counts.sum())
+    if most is not None and total > most:
+        raise PayloadError(f"{total} positions where at most {most} are due")
     k = _rice_parameters(counts, layout.sizes)
-    tensor = np.repeat(np.arange(len(counts)), counts)
     num_unary = int(reader.take("<u4", 1)[0])
     # A tensor of s entries has gaps that add up to at most s, so its unary code is bounded.
     if num_unary * 8 > int((counts + (layout.sizes >> k)).sum()) + 7:
         raise PayloadError(f"a unary stream of {num_unary} bytes is longer than the layout allows")
-    unary = np.unpackbits(reader.take("u1", num_unary))
-    ones = np.flatnonzero(unary)
-    if len(ones) != total or len(unary) - (ones[-1] + 1 if total else 0) >= 8:
-        raise PayloadError(f"the unary stream holds {len(ones)} gaps, {total} were announced")
-    quotients = np.diff(ones, prepend=-1) - 1
-    shifts, owners = _bit_shifts(k[tensor])
-    bits = np.unpackbits(reader.take("u1", -(-len(shifts) // 8)))
-    if bits[len(shifts) :].any():
-        raise PayloadError("the padding after the remainders is not zero")
-    gaps = quotients << k[tensor]
-    np.add.at(gaps, owners, bits[: len(shifts)].astype(np.int64) << shifts)
-    # Positions within the vector: a running sum that starts anew in each tensor.
-    ends = np.cumsum(gaps + 1)
-    starts = np.cumsum(counts) - counts
-    before = np.where(starts > 0, ends[np.maximum(starts, 1) - 1], 0) if total else starts
-    indices = ends - 1 - before[tensor] + layout.offsets[tensor]
-    if total and (indices >= layout.offsets[tensor + 1]).any():
+    unary = reader.take("u1", num_unary)
+    ones = int(np.bitwise_count(unary).sum())
+    if ones != total or num_unary and unary[-1] == 0:
+        raise PayloadError(f"the unary stream holds {ones} gaps, {total} were announced")
+    remainders = reader.take("u1", -(-int((k * counts).sum()) // 8))
+    indices = np.empty(total, np.int64)
+    num_read, left_over = _read_gaps(unary, remainders, counts, k, layout.offsets, indices)
+    if num_read < total:
         raise PayloadError("a position lies beyond its tensor")
+    if left_over:
+        raise PayloadError("the padding after the remainders is not zero")
     return indices
 
 
+@compiled
+def _read_gaps(unary, remainders, counts, k, offsets, indices):
+    """Turn gaps into indices. Returns (how many lie within their tensors, the bits left over).
+
+    The unary stream holds a one for each of them.
+    """
+    bit, byte, held, num_held, i = 0, 0, 0, 0, 0
+    for t in range(len(counts)):
+        position, end = offsets[t], offsets[t + 1]
+        for _ in range(counts[t]):
+            gap = 0
+            while not unary[index(bit >> 3)] << (bit & 7) & 128:
+                gap += 1
+                bit += 1
+            bit += 1
+            while num_held < k[t]:
+                held = held << 8 | np.int64(remainders[index(byte)])
+                num_held += 8
+                byte += 1
+            num_held -= k[t]
+            if gap > end - position >> k[t]:  # so that nothing overflows below
+                return i, held
+            position += (gap << k[t]) + (held >> num_held)
+            held &= (1 << num_held) - 1
+            if position >= end:
+                return i, held
+            indices[index(i)] = position
+            position += 1
+            i += 1
+    return i, held
+
+
 def _rice_parameters(counts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """k = floor(log2(ln 2 * size / count)), at least 0, in integers (ln 2 is about 177 / 256)."""
+    """Return k = floor(log2(ln 2 * size / count)), at least 0, int64 [num_tensors].
+
+    It is computed in integers, so that it is equal on every machine; ln 2 is about 177 / 256.
+    """
     mean_gaps = sizes * 177 // (256 * np.maximum(counts, 1))
     return np.array([max(int(gap).bit_length() - 1, 0) for gap in mean_gaps], np.int64)
 
@@ -80,7 +114,7 @@ def _bit_shifts(k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pack_positions(positions: np.ndarray, layout: Layout) -> memoryview:
-    """A payload of ascending int64 positions alone: Rice codes, or a bitmap where it is shorter."""
+    """Return a payload of ascending int64 positions: Rice codes, or a bitmap if that is shorter."""
     marks = np.zeros(layout.size, np.uint8)
     marks[positions] = 1
     bodies = encode_positions(positions, layout), np.packbits(marks).tobytes()
@@ -89,7 +123,10 @@ def pack_positions(positions: np.ndarray, layout: Layout) -> memoryview:
 
 
 def unpack_positions(payload: bytes | memoryview, layout: Layout) -> np.ndarray:
-    """The positions of pack_positions(), int64, ascending. Raises PayloadError."""
+    """Return the positions that pack_positions() was given: int64, ascending.
+
+    Raises PayloadError.
+    """
     selection, coder, flags, body = unpack(payload, layout)
     if selection != POSITIONS or coder not in (RICE, BITMAP) or flags:
         raise PayloadError(f"byte 5: {selection}, {coder}, {flags} announces no positions alone")

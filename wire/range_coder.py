@@ -1,13 +1,19 @@
 """An adaptive binary range coder: yes/no decisions, each with a context that learns.
 
 The range coder is that of Martin 1979, with carries; the binary contexts are as in CABAC (Marpe et
-al. 2003). All is computed in integers, so bytes are equal on every machine. It knows nothing of
-what the decisions mean; entropy.py walks through a network with it.
+al. 2003). It computes in integers only, so bytes are equal on every machine. It knows nothing of
+what the decisions mean; walk.py does.
 
-A routine that codes is compiled once to write and once to read, with `reading` a constant in it.
-Shorthand of the kernels below: `state` is the triple (point, width, at): width is the range; point
-is its low end (writing), or the code minus its low end (reading); at is the next of the `words`,
-uint32 [num_words]. `model` is int64 [num_contexts]: 256 * probability of a one / 65536 + count.
+A routine that codes is compiled once to write and once to read, and `reading` is a constant in it.
+Shorthand of the kernels below:
+
+    state     the triple (point, width, at). `width` is the size of the range. `point` is the low
+              end of the range when writing, and the code minus this low end when reading. `at` is
+              the index of the next word. It may lie past the end of the words: a reader then reads
+              zeros, and a writer only counts the words for which there is no room.
+    words     uint32 [num_words]: the code
+    model     int64 [num_contexts]: for each context 256 * probability + count. The probability is
+              that of a one, in 1/65536; the count is that of the decisions so far, up to a limit.
 """
 
 import numpy as np
@@ -17,11 +23,11 @@ from wire.container import PayloadError
 
 EVEN = np.uint64(32768)  # one half, in 1/65536
 LEAST_PROBABILITY, LARGEST_PROBABILITY = 32, 65504
-FAST, SLOW = 62, 126  # where a context's count stops: it then moves by 1/64 or 1/128 a decision
-SLOTS = 12  # lengths of a number that have contexts of their own, in a bank of 32
+FAST, SLOW = 62, 126  # where counts stop: a decision then moves a probability by 1/64 or 1/128
+SLOTS = 12  # a bank has 32 contexts; lengths of a number from this one on share theirs
 RATES = np.array([65536 // (count + 2) for count in range(SLOW + 1)], np.int64)
 
-# 4 * log2(n), rounded down to what the four bits after the leading one tell.
+# 4 * log2(n) of the first 4096 numbers, as far as the four bits after the leading one tell it.
 QUARTERS = (0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3)
 LOGARITHMS = np.array(
     [0]
@@ -34,7 +40,10 @@ LOGARITHMS = np.array(
 
 
 def new_model(probability: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """int64 [num_contexts] from the probability of a one, in 1/65536, and how sure it is."""
+    """A model that has seen nothing, int64 [num_contexts].
+
+    probability: of a one, in 1/65536. count: so many decisions these probabilities are worth.
+    """
     return 256 * np.clip(probability, LEAST_PROBABILITY, LARGEST_PROBABILITY) + count
 
 
@@ -43,7 +52,7 @@ def new_model(probability: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 @inlined
 def share_of_ones(probability, state):
-    """How much of the range a one has, whose probability is given in 1/65536."""
+    """The part of the range that stands for a one. probability: of a one, in 1/65536."""
     return (state[1] >> np.uint64(16)) * np.uint64(probability)
 
 
@@ -58,7 +67,7 @@ def _carry(j, words):
 
 @inlined
 def take(reading, bit, ones, state, words):
-    """Narrow the range to the share of a one or to that of a zero. Returns state."""
+    """Narrow the range to the part that stands for a one, or to the rest. Returns state."""
     point, width, at = state
     if bit:
         width = ones
@@ -73,10 +82,10 @@ def take(reading, bit, ones, state, words):
     if width < np.uint64(1 << 32):
         width <<= np.uint64(32)
         inside = at < len(words)
-        if reading:  # past the end there are zeros
+        if reading:
             word = np.uint64(words[index(at)]) if inside else np.uint64(0)
             point = point << np.uint64(32) | word
-        else:  # past the end, words are only counted
+        else:
             if inside:
                 words[index(at)] = np.uint32(point >> np.uint64(32))
             point <<= np.uint64(32)
@@ -86,7 +95,7 @@ def take(reading, bit, ones, state, words):
 
 @inlined
 def narrow(reading, bit, probability, state, words):
-    """One decision, a one having probability / 65536 of the range. Returns (bit, state)."""
+    """Code one decision. probability: of a one, in 1/65536. Returns (bit, state)."""
     ones = share_of_ones(probability, state)
     if reading:
         bit = 1 if state[0] < ones else 0
@@ -95,10 +104,10 @@ def narrow(reading, bit, probability, state, words):
 
 @inlined
 def learn(bit, context, last, model):
-    """Move the context's probability towards the bit, by 1 / (count + 2)."""
+    """Move the probability of a context towards the bit by 1 / (count + 2)."""
     count, probability = model[index(context)] & 255, model[index(context)] >> 8
     goal = LARGEST_PROBABILITY if bit else LEAST_PROBABILITY
-    if count == last:  # the same, with a shift for a product: nearly always, so a free branch
+    if count == last:  # nearly always: then the product below is a shift
         probability += goal - probability >> (6 if last == FAST else 7)
     else:
         probability += (goal - probability) * RATES[index(count)] >> 16
@@ -108,7 +117,7 @@ def learn(bit, context, last, model):
 
 @inlined
 def decide(reading, bit, context, last, state, words, model):
-    """A decision in one context. Returns (bit, state)."""
+    """Code a decision with one context. Returns (bit, state)."""
     probability = np.uint64(model[index(context)] >> 8)
     bit, state = narrow(reading, bit, probability, state, words)
     learn(bit, context, last, model)
@@ -117,7 +126,7 @@ def decide(reading, bit, context, last, state, words, model):
 
 @inlined
 def decide_by_two(reading, bit, a, b, state, words, model):
-    """A decision with the mean of two contexts' probabilities. Returns (bit, state)."""
+    """Code a decision with the mean probability of two contexts. Returns (bit, state)."""
     probability = np.uint64((model[index(a)] >> 8) + (model[index(b)] >> 8) >> 1)
     bit, state = narrow(reading, bit, probability, state, words)
     learn(bit, a, FAST, model)
@@ -127,10 +136,10 @@ def decide_by_two(reading, bit, a, b, state, words, model):
 
 @inlined
 def code_number(reading, number, a, b, state, words, model):
-    """number >= 0 as Elias' gamma code of number + 1, with contexts from the banks at a and b.
+    """Code a number >= 0 as Elias' gamma code of number + 1, with contexts of the banks at a and b.
 
-    The length is in unary; of the bits below the leading one only the first is modelled. Returns
-    (number, state); number is -1 if it is longer than any there is.
+    The length is written in unary. Of the bits below the leading one only the first has contexts.
+    Returns (number, state); the number is -1 if it has more than 31 bits, which no encoder writes.
     """
     length = 0
     if not reading:
@@ -162,7 +171,7 @@ def code_number(reading, number, a, b, state, words, model):
 
 @inlined
 def log(n):
-    """4 * log2(n), see LOGARITHMS; 0 for 0. n < 2^36."""
+    """4 * log2(n) as in LOGARITHMS, for 0 <= n < 2^36; 0 for 0."""
     if n < 1 << 12:
         return LOGARITHMS[index(n)]
     if n < 1 << 20:
@@ -181,18 +190,19 @@ def clamp(v, low, high):
 
 
 def writing_state() -> tuple[np.uint64, np.uint64, int]:
+    """The state of a writer before the first decision."""
     return np.uint64(0), np.uint64(2**64 - 1), 0
 
 
 def reading_state(code: bytes) -> tuple[tuple[np.uint64, np.uint64, int], np.ndarray]:
-    """(state, words) to read a code with."""
+    """Return (state, words) to read a code with."""
     words = np.frombuffer(code + bytes(-len(code) % 4), ">u4").astype(np.uint32)
     point = int.from_bytes(code[:8].ljust(8, b"\0"), "big")
     return (np.uint64(point), np.uint64(2**64 - 1), 2), words
 
 
 def with_ending(words: np.ndarray, state: tuple) -> bytes:
-    """The code that was written: its words and the fewest bytes that end it."""
+    """Return the code that was written: its words, and then the fewest bytes that end it."""
     point, width, at = map(int, state)
     number, num_bytes = _ending(point, width)
     code = (int.from_bytes(words[:at].astype(">u4").tobytes(), "big") << 64) + number
@@ -200,7 +210,7 @@ def with_ending(words: np.ndarray, state: tuple) -> bytes:
 
 
 def check_end(code: bytes, state: tuple) -> None:
-    """Raise PayloadError unless the code ends as a writer would have ended it."""
+    """Raise PayloadError unless a reader has come to the end of the code, as a writer ends it."""
     point, width, at = map(int, state)
     start = 4 * (at - 2)
     low = int.from_bytes(code[start : start + 8].ljust(8, b"\0"), "big") - point & 2**64 - 1
@@ -212,9 +222,10 @@ def check_end(code: bytes, state: tuple) -> None:
 
 
 def _ending(low: int, width: int) -> tuple[int, int]:
-    """The largest number of the fewest bytes within [low, low + width): (number, num_bytes).
+    """Of the numbers within [low, low + width), one that takes the fewest bytes, and the largest.
 
-    The number has 64 bits, of which the bytes are the highest, and perhaps a carry above them.
+    Returns (number, num_bytes). The number has 64 bits, of which the bytes are the highest; above
+    them there may be a carry.
     """
     for num_bytes in range(9):
         shift = 64 - 8 * num_bytes
@@ -225,7 +236,7 @@ def _ending(low: int, width: int) -> tuple[int, int]:
 
 
 def varint(number: int) -> bytes:
-    """7 bits a byte, the lowest first; the high bit says that more follow."""
+    """Write 7 bits a byte, the lowest first. The high bit of a byte says that another follows."""
     out = bytearray()
     while number > 127:
         out.append(number & 127 | 128)
@@ -238,6 +249,8 @@ def read_varint(body: bytes, start: int) -> tuple[int, int]:
     number = 0
     for i, byte in enumerate(body[start : start + 9]):
         number |= (byte & 127) << 7 * i
+        if byte == 0 and i > 0:
+            raise PayloadError("levels: a number of more bytes than it needs")
         if byte < 128:
             return number, start + i + 1
     if len(body) < start + 9:

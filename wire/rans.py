@@ -1,33 +1,39 @@
-"""An adaptive coder of symbols, nine to choose from, with asymmetric numeral systems (rANS).
+"""An adaptive coder of symbols, of which there are nine, with asymmetric numeral systems (rANS).
 
-One number holds all symbols, and gives first the one that was pushed last (Duda 2013, arXiv
-1311.2540): so an encoder notes its steps and pushes them backwards. A symbol takes one step without
-a branch, where rangecoder.py takes a decision for each bit, which waits for the one before. All is
-computed in integers, so bytes are equal on every machine.
+One number holds all symbols, like a stack: it gives first the symbol that was pushed last (Duda
+2013, arXiv 1311.2540). So an encoder notes its steps and pushes them backwards. A symbol takes one
+step without a branch, where range_coder.py takes a decision for each bit, which has to wait for the
+decision before. It computes in integers only, so bytes are equal on every machine.
 
-A context has eight bounds, which part 32768 among the symbols: symbol s has what lies between
-bounds s and s + 1, bound 0 being 0 and bound 9 being 32768. Its four words of 64 bits are 16 lanes:
+A context has eight bounds, which divide 32768 among the symbols: symbol s has what lies between the
+bounds s and s + 1, where bound 0 is 0 and bound 9 is 32768. A context is kept in four words of 64
+bits, which are 16 lanes of 16 bits:
 
     lane     0..2   3   4 .. 11       12      13   14, 15
     holds    -      0   bounds 1..8   32768   -    how many symbols it has seen, at most 48
 
-Bounds have 15 bits. So words are added and compared as a whole, all four lanes at once.
+Bounds have 15 bits, so whole words are added and compared: four lanes at once. Lane 0 of a word is
+its lowest, as little-endian machines have it.
 
-Shorthand of the kernels below: `head` is the pair (x, at): x the number, at the next item of the
-`tape`: words, uint32, that x takes in when it has become small (reading), or the steps taken so
-far, uint64 (writing). `table` is a pair too: the words of all contexts, and the same as lanes.
-The lanes of a word are told apart as little-endian machines do.
+Shorthand of the kernels below:
+
+    head      the pair (x, at): x is the number, and `at` the index of the next item of the tape.
+              When writing it may lie past the end: steps for which there is no room are counted.
+    tape      reading: the words, uint32, that x takes in when it has become small;
+              writing: the steps so far, uint64
+    table     the pair (words of all contexts, the same memory as lanes)
 """
 
 import numpy as np
 
 from compiled import compiled, index, inlined
 
-LEAST_HEAD, WORD = np.uint64(1 << 31), np.uint64(32)  # below LEAST_HEAD, a word is taken in
+LEAST_HEAD, WORD = np.uint64(1 << 31), np.uint64(32)  # below LEAST_HEAD, x takes in a word
 LOW_LANE, LOW_WORD = np.uint64(0xFFFF), np.uint64(0xFFFFFFFF)
-STEADY = 48  # from so many symbols on, a context learns at its slowest rate
+STEADY = 48  # after so many symbols, a context learns at its slowest rate
 
-# Symbols for a number: 0, 1, 2, 3, then ranges with bits of their own, and all from ESCAPE on.
+# A symbol stands for the number 0, 1, 2 or 3, for a range of numbers, of which a few plain bits say
+# which one it is, or for all numbers from ESCAPE on.
 FIRST_OF = np.array([0, 1, 2, 3, 4, 6, 10, 18, 34], np.int64)
 BITS_OF = np.array([0, 0, 0, 0, 1, 2, 3, 4, 0], np.int64)
 ESCAPE = 34
@@ -35,14 +41,15 @@ SYMBOL_OF = np.digitize(np.arange(ESCAPE + 1), FIRST_OF[1:]).astype(np.int64)
 
 
 def _word(lanes) -> int:
-    """Four numbers of 16 bits, the first one lowest."""
+    """Put four numbers of 16 bits into a word, the first one lowest."""
     return sum(int(number) << 16 * i for i, number in enumerate(lanes))
 
 
 def _goals(rate: int, symbol: int) -> list[int]:
-    """What the eight bounds get, having lost 1 / 2^rate: each one more than the bound below it.
+    """What is added to the eight bounds when a symbol was seen, after they have lost 1 / 2^rate.
 
-    So every symbol keeps at least 1 of the 32768.
+    Each bound gets at least one more than the bound below it, so that every symbol keeps at least
+    one of the 32768.
     """
     return [i if i <= symbol else (32768 >> rate) - 9 + i for i in range(1, 9)]
 
@@ -63,7 +70,7 @@ GOALS = np.array(
 def first_words(weights: np.ndarray) -> np.ndarray:
     """The words, uint64 [4 * num_contexts], of contexts that have seen nothing.
 
-    weights: int [num_contexts, 9], none of them 0: how likely each symbol is then.
+    weights: int [num_contexts, 9], none of them 0: how likely each symbol is at first.
     """
     sums = np.cumsum(weights, axis=1)
     bounds = (32768 * sums[:, :8] // sums[:, 8:]).astype(np.uint64)
@@ -76,7 +83,7 @@ def first_words(weights: np.ndarray) -> np.ndarray:
 
 
 def new_table(first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A table that begins with those words."""
+    """A table that begins with these words."""
     words = first.copy()
     return words, words.view(np.uint16)
 
@@ -86,13 +93,14 @@ def new_table(first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @inlined
 def _part(reading, symbol, x, context, table):
-    """The symbol on top of x (reading) and its part, which the context then enlarges.
+    """Find the part of 32768 that a symbol has, and let the context learn the symbol.
 
-    Returns (symbol, low, size): the part begins at low.
+    A reader finds the symbol as well, on top of x. Returns (symbol, low, size): the part begins at
+    low.
     """
     words, lanes = table
     first, second = words[index(4 * context + 1)], words[index(4 * context + 2)]
-    if reading:  # how many bounds are at most the place; a guard stays where one is
+    if reading:  # count the bounds that are at most the place: in their lanes the guard bit stays
         places = (x & np.uint64(32767)) * ONES | GUARDS
         reached = (places - first >> np.uint64(15) & ONES) + (
             places - second >> np.uint64(15) & ONES
@@ -113,7 +121,7 @@ def _part(reading, symbol, x, context, table):
 
 @inlined
 def _pop(low, size, num_bits, head, tape):
-    """Take a symbol with that part off x, and then as many bits. Returns (bits, head)."""
+    """Take a symbol with this part off x, and then `num_bits` bits. Returns (bits, head)."""
     x, at = head
     x = size * (x >> np.uint64(15)) + (x & np.uint64(32767)) - low
     bits = np.int64(x) & (1 << num_bits) - 1
@@ -126,17 +134,17 @@ def _pop(low, size, num_bits, head, tape):
 
 @inlined
 def _note(low, size, num_bits, bits, head, tape):
-    """Write down a step, to be pushed later. Returns head."""
+    """Note a step, which push_all() takes later. Returns head."""
     x, at = head
     bits = np.uint64(bits) << np.uint64(8) | np.uint64(num_bits)
-    if at < len(tape):  # past the end, steps are only counted
+    if at < len(tape):
         tape[index(at)] = bits << WORD | low << np.uint64(16) | size
     return x, at + 1
 
 
 @inlined
 def code_symbol(reading, symbol, context, head, tape, table):
-    """One of nine symbols. Returns (symbol, head)."""
+    """Code one of nine symbols. Returns (symbol, head)."""
     symbol, low, size = _part(reading, symbol, head[0], context, table)
     if reading:
         _, head = _pop(low, size, 0, head, tape)
@@ -147,7 +155,7 @@ def code_symbol(reading, symbol, context, head, tape, table):
 
 @inlined
 def code_small_number(reading, number, context, head, tape, table):
-    """A number below ESCAPE; ESCAPE stands for all others. Returns (number, head)."""
+    """Code a number below ESCAPE; ESCAPE stands for all others. Returns (number, head)."""
     symbol = 0 if reading else SYMBOL_OF[index(min(number, ESCAPE))]
     symbol, low, size = _part(reading, symbol, head[0], context, table)
     first, num_bits = FIRST_OF[index(symbol)], BITS_OF[index(symbol)]
@@ -165,13 +173,13 @@ def code_small_number(reading, number, context, head, tape, table):
 
 @compiled
 def _push_all(steps, words):
-    """Push the steps, the last one first; words, uint32, fill from their end. Returns (x, at)."""
+    """Push the steps, the last one first. Returns (x, at): words[at:], uint32, are written."""
     x, at = np.uint64(1), len(words)
     for k in range(len(steps) - 1, -1, -1):
         step = steps[index(k)]
         size, low = step & LOW_LANE, step >> np.uint64(16) & LOW_LANE
         num_bits, bits = step >> WORD & np.uint64(255), step >> np.uint64(40)
-        if x >= size << np.uint64(48) - num_bits:  # it would outgrow 63 bits
+        if x >= size << np.uint64(48) - num_bits:  # else x would outgrow 63 bits
             at -= 1
             words[index(at)] = np.uint32(x & LOW_WORD)
             x >>= WORD
@@ -181,12 +189,12 @@ def _push_all(steps, words):
 
 
 def push_all(steps: np.ndarray) -> tuple[int, bytes]:
-    """(x, words): what a reader begins with, from the steps of a writer, uint64 [num_steps]."""
+    """Return (x, words), with which a reader begins. steps: a writer's, uint64 [num_steps]."""
     words = np.empty(len(steps), np.uint32)
     x, at = _push_all(steps, words)
     return int(x), words[at:].astype(">u4").tobytes()
 
 
 def is_spent(head: tuple, tape: np.ndarray) -> bool:
-    """Whether a reader has taken all that was pushed, and nothing else was there."""
+    """Whether a reader has taken all that was pushed, and there was nothing else."""
     return int(head[0]) == 1 and int(head[1]) == len(tape)

@@ -40,22 +40,20 @@ def _grid(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
 
 
 def by_columns(tensors: np.ndarray) -> np.ndarray:
-    """bool [num_tensors]: the walk goes through it in another order than the vector's."""
+    """bool [num_tensors]: whether the walk meets the entries in another order than the vector's."""
     return (tensors[:, 5] < tensors[:, 6]) & (tensors[:, 1] > 1)
 
 
 @lru_cache(maxsize=16)
 def out_of_order(layout: Layout) -> list[int]:
-    """Tensors that are walked by columns, and those that could be a copy of one."""
+    """The tensors that the walk goes through by columns, and those that could be a copy of one."""
     tensors = as_grids(layout)
     grids = set(map(tuple, tensors[by_columns(tensors), 1:4].tolist()))
     return [t for t, grid in enumerate(tensors[:, 1:4].tolist()) if tuple(grid) in grids]
 
 
 def new_scratch(tensors: np.ndarray) -> tuple[np.ndarray, ...]:
-    """What a walk writes on, int64: one for the tensors and an end, three for the columns; one for
-    a kernel with zeros left and above, two for its positions, one for what is set in a row of it.
-    """
+    """The last eight fields of a Walk, int64, large enough for every tensor and all zero."""
     columns = int(tensors[tensors[:, 1] > 1, 2].max(initial=1))
     kernel = int(tensors[:, 3].max(initial=1))
     width = int(tensors[:, 4].max(initial=1))
@@ -67,10 +65,11 @@ def new_scratch(tensors: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def scan_order(tensors: np.ndarray, indices: np.ndarray, levels: np.ndarray):
-    """Return (indices, levels, copies): the first two as the walk meets them, sorted in place.
+    """Sort indices and levels, in place, as the walk meets them. Returns (indices, levels, copies).
 
-    copies[t], int64 [num_tensors], is 0, or tensor t equals that of its shape which lies so many
-    back, not counting empty ones. (Shortcuts and the layers beside them get equal biases.)
+    copies: int64 [num_tensors]. copies[t] is 0 if no earlier tensor of the same grid equals tensor
+    t. Otherwise the latest equal one is the copies[t]-th before it, if only tensors of this grid
+    that hold something are counted. (Shortcuts and the layers beside them get equal biases.)
     """
     bounds = [*np.searchsorted(indices, tensors[:, 0]).tolist(), len(indices)]
     columns_first = by_columns(tensors)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.payloads import WORDS
 
 from compression import NotFinite
 from config import Config, Pruning
@@ -14,8 +15,8 @@ LAYOUT = Layout(("conv", "bias"), ((20, 10, 3, 3), (20,)))
 SEED = Config(seed=7).seed_for
 
 
-def channel(values="fp32", unbiased=False, **selection):
-    return Channel(LAYOUT, values, Pruning(**selection), 0, SEED, unbiased)
+def channel(values="fp32", owes=True, **selection):
+    return Channel(LAYOUT, values, Pruning(**selection), 0, SEED, owes)
 
 
 def vector(seed=0):
@@ -71,7 +72,7 @@ def test_ends_with_different_masks_refuse_each_other():
 
 
 def test_random_is_unbiased_without_error_feedback():
-    link, update = channel(method="random", density=0.25, unbiased=True), vector()
+    link, update = channel(method="random", density=0.25, owes=False), vector()
     draws = 2000
     total = sum(link.encode(update, round)[1].dense().double() for round in range(1, draws + 1))
     # One draw's variance is x^2 (1 / p - 1): the mean of 2,000 has a deviation of 0.039 x.
@@ -182,3 +183,43 @@ def test_what_is_not_finite_is_refused_wherever_it_is(selection, number):
         update[1] = number
         with pytest.raises(NotFinite):
             link.encode(update, 1)
+
+
+# --- damping --------------------------------------------------------------------------------------
+
+
+def rough(scale=1.0):
+    """A vector of which a few values are large, where coders of few levels do worst."""
+    return vector() * torch.exp(scale * vector(1))
+
+
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_what_is_owed_shrinks_on_average_whatever_the_coder(word, scale):
+    link, update = channel(word, owes=True, method="none"), rough(scale)
+    losses = [
+        float((update - link.encode(update, number)[1].dense()).square().sum())
+        for number in range(1, 21)
+    ]
+    assert np.mean(losses) < float(update.square().sum())
+
+
+def test_only_an_expanding_coder_is_damped_and_only_where_what_is_lost_is_owed():
+    update = rough(2.0)
+    for word in WORDS:
+        plain, owing = channel(word, owes=False, method="none"), channel(word, method="none")
+        sent, damped = (link.encode(update, 1)[1].dense() for link in (plain, owing))
+        if word in ("qsgd2", "qsgd4"):  # 1 and 7 levels, for buckets of 512 values
+            levels = {"qsgd2": 1, "qsgd4": 7}[word]
+            variance = ((1 + 511 / levels**2) ** 0.5 - 1) / 2
+            ratios = damped[sent != 0] / sent[sent != 0]
+            assert ratios.numpy() == pytest.approx(1 / (1 + variance), rel=1e-6) and variance > 1
+        else:
+            assert torch.equal(sent, damped), word
+
+
+@pytest.mark.parametrize("word", ["qsgd2", "qsgd4", "eden1", "sign", "ternary"])
+def test_no_more_is_owed_than_a_few_updates(word):
+    updates = [vector(seed) for seed in range(100)]
+    _, state = feed(ErrorFeedback(1.0, 0.0), channel(word, method="none"), updates)
+    assert state["residual"].norm() < 3 * updates[0].norm()  # qsgd2 undamped: 8.4

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,56 @@ def test_a_view_counts_with_its_whole_storage(tmp_path):
     store.stage(1, {"residual": torch.zeros(1000)[:3]}, 1)
     assert store.bytes_in_memory == 0 and files(tmp_path) == ["1-1.pt"]
 
+
+@pytest.mark.parametrize("budget", [PLENTY, 40, 1], ids=["all fit", "one fits", "none fits"])
+def test_threads_may_stage_and_read_at_once(tmp_path, budget, many_switches):
+    store = ClientStore(tmp_path, budget)
+    put(store, 1, **{f"c{client}": float(client) for client in range(4)})
+
+    def work(client: int) -> None:
+        for turn in range(20):
+            store.make_room(32)
+            assert value_of(store, client) == client
+            store.stage(client, state(100.0 * turn + client), 2)
+            assert float(store.get_staged(client)["residual"][0]) == 100.0 * turn + client
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert store.bytes_in_memory == sum(kept["residual"].nbytes for kept in store.memory.values())
+    assert store.bytes_in_memory <= budget
+    store.commit()
+    assert [value_of(store, client) for client in range(4)] == [1900.0, 1901.0, 1902.0, 1903.0]
+
+
+# --- weights that leave the mask ------------------------------------------------------------------
+
+
+def test_of_weights_that_left_since_zeros_are_held_even_if_they_are_back(tmp_path):
+    store, names = ClientStore(tmp_path, PLENTY), ("residual", "velocity", "algorithm")
+    store.stage(1, {name: torch.arange(1.0, 5.0) for name in names} | {"norm": torch.ones(2)}, 1)
+    store.commit()
+    store.forget(torch.tensor([0, 2]), 4, round_number=2)
+    store.forget(torch.tensor([2, 3]), 4, round_number=3)
+    found = store.get(1)
+    assert all(found[name].tolist() == [0.0, 2.0, 0.0, 0.0] for name in names)
+    assert found["norm"].tolist() == [1.0, 1.0]  # over other coordinates
+    assert store.memory[1, 1]["residual"].tolist() == [1.0, 2.0, 3.0, 4.0]  # never written to
+    for version, expected in ((2, [1.0, 2.0, 0.0, 0.0]), (3, [1.0, 2.0, 3.0, 4.0])):
+        store.stage(1, {"residual": torch.arange(1.0, 5.0)}, version)
+        store.commit()
+        assert store.get(1)["residual"].tolist() == expected
+
+
+def test_what_left_when_outlives_a_checkpoint(tmp_path):
+    store = ClientStore(tmp_path, PLENTY)
+    put(store, 1, c1=1.0)
+    store.forget(torch.tensor([0, 7]), ENTRIES, round_number=2)
+    again = ClientStore(tmp_path, PLENTY, store.save())
+    again.left_in = store.left_in
+    assert again.get(1)["residual"].tolist() == [0.0, *[1.0] * 6, 0.0]
+
+
+# --- any history ----------------------------------------------------------------------------------
 
 # A round: {client: value}, and what happens to it.
 ROUNDS = st.lists(

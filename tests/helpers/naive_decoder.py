@@ -430,6 +430,7 @@ def read_varint(data: bytes) -> tuple[int, bytes]:
     number = 0
     for i, byte in enumerate(data[:9]):
         number += (byte & 127) << (7 * i)
+        demand(byte > 0 or i == 0, "a varint of more bytes than it needs")
         if byte < 128:
             return number, data[i + 1 :]
     raise Refused("a varint that does not end")
@@ -440,6 +441,7 @@ class Stack:
 
     def __init__(self, number: int, data: bytes):
         demand(len(data) % 4 == 0, "words of the stack")
+        demand(number >= 2**31 or data == b"", "a stack that begins too low")
         self.number, self.words = number, [data[i : i + 4] for i in range(0, len(data), 4)]
         self.contexts = {}
 

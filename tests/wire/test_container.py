@@ -1,4 +1,4 @@
-"""wire.py: the container and the positions, against docs/wire-format.md and a second decoder."""
+"""The container and the positions, against docs/wire-format.md and a second decoder."""
 
 import re
 import tracemalloc

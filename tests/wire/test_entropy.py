@@ -1,4 +1,4 @@
-"""entropy.py: round trips, the naive decoder, golden bytes, and a stranger's bytes."""
+"""wire/entropy.py: round trips, the naive decoder, golden bytes, and a stranger's bytes."""
 
 import os
 import shutil
@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import naive_decoder
-from helpers.payloads import mutate, seal
+from helpers.payloads import mutate, picking, read_naively, same_bits, seal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compression import decode
+from compression import decode, encode
 from layout import Layout
 from wire.container import PayloadError, pack
 from wire.entropy import decode_integers, encode_integers
@@ -162,6 +163,29 @@ def test_clustered_levels_cost_less_than_their_entropy_without_contexts():
     assert 8 * len(check(vector.ravel(), layout)) < 4 * np.count_nonzero(vector)
 
 
+def test_a_tensor_that_holds_something_has_a_level():
+    """The code 7f ff..: a one (it holds something), and then zeros: three rows of no cells."""
+    layout, body = layout_of((3, 2, 3, 3), (7,)), b"\x01\x01\x00\x02\x01\x7f\xff"
+    with pytest.raises(PayloadError, match="said to hold something"):
+        decode_integers(body, layout)
+    with pytest.raises(naive_decoder.Refused, match="nothing in a tensor"):
+        naive_decoder.read_levels(body, list(layout.shapes))
+
+
+def test_buckets_take_levels_in_the_order_of_the_vector_and_not_of_the_walk():
+    layout = layout_of((40, 30))  # a matrix: it is walked by columns
+    vector = torch.from_numpy(np.random.default_rng(0).normal(size=1200).astype(np.float32))
+    vector *= torch.arange(1, 1201)  # so that each bucket has a scale of its own
+    payload, sent = encode(vector, layout, "qsgd4", picking(np.arange(1200)))
+    positions, values = read_naively(payload, layout)
+    decoded = decode(payload, layout)
+    assert payload[5] == 2 and decoded.indices.tolist() == positions
+    assert same_bits(decoded.values, values) and same_bits(sent.values, values)
+    for part in (slice(0, 512), slice(512, 1024), slice(1024, 1200)):
+        error = (decoded.dense() - vector)[part].abs().max()
+        assert error <= 1.001 * vector[part].abs().max() / 7  # seven levels of each sign
+
+
 def test_levels_that_cannot_be_sent():
     for level in (0, MAX_LEVEL + 1, -MAX_LEVEL - 1):
         with pytest.raises(ValueError, match="must lie within"):
@@ -239,11 +263,17 @@ def test_fuzz_with_a_right_checksum_agrees_with_the_naive_decoder(index):
         (b"\x06\x01\x00\x05\x01", "the body ends early"),
         (b"\x06\x01\x00\x00\x01\x00", "within a word"),
         (b"\x06\x01\x00\x00\x01", "."),  # zeros only
+        (b"\x81\x00\x01", "more bytes than it needs"),
+        (b"\x01\x81\x80\x00\x00", "more bytes than it needs"),
+        (b"\x80\x00", "more bytes than it needs"),  # none, in two bytes
+        (b"\x06\x01\x01\x00\xff\xff\xff\xff\x07" + bytes(4), "begins with 2147483647, before"),
     ],
 )
 def test_a_wrong_body_is_named(body, message):
     with pytest.raises(PayloadError, match=message):
         decode_integers(body, layout_of((6,)))
+    with pytest.raises(naive_decoder.Refused):
+        naive_decoder.read_levels(body, [(6,)])
 
 
 def test_every_truncation_is_refused_or_complete_in_itself():
@@ -277,7 +307,21 @@ def test_hostile_bytes_take_no_more_time_and_memory_than_the_layout_allows():
             assert time.perf_counter() - begin < 2
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 40 * layout.size
+    assert peak < 12 * layout.size
+
+
+@pytest.mark.parametrize("shapes", [((600, 500),), ((600, 500), (500, 600, 1, 1)), ((300_000,),)])
+def test_a_full_vector_takes_no_more_memory_than_its_levels(shapes):
+    """Some bytes of payload may announce as many levels as the layout has: 10 bytes an entry."""
+    layout = layout_of(*shapes)
+    body = encode_integers(np.arange(layout.size), np.full(layout.size, -7), layout)
+    assert len(body) < 2000
+    tracemalloc.start()
+    indices, levels = decode_integers(body, layout)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (indices == np.arange(layout.size)).all() and (levels == -7).all()
+    assert peak < 11 * layout.size
 
 
 def test_it_works_where_nothing_can_be_cached(tmp_path):

@@ -1,4 +1,4 @@
-"""rans.py: round trips, what a symbol costs, and bounds that never meet."""
+"""wire/rans.py: round trips, what a symbol costs, and bounds that never meet."""
 
 import numpy as np
 import pytest
