@@ -31,8 +31,8 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
             yield f"{name}.values", str(error)
             return
         yield from _of_a_direction(link, coder, selection, name, section, masked)
-    yield from _of_error_feedback(config, algorithm)
     yield from _of_the_optimizer(config, algorithm)
+    yield from _of_error_feedback(config, algorithm)
 
 
 def _of_a_direction(

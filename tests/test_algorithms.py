@@ -295,7 +295,9 @@ CODECS = {
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_works_with_codecs_masks_precisions_and_clipping(tmp_path, name, codec):
-    one = make_plain_federation(tmp_path, f"local.algorithm={name}", *CODECS[codec], "local.clip=1")
+    words = [f"local.algorithm={name}", *CODECS[codec], "local.clip=1"]
+    words += ["uplink.error_feedback=false"] if name == "FedDyn" else []
+    one = make_plain_federation(tmp_path, *words)
     before = one.server.parameters.detach().clone()
     for _ in range(3):
         assert one.run_round()[0]["num_failed"] == 0
@@ -324,7 +326,12 @@ NORMS = ["model.name=resnet18", "model.width=0.0625", "model.norm_policy=local"]
 
 @pytest.mark.parametrize(
     "words",
-    [["local.algorithm=SCAFFOLD"], ["local.algorithm=FedDyn"], ["local.algorithm=FedCM"], NORMS],
+    [
+        ["local.algorithm=SCAFFOLD"],
+        ["local.algorithm=FedDyn", "uplink.error_feedback=false"],
+        ["local.algorithm=FedCM"],
+        NORMS,
+    ],
     ids=["SCAFFOLD", "FedDyn", "FedCM", "FedBN"],
 )
 def test_an_interrupted_run_ends_with_the_same_model(run, monkeypatch, words):
