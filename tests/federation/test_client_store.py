@@ -374,11 +374,13 @@ SPILLING += ["clients.state_memory_gib=2e-4", "local.batch_size=8", "evaluation.
 
 def unkilled(folder: Path) -> tuple[dict[tuple[int, int], bytes], str]:
     """Every residual that a run ever has, by client and version, and its model at the end."""
-    one, seen = make_federation(folder, *SPILLING), {}
+    one, seen, threads = make_federation(folder, *SPILLING), {}, torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes that are killed, or the sums differ
     for _ in range(one.config.rounds):
         one.run_round()
         for client, version in one.clients.store.versions.items():
             seen[client, version] = one.clients.store.get(client)["residual"].numpy().tobytes()
+    torch.set_num_threads(threads)
     return seen, one.server.sha256()
 
 
@@ -388,8 +390,11 @@ def test_residuals_that_spill_survive_real_kills(tmp_path):
     seen, expected = unkilled(tmp_path / "unkilled")
     folder = tmp_path / "tiny-s1"
     command = [PYTHON, *tiny_command(tmp_path, *SPILLING)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     for num_rounds in (1, 5, 8, 15):
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=one_thread, stdout=subprocess.DEVNULL
+        )
         rounds = folder / "rounds.jsonl"
         while process.poll() is None:
             if rounds.exists() and rounds.read_text().count("\n") >= num_rounds:
