@@ -37,7 +37,7 @@ def test_error_feedback_conserves_what_clients_learned(tmp_path):
 # --- a client that has only the messages ----------------------------------------------------------
 
 
-class Recluse:
+class RemoteClient:
     """A client elsewhere: it has its pictures and the config, and sees nothing but its messages."""
 
     def __init__(self, config, number, pictures, indices):
@@ -143,7 +143,7 @@ ALL = ["clients.total=3", "clients.per_round=3", "uplink.error_feedback=true"]
 NOTHING_OWED = "uplink.error_feedback=false"
 SOME = ["clients.total=5", "clients.per_round=2", NOTHING_OWED]
 RESNET = ["model.name=resnet18", "model.width=0.0625"]
-RECLUSES = {
+REMOTE = {
     "FedAvg": ["local.algorithm=FedAvg", *TOP_K, *MASK, *ALL],
     "SCAFFOLD": ["local.algorithm=SCAFFOLD", *TOP_K, *MASK, *ALL],
     "FedDyn, buffers": ["local.algorithm=FedDyn", *TOP_K, *MASK, *ALL, NOTHING_OWED, *RESNET],
@@ -160,7 +160,7 @@ UNTOLD = pytest.mark.xfail(
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[UNTOLD] if c.endswith("owe") else []) for c in RECLUSES]
+    "case", [pytest.param(c, marks=[UNTOLD] if c.endswith("owe") else []) for c in REMOTE]
 )
 def test_a_client_that_has_only_the_messages_answers_byte_by_byte_the_same(
     tmp_path, monkeypatch, case
@@ -182,10 +182,10 @@ def test_a_client_that_has_only_the_messages_answers_byte_by_byte_the_same(
 
     monkeypatch.setattr(Server, "broadcast", broadcast_and_note)
     monkeypatch.setattr(Average, "add", note_and_add)
-    words = ["model.width=0.25", "downlink.values=qsgd8", "rounds=20", *RECLUSES[case]]
+    words = ["model.width=0.25", "downlink.values=qsgd8", "rounds=20", *REMOTE[case]]
     one = make_federation(tmp_path, *words)
-    recluses = [
-        Recluse(one.config, number, one.pictures, torch.from_numpy(indices))
+    remote = [
+        RemoteClient(one.config, number, one.pictures, torch.from_numpy(indices))
         for number, indices in enumerate(one.shards)
     ]
     kinds = set()
@@ -195,7 +195,7 @@ def test_a_client_that_has_only_the_messages_answers_byte_by_byte_the_same(
         one.run_round()
         for client in sample_cohort(one.config, one.candidates, round_number):
             kinds |= {kind for kind, _ in told[client]}
-            assert recluses[client].take_part(round_number, told[client]) == answered[client]
+            assert remote[client].take_part(round_number, told[client]) == answered[client]
     if case == "random, some":
         assert {"mask", "mask_change"} <= kinds
 
