@@ -20,9 +20,9 @@ from federation.cohort import sample_cohort
 def test_ledger_is_the_lengths_of_the_payloads_that_were_decoded(run, monkeypatch):
     decoded = []
 
-    def recording(payload, layout):
+    def recording(payload, *agreed):
         decoded.append(len(payload))
-        return decode(payload, layout)
+        return decode(payload, *agreed)
 
     decode = channel.decode
     monkeypatch.setattr(channel, "decode", recording)
@@ -98,7 +98,7 @@ def test_clients_train_from_what_they_decoded(tmp_path, monkeypatch):
     original = client.train_client
 
     def train(engine, *rest):
-        starts.append(engine.model.parameters.clone())
+        starts.append(engine.model.read_parameters().clone())
         return original(engine, *rest)
 
     monkeypatch.setattr(client, "train_client", train)

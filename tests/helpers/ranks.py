@@ -17,7 +17,7 @@ class ThreadRanks:
 
     def __init__(self, rank: int, size: int, slots: list, barrier: threading.Barrier):
         self.rank, self.size, self.num_teams = rank, size, size
-        self.team, self.slots, self.barrier = Team(number=rank), slots, barrier
+        self.team, self.slots, self.barrier = Team(index=rank), slots, barrier
 
     def gather(self, *parts):
         return [memoryview(blob) for blob in self._everybodys(b"".join(parts))]
