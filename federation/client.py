@@ -15,7 +15,7 @@ from torch import Tensor
 
 from algorithms import LocalRound, step_length
 from cnn_model import FlatModel
-from compression import NotFinite, Outbox, all_finite
+from compression import NotFinite, PayloadMemory, all_finite
 from config import Config
 from data import Pictures
 from distributed import Team
@@ -77,8 +77,10 @@ class Clients:
         self.precision = config.precision
         self.make_engine = make_engine or self._make_torch_engine
         self.engine: Engine | None = None  # built late, because `precision: auto` is resolved late
-        self.outbox = Outbox()  # memory of the payloads that have not been decoded yet
-        self.sent: dict[int, Buffer] = {}  # by client: its update as it left, until settle()
+        self.payload_memory = (
+            PayloadMemory()
+        )  # memory of the payloads that have not been decoded yet
+        self.sent: dict[int, Buffer] = {}  # by client: its update as it left, until owe_refused()
         self.feedback = _error_feedback(config)
         # A new vector for each update would cost ten times the subtraction, because the operating
         # system zeroes its pages. Error feedback needs one, for what the client will owe.
@@ -140,7 +142,7 @@ class Clients:
             report.fail("the update is not finite")
         return report
 
-    def settle(self, report: Report, round_number: int) -> None:
+    def owe_refused(self, report: Report, round_number: int) -> None:
         """Of a client that the server refused, all that was sent is owed again.
 
         The rest of its state stays what it was before the round. report: as it arrived, perhaps
@@ -325,7 +327,7 @@ class Clients:
         """Encode a vector into a message of the report; return what arrives. Raises NotFinite."""
         channel, client = self.agreement.channel("up", kind), report.client
         payload, arrived = channel.encode(
-            vector.cpu(), round_number, client, self.outbox.take, select
+            vector.cpu(), round_number, client, self.payload_memory.take, select
         )
         report.messages.append(
             self.agreement.message("up", kind, client, SERVER, payload, len(arrived.values))

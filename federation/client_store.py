@@ -52,7 +52,7 @@ class ClientStore:
         self.bytes_in_memory = 0
         self._lock = RLock()  # threads that encode stage states while another one trains
         # int32 [num_parameters]: the round in which each weight last left the mask; 0 for never
-        self.left_in = torch.zeros(0, dtype=torch.int32)
+        self.last_left = torch.zeros(0, dtype=torch.int32)
 
     def get(self, client: int) -> State:
         """The client's state, to be read and not written; empty if it has none.
@@ -63,7 +63,7 @@ class ClientStore:
         if client not in self.versions:
             return {}
         state, version = self._read(client, self.versions[client]), self.versions[client]
-        left = self.left_in > version
+        left = self.last_left > version
         if not left.any():
             return state
         return state | {
@@ -72,9 +72,9 @@ class ClientStore:
 
     def forget(self, left: Tensor, num_coordinates: int, round_number: int) -> None:
         """The weights at these positions, int64, are not on the mask of this round any more."""
-        if not len(self.left_in):
-            self.left_in = torch.zeros(num_coordinates, dtype=torch.int32)
-        self.left_in[left] = round_number
+        if not len(self.last_left):
+            self.last_left = torch.zeros(num_coordinates, dtype=torch.int32)
+        self.last_left[left] = round_number
 
     def get_staged(self, client: int) -> State:
         return self._read(client, self.staged[client])

@@ -122,16 +122,16 @@ class Federation:
         clients, average = self.clients, self.server.new_average(cohort)
         costs = {client: float(self.num_trained(client)) for client in cohort}
         self.placement.place(costs, clients.store)
-        clients.outbox.clear()
+        clients.payload_memory.clear()
         own = self._own_reports(cohort, lambda client: work(client, round_number, broadcast))
         try:
             for report in self.exchange.arrivals(own):
                 average.add(report, round_number)
-                clients.settle(report, round_number)
+                clients.owe_refused(report, round_number)
                 report.messages = [*broadcast.messages[report.client], *report.messages]
                 report.messages = report.without_payloads().messages
                 if self.ranks.size == 1:  # its payloads are decoded: their memory is free again
-                    clients.outbox.clear()
+                    clients.payload_memory.clear()
         except Interrupted:
             clients.store.discard()
             raise
@@ -240,13 +240,13 @@ class Federation:
             if report.client in earlier:
                 parts.insert(0, (0, earlier[report.client]))
             now = 0.0
-            for number, part in parts:
+            for part_number, part in parts:
                 messages = [(message.direction, message.num_bytes) for message in part.messages]
-                computing = self._computing_seconds(part, number)
+                computing = self._computing_seconds(part, part_number)
                 times, seconds = client_timeline(messages, self.link, computing)
                 for message, (start, length) in zip(part.messages, times, strict=True):
                     start += self.progress.simulated_seconds + now
-                    rows.append(ledger_row(message, number, start, length))
+                    rows.append(ledger_row(message, part_number, start, length))
                 now += seconds
             lasted = max(lasted, now)
         return rows, lasted
@@ -288,7 +288,7 @@ class Federation:
             "precision": self.clients.precision,
             "clients": {} if needs_none else self.versions,
             "clients_mask": self.clients.mask.state(),
-            "left_in": self.clients.store.left_in,
+            "last_left": self.clients.store.last_left,
             "progress": vars(self.progress),
             "earlier": b"".join(pack_reports(self.earlier)).hex(),
         }
@@ -302,7 +302,7 @@ class Federation:
         self.versions = state["clients"]
         self.placement = Placement(self.ranks, list(self.versions))
         self.clients.store = self._make_store()
-        self.clients.store.left_in = state["left_in"]
+        self.clients.store.last_left = state["last_left"]
         self.clients.load_mask(state["clients_mask"])
 
     def _make_store(self) -> ClientStore:

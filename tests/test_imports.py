@@ -104,6 +104,16 @@ def test_the_command_line_is_imported_without_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_test_imports_another_and_each_stands_where_its_subject_does(path):
+    assert not {name for name in imports_of(path) if name.startswith(("test_", "conftest"))}
+    folder = path.parent.relative_to(ROOT / "tests")
+    assert (ROOT / folder).is_dir()
+
+
 # --- sizes ----------------------------------------------------------------------------------------
 
 

@@ -13,8 +13,8 @@ from training.local_sgd import train_client
 
 PROBE_SECONDS = 2.0
 CLEARLY_FASTER = 0.85  # bf16 must take less than this share of fp32's time: probes are noisy
-CLEARLY_SLOWER = 2.0  # bf16 is not tried on whole batches if it takes more than this many times
-SMALL_SHARE = 16  # the first try is made with one 16th of a batch
+CLEARLY_SLOWER = 3.0  # if bf16 takes more than this many times, no whole batch is tried in it
+SMALL_SHARE = 16  # the first tries use one sixteenth of a batch
 
 
 def computes_in_bf16(device: torch.device) -> bool:

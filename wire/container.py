@@ -22,7 +22,7 @@ CHECKSUM = struct.Struct("<Q")
 OVERHEAD = HEADER.size + CHECKSUM.size  # bytes of a payload that are not its body
 LARGEST_WINDOW = 1 << 17  # bytes that the window of a Zstandard frame may have whatever its content
 Memory = Callable[[int], memoryview]  # returns as many bytes to write on as it is asked for
-OUTBOX_CHUNK = 64 << 20  # bytes that an Outbox takes from the system at once
+MEMORY_CHUNK = 64 << 20  # bytes that a PayloadMemory takes from the system at once
 
 
 class PayloadError(ValueError):
@@ -37,7 +37,7 @@ def new_memory(size: int) -> memoryview:
     return memoryview(np.empty(size, np.uint8))
 
 
-class Outbox:
+class PayloadMemory:
     """Memory for the payloads of a round. The payloads of the next round are written on it again.
 
     If each payload took memory of its own, training could not reuse the memory that it has freed,
@@ -62,7 +62,7 @@ class Outbox:
                 return self.chunks[self.chunk][start:end]
             self.chunk, self.used = self.chunk + 1, 0
         # An anonymous map lies outside of the heap, and takes its pages only once they are written.
-        self.chunks.append(memoryview(mmap.mmap(-1, max(OUTBOX_CHUNK, size))))
+        self.chunks.append(memoryview(mmap.mmap(-1, max(MEMORY_CHUNK, size))))
         return self.take(size)
 
 

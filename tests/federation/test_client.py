@@ -18,7 +18,7 @@ from federation.setup import build_model
 from training import local_sgd
 from training.engines import TorchEngine
 from training.local_sgd import batch_sizes, local_lr, loss_gradient, train_client
-from wire.container import OUTBOX_CHUNK
+from wire.container import MEMORY_CHUNK
 
 
 def test_error_feedback_conserves_what_clients_learned(tmp_path):
@@ -228,7 +228,7 @@ def train_and_encode(one, round_number, cohort, pool=None):
         client: {key: some.numpy().tobytes() for key, some in one.clients.store.get(client).items()}
         for client in cohort
     }
-    one.clients.outbox.clear()
+    one.clients.payload_memory.clear()
     return payloads, kept
 
 
@@ -256,20 +256,24 @@ def test_a_rank_keeps_the_payloads_of_one_client_at_a_time(tmp_path, monkeypatch
     words += ["uplink.error_feedback=false", "server.optimizer=FedAvg", "evaluation.every=9"]
     one, averages, in_use = make_federation(tmp_path, *words), [], []
     assert one.model.layout.size > 0.99e6
-    outbox, take, step = one.clients.outbox, one.clients.outbox.take, one.server.step
+    payload_memory, take, step = (
+        one.clients.payload_memory,
+        one.clients.payload_memory.take,
+        one.server.step,
+    )
 
     def take_and_note(size):
         memory = take(size)
-        in_use.append(outbox.chunk * OUTBOX_CHUNK + outbox.used)
+        in_use.append(payload_memory.chunk * MEMORY_CHUNK + payload_memory.used)
         return memory
 
-    monkeypatch.setattr(outbox, "take", take_and_note)
+    monkeypatch.setattr(payload_memory, "take", take_and_note)
     one.server.step = lambda average, *rest: averages.append(average) or step(average, *rest)
     one.run_round()
     [average] = averages
     assert len(average.reports) == 64 <= len(in_use)
     assert 0 < max(in_use) - 4 * one.model.layout.size - OVERHEAD < 64  # a cache line
-    assert sum(map(len, outbox.chunks)) == OUTBOX_CHUNK
+    assert sum(map(len, payload_memory.chunks)) == MEMORY_CHUNK
     assert all(m.payload is None for report in average.reports for m in report.messages)
 
 

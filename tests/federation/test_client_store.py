@@ -211,7 +211,7 @@ def test_what_left_when_outlives_a_checkpoint(tmp_path):
     put(store, 1, c1=1.0)
     store.forget(torch.tensor([0, 7]), ENTRIES, round_number=2)
     again = ClientStore(tmp_path, PLENTY, store.save())
-    again.left_in = store.left_in
+    again.last_left = store.last_left
     assert again.get(1)["residual"].tolist() == [0.0, *[1.0] * 6, 0.0]
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from compression import decode, encode
 from layout import Layout
 from wire import container as wire
-from wire.container import Outbox, PayloadError, Reader, compress, decompress, pack, unpack
+from wire.container import PayloadError, PayloadMemory, Reader, compress, decompress, pack, unpack
 from wire.positions import decode_positions, encode_positions
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -396,30 +396,30 @@ def test_small_payloads_that_announce_much_take_no_more_memory_than_the_layout_a
 # --- memory for payloads --------------------------------------------------------------------------
 
 
-def written(outbox: Outbox, payload: bytes) -> memoryview:
-    memory = outbox.take(len(payload))
+def written(payload_memory: PayloadMemory, payload: bytes) -> memoryview:
+    memory = payload_memory.take(len(payload))
     memory[:] = payload
     return memory
 
 
 @given(st.lists(st.lists(st.binary(max_size=30), max_size=12), max_size=4))
 def test_an_outbox_keeps_a_rounds_payloads_in_the_same_memory(rounds):
-    sizes, chunk = [], wire.OUTBOX_CHUNK
-    wire.OUTBOX_CHUNK = 148  # two payloads or three
+    sizes, chunk = [], wire.MEMORY_CHUNK
+    wire.MEMORY_CHUNK = 148  # two payloads or three
     try:
-        outbox = Outbox()
+        payload_memory = PayloadMemory()
         for payloads in [*rounds, *rounds]:
-            outbox.clear()
-            kept = [written(outbox, payload) for payload in payloads]
+            payload_memory.clear()
+            kept = [written(payload_memory, payload) for payload in payloads]
             assert kept == payloads
-            sizes.append(len(outbox.chunks))
+            sizes.append(len(payload_memory.chunks))
     finally:
-        wire.OUTBOX_CHUNK = chunk
+        wire.MEMORY_CHUNK = chunk
     assert sizes[len(rounds) :] == [max(sizes, default=0)] * len(rounds)
 
 
 def test_an_outbox_takes_a_payload_larger_than_its_chunks(monkeypatch):
-    monkeypatch.setattr(wire, "OUTBOX_CHUNK", 8)
-    outbox = Outbox()
+    monkeypatch.setattr(wire, "MEMORY_CHUNK", 8)
+    payload_memory = PayloadMemory()
     payloads = [bytes([n]) * n for n in (3, 20, 5)]
-    assert [written(outbox, payload) for payload in payloads] == payloads
+    assert [written(payload_memory, payload) for payload in payloads] == payloads
