@@ -91,12 +91,12 @@ class BareLoop:
             momentum=local.momentum,
             weight_decay=local.weight_decay,
         )
-        shuffled = torch.from_numpy(indices).to(device)[
-            torch.randperm(len(indices), generator=generator, device=device)
-        ]
+        mine, start = torch.from_numpy(indices).to(device), 0
         self.network.train()
-        start = 0
-        for size in batch_sizes(local, len(indices)):  # no more than an epoch in all CASES
+        for size in batch_sizes(local, len(indices)):
+            if start % len(mine) == 0:  # another epoch
+                order = torch.randperm(len(mine), generator=generator, device=device)
+                shuffled, start = mine[order], 0
             images, labels = self.pictures.train_batch(shuffled[start : start + size], generator)
             start += size
             optimizer.zero_grad()
