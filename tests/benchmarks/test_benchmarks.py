@@ -1,5 +1,6 @@
 """Benchmarks in small: they run, check themselves, and their figures add up."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -11,16 +12,60 @@ import torch
 
 from afo import OURS
 from cnn_model import build_network
+from command_line import load_config
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def rival_task(monkeypatch):
+def benchmark(monkeypatch):
+    """benchmark(name) is the module of that name, as a script sees it."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import rival_task
+    return importlib.import_module
 
-    return rival_task
+
+@pytest.fixture
+def rival_task(benchmark):
+    return benchmark("rival_task")
+
+
+SMALL = ["data.name=digits", "model.width=0.125", "local.batch_size=16", "precision=fp32"]
+SMALL += ["clients.total=4", "clients.per_round=2", "local.steps=2"]
+
+
+@pytest.mark.parametrize("name", ["accuracy", "kills", "memory", "rivals"])
+def test_what_takes_long_can_at_least_be_started(benchmark, name):
+    assert callable(benchmark(name).main)
+
+
+def test_engine_on_small_networks(benchmark, tmp_path):
+    engine = benchmark("engine")
+    words = [*SMALL, "model.name=lenet", "model.width=1", f"output_dir={tmp_path}", "trackers=[]"]
+    for name, (path, settings) in engine.CASES.items():
+        steps = 1 if "DGC" in name else 40  # more than an epoch
+        config = load_config(ROOT / path, [*settings, *words, "rounds=9", f"local.steps={steps}"])
+        found = engine.measure(config, rounds=2)
+        assert found.keys() == {"ours_seconds", "bare_seconds", "ratio"}
+        assert all(value > 0 for value in found.values())
+
+
+def test_updates_are_what_goes_to_the_encoder(benchmark, tmp_path, monkeypatch):
+    updates = benchmark("updates")
+    recipe = ("configs/cifar10_resnet18.yaml", SMALL, {"early": 1, "late": 3})
+    monkeypatch.setitem(updates.RECIPES, "small", recipe)
+    monkeypatch.setattr(updates, "CACHE", tmp_path)
+    monkeypatch.chdir(ROOT)
+    early, late = updates.load_updates("small", "nowhere")
+    assert (early.moment, late.moment) == ("early", "late")
+    for update in (early, late):
+        vectors = update.update, update.weights, update.change
+        assert all(v.shape == (update.layout.size,) and np.isfinite(v).all() for v in vectors)
+    assert not early.change.any() and late.change.any()
+    assert not np.array_equal(early.weights, late.weights)
+    # With error feedback the later update holds all that was owed before.
+    assert np.abs(late.update).sum() > 1.2 * np.abs(early.update).sum()
+    monkeypatch.setattr(updates, "make_updates", None)  # they are made once
+    assert np.array_equal(updates.load_updates("small", "nowhere")[1].update, late.update)
 
 
 def test_codec_on_made_vectors():
