@@ -237,7 +237,7 @@ def test_adaptive_optimizers_follow_algorithm_2(name, variant, tau, v0):
 @pytest.mark.parametrize(
     ("name", "defaults"),
     [
-        ("FedAdagrad", dict(lr=0.1, beta1=0.9, tau=1e-2)),
+        ("FedAdagrad", dict(lr=0.1, beta1=0.0, tau=1e-2)),
         ("FedAdam", dict(lr=1e-2, beta1=0.9, beta2=0.99, tau=1e-3)),
         ("FedAMS", dict(lr=1.0, beta1=0.9, beta2=0.99, tau=0.0, v0=1e-3)),
         ("FedYogi", dict(lr=1e-2, beta1=0.9, beta2=0.99, tau=1e-3)),

@@ -72,7 +72,7 @@ def test_every_import_is_in_the_list_of_packages():
     paths = [path for depth in ("", "*/", "*/*/") for path in REPOSITORY.glob(f"{depth}*.py")]
     ours = {path.stem for path in paths} | {path.parent.name for path in paths}
     for path in paths:
-        for name in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M):
+        for name in re.findall(r"^\s*(?:import|from) ([a-zA-Z_]\w*)", path.read_text(), re.M):
             if name not in sys.stdlib_module_names and name not in ours:
                 assert distribution.get(name, name) in listed, (path, name)
 

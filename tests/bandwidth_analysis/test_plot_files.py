@@ -67,7 +67,7 @@ def test_a_run_ends_well_without_matplotlib_and_is_drawn_later(run, capsys, monk
         status, folder = run("rounds=1")
     assert status == 0 and (folder / "summary.json").is_file()
     said = capsys.readouterr().err
-    assert "no plots" in said and "ModuleNotFoundError" in said and "Traceback" not in said
+    assert "plots left out" in said and "ModuleNotFoundError" in said and "Traceback" not in said
     assert main([str(folder)]) == 0
     assert sorted(path.name for path in (folder / "plots").iterdir()) == sorted(PLOT_NAMES)
 
