@@ -140,6 +140,7 @@ def test_rivals_get_our_network_and_clients(rival_task, tmp_path, style):
     assert last == (style == "ours")
 
 
+@pytest.mark.slow
 def test_rivals_without_rivals():
     words = ["--rounds", "4", "--json", "data.name=digits", "clients.total=30"]
     done = subprocess.run(
