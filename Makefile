@@ -11,7 +11,7 @@ avx2: ## run what trains as if on a CPU without AVX-512, which has other kernels
 	  tests/test_launchers.py tests/test_ranks.py tests/test_cnn_model.py tests/training
 
 bounds: ## run the codecs' tests and 300,000 damaged payloads with every index checked
-	NUMBA_BOUNDSCHECK=1 python -m pytest tests/wire tests/compressors \
+	NUMBA_BOUNDSCHECK=1 python -m pytest tests/wire tests/compressors tests/test_compiled.py \
 	  tests/test_compression.py tests/test_compression_golden.py
 	NUMBA_BOUNDSCHECK=1 PYTHONPATH=.:tests python tests/test_fuzz.py 300000
 
