@@ -33,7 +33,16 @@ GIVE_UP_AFTER = 5
 
 
 class RunFinished(Exception):
-    """The run folder already holds this run, finished; the message is its result."""
+    """The run folder already holds this run, finished."""
+
+    def __init__(self, path: Path, summary: dict[str, Any]):
+        super().__init__(
+            f"{path} is finished: {summary['test_accuracy']:.2%} test accuracy after "
+            f"{summary['rounds_completed']} rounds; choose another name= or seed= to run again"
+        )
+        self.learned_nothing = _learned_nothing(
+            summary["empty_rounds"], summary["rounds_completed"]
+        )
 
 
 class NothingLearned(Exception):
@@ -48,7 +57,7 @@ def main(config: Config, dry_run: bool = False) -> int:
         return plan(config, ranks) if dry_run else run(config, ranks)
     except RunFinished as finished:
         _say(ranks, str(finished))
-        return 0
+        return 3 if finished.learned_nothing else 0  # as the run itself ended
     except (ConfigError, DataError, RunFolderError) as error:
         _say(ranks, f"error: {error}", sys.stderr)
         return 2
@@ -84,7 +93,7 @@ def run(config: Config, ranks: Ranks) -> int:
             _ornament("trackers", ranks.accelerator.end_training)
         if ranks.is_main:
             finish(federation, folder)
-        _check_that_something_was_learned(federation, at_the_end=True)
+        _check_that_something_was_learned(federation)
     return 0
 
 
@@ -93,8 +102,8 @@ def start(config: Config, ranks: Ranks, folder: RunFolder) -> Federation:
 
     All that can be refused is refused before the folder is touched.
     """
-    if result := ranks.on_all_ranks(lambda: folder.refuse_other_runs(config)):
-        raise RunFinished(result)
+    if summary := ranks.on_all_ranks(lambda: folder.refuse_other_runs(config)):
+        raise RunFinished(folder.path, summary)
     federation = Federation(config, ranks, folder.clients)
     ranks.on_all_ranks(lambda: folder.claim(config) if ranks.is_main else None, main_first=True)
     if state := ranks.on_all_ranks(folder.checkpoint):
@@ -123,7 +132,8 @@ def run_rounds(federation: Federation, folder: RunFolder) -> None:
                 folder.append(row, messages)
                 if row["failures"]:
                     tqdm.write(_left_out(row), file=sys.stderr)
-            _check_that_something_was_learned(federation)
+            if not federation.is_done:  # a run that is done gets its summary first
+                _check_that_something_was_learned(federation)
             if progress.round_number % config.checkpoint.every == 0 or federation.is_done:
                 save(federation, folder)
             numbers, step = _numbers(row), progress.round_number
@@ -204,6 +214,7 @@ def finish(federation: Federation, folder: RunFolder) -> None:
         **more,  # of clients, and on the validation pictures
         **folder.ledger_totals(),
         "num_failed": progress.num_failed,
+        "empty_rounds": progress.empty_rounds,
         "wall_seconds": progress.wall_seconds,
         "simulated_seconds": progress.simulated_seconds,
         "density": federation.server.density(),
@@ -284,17 +295,19 @@ def _announce_data(federation: Federation) -> None:
         )
 
 
-def _check_that_something_was_learned(federation: Federation, at_the_end: bool = False) -> None:
+def _check_that_something_was_learned(federation: Federation) -> None:
     """Raises NothingLearned after several rounds, or a whole run, without a usable update."""
     progress = federation.progress
-    if progress.empty_rounds < GIVE_UP_AFTER and not (
-        at_the_end and progress.empty_rounds == progress.round_number
-    ):
-        return
-    raise NothingLearned(
-        f"no client's update could be used in {progress.empty_rounds} rounds in a row (the last: "
-        f"{progress.last_failure}); lower local.lr or set local.clip"
-    )
+    if _learned_nothing(progress.empty_rounds, federation.config.rounds):
+        raise NothingLearned(
+            f"no client's update could be used in {progress.empty_rounds} rounds in a row (the "
+            f"last: {progress.last_failure}); lower local.lr or set local.clip"
+        )
+
+
+def _learned_nothing(empty_rounds: int, rounds: int) -> bool:
+    """Tell whether so many empty rounds in a row make a run of so many rounds worthless."""
+    return empty_rounds >= min(GIVE_UP_AFTER, rounds)
 
 
 def _ornament(what: str, work: Callable[[], Any]) -> None:

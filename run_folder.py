@@ -45,8 +45,8 @@ class RunFolder:
         self.clients = path / "clients"
         self._lock: IO | None = None
 
-    def refuse_other_runs(self, config: Config) -> str | None:
-        """Return the result of this run if it is here, done. Raises RunFolderError for another.
+    def refuse_other_runs(self, config: Config) -> dict[str, Any] | None:
+        """Return this run's summary if it is here, done. Raises RunFolderError for another run.
 
         Only a checkpoint or a summary binds: what a start left behind that failed does not.
         """
@@ -67,13 +67,7 @@ class RunFolder:
                 f"{self.path}: holds {kind} run with another {key}; choose another name= or "
                 f"seed=, or remove that folder"
             )
-        if not finished:
-            return None
-        summary = self._read_json("summary.json")
-        return (
-            f"{self.path} is finished: {summary['test_accuracy']:.2%} test accuracy after "
-            f"{summary['rounds_completed']} rounds; choose another name= or seed= to run again"
-        )
+        return self._read_json("summary.json") if finished else None
 
     def claim(self, config: Config) -> dict[str, Any] | None:
         """Make the folder this run's; return the checkpoint to go on from, or None.

@@ -14,7 +14,7 @@ def outlive_readers() -> None:
         stream = getattr(sys, name)
         if stream is None:  # it was closed before Python started
             setattr(sys, name, open(os.devnull, "w"))
-        else:
+        elif not isinstance(stream, Output):  # a second one would close the first one's file
             mode = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
             setattr(sys, name, Output(stream.buffer, stream.encoding, "backslashreplace", **mode))
 

@@ -6,18 +6,21 @@ so. A data set that is there but damaged is never replaced: it raises DataError.
 
 import difflib
 import http.client
+import io
 import itertools
 import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from .dataset import Dataset
 from .errors import DataError, printable, say
-from .layouts import read_layout, stack_pictures, to_rgb
+from .layouts import describe_truncated, has_deep_colour, read_layout, stack_pictures, to_rgb
 from .sources import find_source
 
 DEFAULT_ROOT = "data"
@@ -199,11 +202,14 @@ def _load_huggingface(name: str, root: str) -> Dataset:
     labels = np.array([*train[label], *test[label]], dtype=float)  # a label None becomes NaN
     if not (labels >= 0).all():
         raise DataError(f"data.name: {name}: pictures without a label; use another set")
+    truncated = []
     pictures = itertools.chain(
-        _huggingface_pictures(f"{name}: training picture", train, images),
-        _huggingface_pictures(f"{name}: test picture", test, images),
+        _huggingface_pictures(f"{name}: training picture", train, images, truncated),
+        _huggingface_pictures(f"{name}: test picture", test, images, truncated),
     )
     stacked = stack_pictures(pictures, len(labels))
+    if truncated:
+        say(f"warning: {describe_truncated(truncated)}")
     return Dataset.from_arrays(name, stacked, labels, len(train), class_names)
 
 
@@ -247,12 +253,26 @@ def _huggingface_columns(name: str, features) -> tuple[str, str, list[str]]:
     return images[0], label, features[label].names
 
 
-def _huggingface_pictures(what: str, split, column: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the origin and the pixels of each picture of a split."""
-    rows = iter(split.select_columns(column))
+def _huggingface_pictures(
+    what: str, split, column: str, truncated: list[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the origin and the pixels of each picture; name those that lose bits in `truncated`."""
+    import datasets
+
+    kind = split.features[column]
+    rows = iter(split.select_columns(column).cast_column(column, datasets.Image(decode=False)))
+
+    def open_picture(where: str) -> Image.Image:
+        stored = next(rows)[column]  # "bytes", or the "path" of a file
+        file = io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]
+        with Image.open(file) as picture:
+            if has_deep_colour(picture):
+                truncated.append(where)
+        return kind.decode_example(stored)
+
     for index in range(len(split)):
         where = f"{what} {index}"
-        yield where, to_rgb(where, lambda: next(rows)[column])
+        yield where, to_rgb(where, partial(open_picture, where))
 
 
 # To add a data set, write a function of data.name and data.root that returns a Dataset, and name

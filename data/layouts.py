@@ -60,11 +60,16 @@ def _decode_layout(
             f"{', '.join(suffixes)} in train/<class>/ and test/<class>/ are read"
         )
     if truncated:
-        notes.append(
-            f"pictures of more than 8 bits a channel: {len(truncated)} ({_some(truncated)}), of "
-            "which only the upper 8 are used"
-        )
+        notes.append(describe_truncated(truncated))
     return Dataset.from_arrays(name, pictures, labels, num_train, class_names), notes
+
+
+def describe_truncated(names: list[str]) -> str:
+    """Say which pictures lost bits when they were decoded."""
+    return (
+        f"pictures of more than 8 bits a channel: {len(names)} ({_some(names)}), of "
+        "which only the upper 8 are used"
+    )
 
 
 def _some(names: list[str]) -> str:
@@ -116,7 +121,7 @@ def _decode(
 
     def open_picture(name: str) -> Image.Image:
         picture = source.open(name)
-        if _has_deep_colour(picture):
+        if has_deep_colour(picture):
             truncated.append(name)
         return picture
 
@@ -126,7 +131,7 @@ def _decode(
         yield where, to_rgb(where, partial(open_picture, name))
 
 
-def _has_deep_colour(picture: Image.Image) -> bool:
+def has_deep_colour(picture: Image.Image) -> bool:
     """Tell whether the file has more than 8 bits a channel, of which PIL keeps the upper 8."""
     for codec, _, _, arguments in picture.tile:  # what PIL is about to read, and how
         is_netpbm = codec.startswith("ppm") and isinstance(arguments, tuple)

@@ -6,16 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.configs import SMALL
 from helpers.runs import REPOSITORY
 
 from command_line import load_config, read_command_line
 from experiment import main
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
-# Small pictures, few clients and steps; everything else is as the config says.
-SMALL = ["data.name=digits", "data.root=", "data.fallback=", "rounds=2", "trackers=[]"]
-SMALL += ["clients.total=4", "clients.per_round=2", "local.steps=1", "local.batch_size=4"]
-SMALL += ["evaluation.every=2", "precision=fp32", "data.crop=null"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -212,6 +212,8 @@ def test_a_run_that_learned_nothing_ends_with_a_status_of_its_own(run, all_fail,
     error = capsys.readouterr().err.splitlines()[-1]
     assert "no client's update could be used in 3 rounds in a row" in error
     assert "it fell over" in error and "local.lr" in error
+    assert run("rounds=3")[0] == 3
+    assert "is finished" in capsys.readouterr().out
 
 
 def test_rounds_of_nothing_end_a_long_run_with_a_checkpoint(run, all_fail):

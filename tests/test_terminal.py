@@ -30,6 +30,11 @@ def test_a_reader_that_leaves_ends_nothing(code):
     assert process.stderr.read() == "" and process.wait() == 3
 
 
+def test_a_second_run_in_one_process_prints_too():
+    process = child("terminal.outlive_readers(); print('here')", stdout=subprocess.PIPE)
+    assert process.communicate()[0] == "here\n" and process.returncode == 0
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_streams_that_are_closed_from_the_start(closed, tmp_path):
     code = "open('file', 'w').write(str(print('a')) + str(sys.stderr.isatty())); sys.exit(3)"

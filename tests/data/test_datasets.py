@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.pictures import corrupt, random_picture, same, write_folder
+from helpers.pictures import corrupt, png_of_16_bits, random_picture, same, write_folder
 from helpers.runs import CIFAR10
 from PIL import Image
 
@@ -231,6 +231,21 @@ def test_hugging_face_pictures_are_of_one_size(tmp_path):
     hf.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(DataError, match="test picture 0 is 6x4 but .*training picture 0 is 5x4"):
         load_dataset(f"hf:{tmp_path / 'saved'}", "data")
+
+
+def test_hugging_face_pictures_that_lose_bits_are_counted(tmp_path, capsys):
+    import datasets as hf
+
+    levels = np.arange(60, dtype=np.uint16).reshape(4, 5, 3) * 1000
+    deep = {"bytes": png_of_16_bits(levels), "path": None}
+    features = hf.Features({"picture": hf.Image(), "answer": hf.ClassLabel(names=["no", "yes"])})
+    rows = {"picture": [Image.fromarray(random_picture(0)), deep], "answer": [0, 1]}
+    split = hf.Dataset.from_dict(rows, features)
+    hf.DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path / "saved"))
+    data = load_dataset(f"hf:{tmp_path / 'saved'}", "data")
+    assert np.array_equal(data.test_images[1], levels >> 8)
+    said = capsys.readouterr().err
+    assert "pictures of more than 8 bits a channel: 2 (" in said and "training picture 1" in said
 
 
 def test_hugging_face_unreachable_or_damaged(tmp_path, monkeypatch):

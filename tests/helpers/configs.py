@@ -7,6 +7,11 @@ import pytest
 from command_line import load_config
 from config import Config, ConfigError
 
+# Small pictures, few clients and steps; everything else is as a config says.
+SMALL = ["data.name=digits", "data.root=", "data.fallback=", "rounds=2", "trackers=[]"]
+SMALL += ["clients.total=4", "clients.per_round=2", "local.steps=1", "local.batch_size=4"]
+SMALL += ["evaluation.every=2", "precision=fp32", "data.crop=null"]
+
 
 def load(text: str = "", *overrides: str) -> Config:
     Path("x.yaml").write_text(text)
