@@ -14,7 +14,7 @@ have moved the weights, so -update / step_length is the mean gradient of the ste
 the papers, and more with momentum, which they do without.
 
 Vectors are float32 [num_parameters]. In training they lie on its device, in the memory layout of
-the network (see FlatModel); what the client keeps is on the CPU.
+the network (see FlatModel); what the client keeps is laid out as it travels, without gaps.
 """
 
 import difflib
@@ -42,10 +42,13 @@ def step_length(lr: float, steps: int, momentum: float = 0.0, nesterov: bool = F
 
 
 class Arrived(Protocol):
-    """What the receiver decoded of one message."""
+    """What the receiver decoded of one message, on the device of training."""
 
     def add_to(self, vector: Tensor, weight: float = 1.0) -> None:
-        """vector += weight * what arrived, in place, on the CPU."""
+        """vector += weight * what arrived, in place."""
+
+    def dense(self) -> Tensor:
+        """What arrived as a whole vector, a new one."""
 
 
 class LocalRound:
@@ -309,6 +312,8 @@ def at_least(name: str, value: Any, low: float) -> float:
 
 def plus(kept: Tensor | None, arrived: Arrived, weight: float = 1.0) -> Tensor:
     """kept + weight * arrived, a new vector; None counts as zeros."""
-    total = torch.zeros(arrived.size) if kept is None else kept.clone()
+    if kept is None:
+        return arrived.dense().mul_(weight)
+    total = kept.clone()
     arrived.add_to(total, weight)
     return total

@@ -33,8 +33,9 @@ def compiled(function, **options):
     """numba's machine code: compiled in a second at first use, then loaded where it can be kept.
 
     Without reference counting, which would cost ten times the coding: kernels allocate nothing.
+    Python's other threads run meanwhile, so that clients can be encoded while others train.
     """
-    options |= {"_nrt": False, "error_model": "numpy"}
+    options |= {"_nrt": False, "error_model": "numpy", "nogil": True}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # neither __pycache__ nor the user's cache folder can be written

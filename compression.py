@@ -2,9 +2,8 @@
 
 encode() returns the payload and what the receiver will decode from it, so that a caller knows
 exactly what was lost: vector == sent + residual (error feedback, Seide et al. 2014; Karimireddy
-et al. 2019, arXiv 1901.09847). What to select and how to write values compose freely.
-
-torch is imported where tensors are made: the command line reads the table without waiting for it.
+et al. 2019, arXiv 1901.09847). What to select and how to write values compose freely. Positions are
+selected on the vector's device; only what was selected goes to the CPU, where it is coded.
 """
 
 from __future__ import annotations
@@ -13,9 +12,10 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from compiled import add_at
 from compressors.bounded import Bounded
@@ -50,9 +50,6 @@ from wire.container import (
 )
 from wire.positions import decode_positions, pack_positions, unpack_positions
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 __all__ = [
     "CODERS",
     "OVERHEAD",
@@ -85,7 +82,7 @@ CODERS: list[type[Coder]] = [
     PowerSgd,
 ]
 
-Select = Callable[["Tensor", Layout], np.ndarray]
+Select = Callable[[Tensor, Layout], np.ndarray | Tensor]
 
 # Decoded values are views of the payload, which is immutable, and are only ever read.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -107,26 +104,38 @@ class NotFinite(ValueError):
 
 @dataclass(frozen=True)
 class Decoded:
-    """A vector as it arrives: values at indices, zero elsewhere."""
+    """A vector as it arrives: values at indices, zero elsewhere.
+
+    It is decoded on the CPU, where its parts are arrays; on another device they are tensors.
+    """
 
     size: int
-    indices: np.ndarray | None  # int64 [n], ascending; None means that all values travelled
-    values: np.ndarray  # float32 [n]
+    indices: np.ndarray | Tensor | None  # int64 [n], ascending; None means that all values travel
+    values: np.ndarray | Tensor  # float32 [n]
+
+    def to(self, device: torch.device) -> Decoded:
+        """The same on a device. It is there when this returns."""
+        if device.type == "cpu":
+            return self
+        indices = None if self.indices is None else to_device(self.indices, device)
+        return Decoded(self.size, indices, to_device(self.values, device))
 
     def add_to(self, vector: Tensor, weight: float = 1.0) -> None:
-        """vector += weight * self, in place; vector: float32 [size] on the CPU."""
+        """vector += weight * self, in place; vector: float32 [size], on the device of self."""
         if self.indices is None:
-            vector.add_(_as_tensor(self.values), alpha=weight)
-        else:
+            vector.add_(torch.as_tensor(self.values), alpha=weight)
+        elif isinstance(self.values, np.ndarray):
             add_at(vector.numpy(), self.indices, self.values, np.float32(weight))
+        else:  # no index stands twice, so that every sum has two terms
+            moved = vector.index_select(0, self.indices).add_(self.values, alpha=weight)
+            vector.index_copy_(0, self.indices, moved)
 
     def dense(self, copy: bool = True) -> Tensor:
         """The whole vector, float32 [size]; without a copy it may lie in the payload: read only."""
-        import torch
-
+        values = torch.as_tensor(self.values)
         if self.indices is None and not copy:
-            return _as_tensor(self.values)
-        vector = torch.zeros(self.size)
+            return values
+        vector = torch.zeros(self.size, device=values.device)
         self.add_to(vector)
         return vector
 
@@ -142,10 +151,11 @@ def encode(
 ) -> tuple[memoryview, Decoded]:
     """Encode float32 [layout.size]; return the payload and exactly what decode() makes of it.
 
-    values: a coder, or a word that parse_coder() reads. select: returns the ascending int64
-    positions to send of the vector that it is given; those whose values would arrive as zero are
-    not sent. dense_below: tensors of fewer entries travel whole, as fp32. seed: of the random
-    choices of qsgd, eden and powersgd. memory: gives the bytes that the payload is written on.
+    The vector may be on any device. values: a coder, or a word that parse_coder() reads. select:
+    returns the ascending int64 positions to send of the vector that it is given, as an array of the
+    CPU or on the vector's device; those whose values would arrive as zero are not sent.
+    dense_below: tensors of fewer entries travel whole, as fp32. seed: of the random choices of
+    qsgd, eden and powersgd. memory: gives the bytes that the payload is written on.
     Raises NotFinite, and ValueError for a word or mix that is not valid.
     """
     coder = parse_coder(values) if isinstance(values, str) else values
@@ -161,7 +171,7 @@ def encode(
         return payload, _read_back(payload, body, layout, coder)
     rest = layout.where(large)
     body = _encode(_pick(vector, layout, large), rest, coder, select, seed)
-    small = _pick(vector, layout, ~large).cpu().numpy().astype("<f4")
+    small = to_host(_pick(vector, layout, ~large)).numpy().astype("<f4")
     head = dense_below.to_bytes(4, "little") + small.tobytes()
     parts, flags = (head, body.positions, body.values), body.flags | SMALL_DENSE
     payload = pack(body.selection, body.kind, layout, *parts, flags=flags, memory=memory)
@@ -212,9 +222,10 @@ def decode(
 def _encode(vector: Tensor, layout: Layout, coder: Coder, select: Select | None, seed: int) -> Body:
     indices = None
     if select is not None:
-        indices = select(vector, layout)
-        vector = vector.index_select(0, _as_tensor(indices).to(vector.device))
-    return coder.encode(vector.cpu().numpy(), indices, layout, seed)
+        positions = torch.as_tensor(select(vector, layout), device=vector.device)
+        vector = vector.index_select(0, positions)
+        indices = to_host(positions).numpy()
+    return coder.encode(to_host(vector).numpy(), indices, layout, seed)
 
 
 def _read_back(payload: memoryview, body: Body, layout: Layout, coder: Coder) -> Decoded:
@@ -269,8 +280,6 @@ def _read_ones(reader: Reader, layout: Layout, most: int) -> np.ndarray:
 
 def _pick(vector: Tensor, layout: Layout, chosen: np.ndarray) -> Tensor:
     """The entries of the chosen tensors, one after the other; chosen: bool [num_tensors]."""
-    import torch
-
     tensors = vector.split(layout.sizes.tolist())
     picked = [tensor for tensor, is_chosen in zip(tensors, chosen, strict=True) if is_chosen]
     return torch.cat([vector[:0], *picked])
@@ -323,13 +332,32 @@ def all_finite(vector: Tensor) -> bool:
 
 def _finite(decoded: Decoded) -> Decoded:
     """What was decoded. Raises PayloadError if a value is infinite or NaN."""
-    if not all_finite(_as_tensor(decoded.values)):
+    if not all_finite(torch.as_tensor(decoded.values)):
         raise PayloadError("it holds a value that is not finite")
     return decoded
 
 
-def _as_tensor(array: np.ndarray) -> Tensor:
-    """A tensor on the array's memory."""
-    import torch
+# --- between the device of training and the CPU ---------------------------------------------------
+# A GPU copies from and to page-locked memory at fifty times the speed of other memory. Both
+# functions wait for the copy alone: work that other threads have queued on the device goes on.
 
-    return torch.from_numpy(array)
+
+def to_host(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU; itself if it is there."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return host
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on a device."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    copied = tensor.pin_memory().to(device, non_blocking=True)
+    torch.cuda.current_stream(device).synchronize()
+    copied.record_stream(torch.cuda.default_stream(device))  # where the server will read it
+    return copied

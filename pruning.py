@@ -9,24 +9,17 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from compiled import compiled
+
 Shapes = Sequence[tuple[int, ...]]
+Positions = np.ndarray | Tensor  # int64 [k], ascending: an array of a CPU's vector, else a tensor
 SAMPLE_STRIDE = 61  # a prime, so that the sample does not march in step with any tensor's shape
 COARSE_STRIDE, MANY = 211, 1 << 14  # enough for a k of that many
 BLOCK = 64  # entries that are looked at together; most blocks hold nothing large
 MAGNITUDE_BITS = 0x7FFFFFFF  # a float32 without its sign: as integers these order as magnitudes do
 SPLITMIX64 = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)
-
-
-def _compiled(function):
-    """numba's machine code: compiled in a second at first use, then loaded where it can be kept."""
-    options = {"_nrt": False, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # neither __pycache__ nor the user's cache folder can be written
-        return njit(**options)(function)
 
 
 # --- selection: what of an update travels ---------------------------------------------------------
@@ -46,18 +39,18 @@ def density_at(density: float, warmup: Sequence[float], round: int) -> float:
     return warmup[round - 1] if 0 < round <= len(warmup) else density
 
 
-def topk(vector: Tensor, k: int) -> np.ndarray:
+def topk(vector: Tensor, k: int) -> Positions:
     """The positions of the k largest magnitudes, int64 [k], ascending; ties go to the lowest index.
 
     The same set as torch.topk(vector.abs(), k). On a CPU a floor guessed from a sample throws out
     nearly everything in one pass, and only the survivors are ranked: about memory speed.
     """
+    if not is_on_cpu(vector):
+        return largest_in_rows(vector[None], min(k, vector.numel()))
     if k >= vector.numel():
         return np.arange(vector.numel())
     if k == 0:
         return np.arange(0)
-    if vector.is_cuda:
-        return _topk_cuda(vector, k)
     numbers = np.ascontiguousarray(vector.numpy())
     survivors = np.empty(2 * k + 4096, np.int64)
     survivors = survivors[: _gather(numbers, _floor(numbers, k), survivors)]
@@ -68,28 +61,38 @@ def topk(vector: Tensor, k: int) -> np.ndarray:
     return survivors[:k].copy()
 
 
-def topk_per_layer(vector: Tensor, density: float, offsets: Sequence[int]) -> np.ndarray:
+def topk_per_layer(vector: Tensor, density: float, offsets: Sequence[int]) -> Positions:
     """topk of each tensor on its own; offsets: int [num_tensors + 1] into the vector."""
     kept = [
         start + topk(vector[start:stop], num_kept(density, stop - start))
         for start, stop in zip(offsets[:-1], offsets[1:], strict=True)
     ]
-    return np.concatenate((np.arange(0), *kept))
+    return np.concatenate((np.arange(0), *kept)) if is_on_cpu(vector) else torch.cat(kept)
 
 
-def topk_per_chunk(vector: Tensor, density: float, chunk: int) -> np.ndarray:
+def topk_per_chunk(vector: Tensor, density: float, chunk: int) -> Positions:
     """topk of each run of `chunk` entries on its own; the last run may be shorter."""
-    magnitudes = np.ascontiguousarray(vector.cpu().numpy()).view(np.int32) & MAGNITUDE_BITS
-    full = len(magnitudes) - len(magnitudes) % chunk
+    full = len(vector) - len(vector) % chunk
+    if not is_on_cpu(vector):
+        rows, rest = vector[:full].view(-1, chunk), vector[None, full:]
+        kept = largest_in_rows(rows, num_kept(density, chunk))
+        return torch.cat(
+            [kept, full + largest_in_rows(rest, num_kept(density, len(vector) - full))]
+        )
+    magnitudes = np.ascontiguousarray(vector.numpy()).view(np.int32) & MAGNITUDE_BITS
     rows, rest = magnitudes[:full].reshape(-1, chunk), magnitudes[None, full:]
     kept = np.flatnonzero(_topk_rows(rows, num_kept(density, chunk)))
     kept_of_rest = np.flatnonzero(_topk_rows(rest, num_kept(density, rest.size)))
     return np.concatenate((kept, full + kept_of_rest))
 
 
-def threshold(vector: Tensor, limit: float, relative: bool = False) -> np.ndarray:
+def threshold(vector: Tensor, limit: float, relative: bool = False) -> Positions:
     """The positions with abs(value) > limit, or > limit * the largest magnitude if relative."""
-    magnitudes = vector.abs().cpu().numpy()
+    if not is_on_cpu(vector):
+        magnitudes = vector.abs()
+        least = limit * magnitudes.max() if relative and len(vector) else limit
+        return (magnitudes > least).nonzero().flatten()
+    magnitudes = vector.abs().numpy()
     return np.flatnonzero(magnitudes > (limit * magnitudes.max(initial=0) if relative else limit))
 
 
@@ -119,7 +122,7 @@ def _floor(numbers: np.ndarray, k: int) -> np.float32:
     return np.partition(sample, len(sample) - rank)[len(sample) - rank]
 
 
-@_compiled
+@compiled
 def _gather(numbers, floor, out):
     """Write the positions whose magnitude is not below floor (so NaN too); return how many.
 
@@ -145,7 +148,7 @@ def _gather(numbers, floor, out):
     return count
 
 
-@_compiled
+@compiled
 def _keep_largest(positions, magnitudes, k, counts):
     """Move the positions of the k largest magnitudes to the front, in order; the first of ties.
 
@@ -166,7 +169,7 @@ def _keep_largest(positions, magnitudes, k, counts):
         ties -= tie
 
 
-@_compiled
+@compiled
 def _bin_from_above(counts, k):
     """The bin in which the k-th from above lies, and which one it is in there."""
     bin = len(counts) - 1
@@ -193,15 +196,29 @@ def _topk_rows(magnitudes: np.ndarray, k: int) -> np.ndarray:
     return keep
 
 
-def _topk_cuda(vector: Tensor, k: int) -> np.ndarray:
-    magnitudes = vector.abs()
-    kth = torch.topk(magnitudes, k, sorted=True).values[-1]
-    above = torch.nonzero(magnitudes > kth).flatten()
-    ties = torch.nonzero(magnitudes == kth).flatten()[: k - len(above)]
-    return torch.cat((above, ties)).sort().values.cpu().numpy()
+def is_on_cpu(vector: Tensor) -> bool:
+    return vector.device.type == "cpu"
 
 
-@_compiled
+def largest_in_rows(rows: Tensor, k: int) -> Tensor:
+    """The positions in float32 [r, n] of each row's k largest, int64 [r * k], ascending.
+
+    For devices other than the CPU. Ties go to the lowest index: a key has the magnitude in its
+    upper 32 bits and, in the lower ones, an index counted from the row's end. Keys never tie, so
+    nothing has to be counted, and the device is never waited for.
+    """
+    if not rows.numel():
+        return torch.zeros(0, dtype=torch.int64, device=rows.device)
+    num_rows, width = rows.shape
+    magnitudes = (rows.contiguous().view(torch.int32) & MAGNITUDE_BITS).long()
+    from_the_end = torch.arange(width - 1, -1, -1, device=rows.device)
+    keys = (magnitudes << 32 | from_the_end).topk(k, dim=1, sorted=False).values
+    columns = width - 1 - (keys & 0xFFFFFFFF)
+    starts = torch.arange(0, num_rows * width, width, device=rows.device)
+    return (columns + starts[:, None]).flatten().sort().values
+
+
+@compiled
 def _gather_hashes(seed, bound, positions, hashes):
     """Write the positions whose hash is at most `bound`, and those hashes; return how many.
 

@@ -107,7 +107,7 @@ class RunFolder:
         if not path.exists():
             return None
         try:
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, weights_only=True, map_location="cpu")
         except Exception as error:
             raise RunFolderError(
                 f"{path}: damaged ({type(error).__name__}); remove {self.path} to start again"

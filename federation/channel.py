@@ -78,7 +78,9 @@ class Channel:
         support, layout, scale = self._support(round_number, client)
         if support is not None and not all_finite(vector):  # nor may what is owed hold NaN
             raise NotFinite("the vector holds inf or NaN")
-        part = vector if support is None else vector[torch.from_numpy(support)].mul_(scale)
+        part = vector
+        if support is not None:
+            part = vector[torch.as_tensor(support, device=vector.device)].mul_(scale)
         select = select or self._select(round_number, client)
         seed = self.seed_for("values", round_number, client)
         payload, sent = encode(part, layout, self.coder, select, self.dense_below, seed, memory)
@@ -187,18 +189,19 @@ class ErrorFeedback:
     def add(self, update: Tensor, state: State) -> State:
         """Turn `update` into all that is owed, in place; return the state without the residual."""
         after: State = {}
+        device = update.device  # a state that has been spilled lies elsewhere
         if self.momentum:
             if "velocity" in state:
-                update.add_(state["velocity"], alpha=self.momentum)
+                update.add_(state["velocity"].to(device), alpha=self.momentum)
             after["velocity"] = update.clone()
         if "residual" in state:
-            update.add_(state["residual"], alpha=self.decay)
+            update.add_(state["residual"].to(device), alpha=self.decay)
         return after
 
     def subtract(self, owed: Tensor, sent: Decoded, after: State) -> State:
         """The client's new state, in which what was sent is subtracted from `owed`, in place."""
         sent.add_to(owed, -1.0)
         if self.momentum:
-            where = slice(None) if sent.indices is None else torch.from_numpy(sent.indices)
+            where = slice(None) if sent.indices is None else torch.as_tensor(sent.indices)
             after["velocity"][where] = 0
         return after | {"residual": owed}

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from algorithms import LocalRound, step_length
 from cnn_model import FlatModel
-from compression import NotFinite, PayloadMemory, all_finite
+from compression import Decoded, Memory, NotFinite, all_finite, new_memory, to_host
 from config import Config
 from data import Pictures
 from distributed import Team
 from federation.agreement import Agreement
-from federation.channel import ErrorFeedback
+from federation.channel import ErrorFeedback, Select
 from federation.client_store import ClientStore, State
 from federation.messages import SERVER, Broadcast, Buffer, Report
 from pruning import snip_scores
@@ -77,14 +77,13 @@ class Clients:
         self.precision = config.precision
         self.make_engine = make_engine or self._make_torch_engine
         self.engine: Engine | None = None  # built late, because `precision: auto` is resolved late
-        self.payload_memory = (
-            PayloadMemory()
-        )  # memory of the payloads that have not been decoded yet
         self.sent: dict[int, Buffer] = {}  # by client: its update as it left, until owe_refused()
         self.feedback = _error_feedback(config)
         # A new vector for each update would cost ten times the subtraction, because the operating
         # system zeroes its pages. Error feedback needs one, for what the client will owe.
-        self.update = None if self.feedback else torch.empty(model.layout.size, device=model.device)
+        # A GPU's memory is kept by torch, and updates wait there while the next client trains.
+        reuses = not self.feedback and model.device.type == "cpu"
+        self.update = torch.empty(model.layout.size) if reuses else None
         # FedBN (Li et al. 2021, arXiv 2102.07623): the norm layers are each client's own.
         own = config.model.norm_policy == "local"
         self.own_positions = model.norm_positions().to(model.device) if own else None
@@ -126,18 +125,24 @@ class Clients:
         """
         return [self._train_one(client, round_number, broadcast) for client in clients]
 
-    def encode(self, trained: LocalUpdate, round_number: int) -> Report:
-        """Prune and encode what a client learned and still owes; stage what it keeps."""
+    def encode(
+        self, trained: LocalUpdate, round_number: int, memory: Memory = new_memory
+    ) -> Report:
+        """Prune and encode what a client learned and still owes; stage what it keeps.
+
+        memory: gives the bytes that payloads are written on.
+        """
         report = trained.report
         if trained.update is None:
             return report
         try:
             if trained.buffers is not None:
-                self._add(report, "buffers", trained.buffers, round_number)
+                self._add(report, "buffers", trained.buffers, round_number, memory)
             if trained.growth is not None:
-                candidates = self.mask.growth_candidates(trained.growth, round_number)
-                self._add(report, "growth", trained.growth, round_number, lambda *_: candidates)
-            self._encode_update(trained, round_number)
+                growth = to_host(trained.growth)
+                candidates = self.mask.growth_candidates(growth, round_number)
+                self._add(report, "growth", growth, round_number, memory, lambda *_: candidates)
+            self._encode_update(trained, round_number, memory)
         except NotFinite:
             report.fail("the update is not finite")
         return report
@@ -154,22 +159,29 @@ class Clients:
         staged, state = self.store.get_staged(client), self.store.get(client)
         state = state | {key: staged[key] for key in OWED if key in staged}
         if self.feedback:
-            channel = self.agreement.channel("up", "update")
-            channel.decode(sent, round_number, client).add_to(state["residual"])
+            channel, residual = self.agreement.channel("up", "update"), state["residual"]
+            channel.decode(sent, round_number, client).to(residual.device).add_to(residual)
         self.store.stage(client, state, round_number)
 
-    def score(self, client: int, broadcast: Broadcast) -> Report:
+    def score(self, client: int, broadcast: Broadcast) -> tuple[Report, Tensor | None]:
         """Before round 1: how much each weight matters to the client's loss (SNIP)."""
         report = self._report(client)
         if self._team_stops():
             raise Interrupted
         if report.failure or not self.team.is_leader:
-            return report
+            return report, None
         self.load(broadcast.parameters, broadcast.buffers)
         batches = self.config.pruning.mask.batches
         gradient = self.model.compact(self._gradient("mask", 0, client, batches))
+        return report, snip_scores(gradient, broadcast.parameters)
+
+    def encode_scores(
+        self, report: Report, scores: Tensor | None, memory: Memory = new_memory
+    ) -> Report:
+        """Encode the scores, if there are any."""
         try:
-            self._add(report, "scores", snip_scores(gradient, broadcast.parameters), 0)
+            if scores is not None:
+                self._add(report, "scores", scores, 0, memory)
         except NotFinite:
             report.fail("the scores are not finite")
         return report
@@ -301,38 +313,49 @@ class Clients:
 
     # --- encoding ---------------------------------------------------------------------------------
 
-    def _encode_update(self, trained: LocalUpdate, round_number: int) -> None:
+    def _encode_update(self, trained: LocalUpdate, round_number: int, memory: Memory) -> None:
         """Encode the update and what is owed; stage what does not travel for the next round."""
-        report, state = trained.report, trained.state
-        update, kept = trained.update.cpu(), State()
+        report, state, kept = trained.report, trained.state, State()
+        update = trained.update
         after = self.feedback.add(update, state) if self.feedback else {}
-        arrived = {"update": self._add(report, "update", update, round_number)}
+        arrived = {"update": self._add(report, "update", update, round_number, memory)}
         if self.feedback:
             kept |= self.feedback.subtract(update, arrived["update"], after)
             self.sent[report.client] = report.messages[-1].payload
         if trained.besides is not None:
             kind = self.agreement.algorithm.up
-            arrived[kind] = self._add(report, kind, trained.besides, round_number)
-        algorithm = trained.algorithm.after_sending(state.get("algorithm"), arrived)
+            arrived[kind] = self._add(report, kind, trained.besides, round_number, memory)
+        before = state.get("algorithm")
+        before = None if before is None else before.to(update.device)
+        algorithm = trained.algorithm.after_sending(before, arrived)
         if algorithm is not None:
             kept["algorithm"] = algorithm
         if trained.norm is not None:
-            kept["norm"] = trained.norm.cpu()
+            kept["norm"] = trained.norm
         if not all(map(all_finite, kept.values())):
             raise NotFinite
         if kept:
             self.store.stage(report.client, kept, round_number)
 
-    def _add(self, report: Report, kind: str, vector: Tensor, round_number: int, select=None):
-        """Encode a vector into a message of the report; return what arrives. Raises NotFinite."""
+    def _add(
+        self,
+        report: Report,
+        kind: str,
+        vector: Tensor,
+        round_number: int,
+        memory: Memory,
+        select: Select | None = None,
+    ) -> Decoded:
+        """Encode a vector into a message of the report; return what arrives, on its device.
+
+        Raises NotFinite.
+        """
         channel, client = self.agreement.channel("up", kind), report.client
-        payload, arrived = channel.encode(
-            vector.cpu(), round_number, client, self.payload_memory.take, select
-        )
+        payload, arrived = channel.encode(vector, round_number, client, memory, select)
         report.messages.append(
             self.agreement.message("up", kind, client, SERVER, payload, len(arrived.values))
         )
-        return arrived
+        return arrived.to(vector.device)
 
     # --- small things -----------------------------------------------------------------------------
 
@@ -347,6 +370,8 @@ class Clients:
         return self.stop_requested and self.team.size == 1
 
     def _team_stops(self) -> bool:
+        if self.team.size == 1:
+            return self.stop_requested
         asked = torch.tensor(float(self.stop_requested), device=self.model.device)
         self.team.sum_(asked)
         return bool(asked)

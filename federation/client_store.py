@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class State(TypedDict, total=False):
-    """What a client keeps between rounds, float32 vectors on the CPU."""
+    """What a client keeps between rounds, float32 vectors."""
 
     residual: Tensor  # [num_parameters]: what it owes, see channel.ErrorFeedback
     velocity: Tensor  # [num_parameters]: of DGC's momentum correction
@@ -67,7 +67,9 @@ class ClientStore:
         if not left.any():
             return state
         return state | {
-            key: state[key].masked_fill(left, 0.0) for key in OVER_COORDINATES if key in state
+            key: state[key].masked_fill(left.to(state[key].device), 0.0)
+            for key in OVER_COORDINATES
+            if key in state
         }
 
     def forget(self, left: Tensor, num_coordinates: int, round_number: int) -> None:
@@ -153,7 +155,9 @@ class ClientStore:
             if (state := self.memory.pop((client, version), None)) is not None:
                 self.memory[client, version] = state  # now the last in line
                 return state
-        return torch.load(self._path(client, version), weights_only=True, mmap=True)
+        return torch.load(
+            self._path(client, version), weights_only=True, mmap=True, map_location="cpu"
+        )
 
     def _spill(self, client: int, version: int) -> None:
         self.folder.mkdir(exist_ok=True)

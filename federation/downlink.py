@@ -70,7 +70,7 @@ class Changes:
     def send(self, vector: Tensor, round_number: int, cohort: list[int]) -> Sent:
         """Return the vector as the clients decode it, float32 [n], and each client's messages."""
         payload, _ = self.channel.encode(vector - self.shared, round_number)
-        change = self.channel.decode(payload, round_number)
+        change = self.channel.decode(payload, round_number).to(vector.device)
         shared = self.shared.clone()
         change.add_to(shared)
         newest = self._message(f"{self.kind}_change", payload, len(change.values))
@@ -114,7 +114,8 @@ class Changes:
         return {"shared": self.shared, "changes": changes, "version_of": self.version_of}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.shared, self.version_of = state["shared"], state["version_of"]
+        self.shared.copy_(state["shared"])
+        self.version_of = state["version_of"]
         self.changes = {
             round_number: Message(**fields | {"payload": fields["payload"].numpy().tobytes()})
             for round_number, fields in state["changes"].items()

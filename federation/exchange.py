@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 
-import torch
-
 from distributed import Ranks
 from federation.messages import Report, pack_reports, unpack_reports
 from federation.server import Average
@@ -16,15 +14,11 @@ class Exchange:
     def __init__(self, ranks: Ranks, sums: bool):
         self.ranks, self.sums = ranks, sums
 
-    def arrivals(self, own: Iterator[Report]) -> Iterator[Report]:
+    def gather(self, own: Iterator[Report]) -> list[Report]:
         """The reports of all ranks' clients, in client order, from those of this rank's.
 
-        With one rank each is passed on as it comes, so that its payloads need not be kept. Raises
-        Interrupted on every rank if any rank does while it makes its own.
+        Raises Interrupted on every rank if any rank does while it makes its own.
         """
-        if self.ranks.size == 1:
-            yield from own
-            return
         try:
             mine = list(own)
             sent = [report.without_payloads() for report in mine] if self.sums else mine
@@ -37,7 +31,7 @@ class Exchange:
         everybody = {report.client: report for blob in blobs for report in unpack_reports(blob)}
         if self.sums:
             everybody |= {report.client: report for report in mine}
-        yield from (everybody[client] for client in sorted(everybody))
+        return [everybody[client] for client in sorted(everybody)]
 
     def add_up(self, average: Average) -> None:
         """With `exchange: allreduce`, turn each rank's sums of its own clients into all ranks'.
@@ -52,7 +46,7 @@ class Exchange:
             for report in average.reports:
                 report.failure = report.failure or failures.get(str(report.client), "")
             for kind, size in others.items():
-                average.sums.setdefault(kind, torch.zeros(size))
+                average.sums.setdefault(kind, average.counters.new_zeros(size))
         for kind in sorted(average.sums):
             self.ranks.sum_(average.sums[kind])
         self.ranks.maximum_(average.counters)

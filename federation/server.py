@@ -25,8 +25,9 @@ class Average:
     """The weighted averages of a cohort's vectors by kind, summed as reports arrive.
 
     A report is decoded when it arrives and needs not be kept, so a large cohort takes no memory.
-    weights: of the clients from whom reports are expected; is_counter: bool [num_buffers], of which
-    the largest counts and not the average; with_norms: average the updates' squared norms too.
+    weights: of the clients from whom reports are expected; is_counter: bool [num_buffers], on the
+    device of the sums: of these the largest counts, and not the average; is_variance: the same on
+    the CPU, and must not be negative; with_norms: average the updates' squared norms too.
     """
 
     def __init__(
@@ -41,28 +42,33 @@ class Average:
         self.is_counter, self.is_variance = is_counter, is_variance
         self.with_norms = with_norms
         self.sums: dict[str, Tensor] = {}
-        self.counters = torch.zeros(len(is_counter))
+        self.counters = torch.zeros(len(is_counter), device=is_counter.device)
         self.reports: list[Report] = []
 
-    def add(self, report: Report, round_number: int) -> None:
-        """Add what a client sent. One whose payload does not decode fails, and the report says so.
+    def decode(self, report: Report, round_number: int) -> dict[str, Decoded]:
+        """What a client sent, by kind, on the device of the sums; any thread may decode.
 
-        A report whose payloads are on another rank is only noted, and so is one that failed.
+        A client whose payload does not decode fails, and the report says so. Of one that failed,
+        or whose payloads are on another rank, nothing arrives.
         """
-        self.reports.append(report)
         if report.failure or any(message.payload is None for message in report.messages):
-            return
+            return {}
         try:
             arrived = self._decode(report, round_number)
         except PayloadError as error:
             report.failure = f"payload refused: {error}"
-            return
+            return {}
         if self.with_norms and "update" in arrived:
             square = np.square(arrived["update"].values, dtype=float).sum()
             arrived["squared_norm"] = Decoded(1, None, np.array([square], np.float32))
+        return {kind: part.to(self.counters.device) for kind, part in arrived.items()}
+
+    def add(self, report: Report, arrived: dict[str, Decoded]) -> None:
+        """Add what a client sent, as decode() returned it."""
+        self.reports.append(report)
         for kind, part in arrived.items():
             if kind not in self.sums:
-                self.sums[kind] = torch.zeros(part.size)
+                self.sums[kind] = torch.zeros(part.size, device=self.counters.device)
             part.add_to(self.sums[kind], self.weights[report.client] / max(self.total, 1))
         if "buffers" in arrived:
             self.counters = torch.maximum(self.counters, arrived["buffers"].dense())
@@ -101,8 +107,8 @@ class Server:
 
     parameters: float32 [num_parameters], stepped; vector: float32 [num_parameters], the client
     algorithm's, if it has one; buffers: float32 [num_buffers], averaged; is_counter, is_variance:
-    bool [num_buffers]; num_examples: of each client. Raises ConfigError for settings of the
-    optimizer or the scheduler that it does not take.
+    bool [num_buffers]; num_examples: of each client. All vectors live where `parameters` is.
+    Raises ConfigError for settings of the optimizer or the scheduler that it does not take.
     """
 
     def __init__(
@@ -116,15 +122,16 @@ class Server:
         num_examples: list[int],
     ):
         self.agreement, self.mask, self.algorithm = agreement, agreement.mask, agreement.algorithm
-        self.parameters = torch.nn.Parameter(parameters.detach().cpu().clone())
-        self.buffers = buffers.cpu().clone()
-        self.is_counter, self.is_variance = is_counter, is_variance
-        self.vector = torch.zeros(len(parameters)) if self.algorithm.has_vector else None
+        self.device = device = parameters.device
+        self.parameters = torch.nn.Parameter(parameters.detach().clone())
+        self.buffers = buffers.clone()
+        self.is_counter, self.is_variance = is_counter.to(device), is_variance
+        self.vector = torch.zeros_like(parameters) if self.algorithm.has_vector else None
         self.history = MaskHistory()
         self.growth: Tensor | None = None  # float32 [n]: average of what clients want to grow
-        self.pruned = self.mask.pruned
+        self.pruned = self._pruned()
         if self.pruned is not None:
-            gains = pruning.sparse_gains(self.mask.kept, agreement.layout.shapes)
+            gains = pruning.sparse_gains(self.mask.kept, agreement.layout.shapes).to(device)
             self.parameters.data.mul_(gains).masked_fill_(self.pruned, 0.0)
         self.downlinks = self._make_downlinks(config)
         by_examples = config.server.weighting == "examples"
@@ -174,7 +181,7 @@ class Server:
         buffers = self.buffers
         if self.agreement.sends_buffers:
             payload, sent = self.agreement.channel("down", "buffers").encode(buffers, round_number)
-            buffers = sent.dense()
+            buffers = sent.dense().to(self.device)
             for client, some in messages.items():
                 some.append(self._message("buffers", client, payload, len(buffers)))
         if round_number == 0:
@@ -251,8 +258,9 @@ class Server:
             link.commit()
         self.history.record_received(cohort, self.mask.version)
         if self.growth is not None:
-            growth, self.growth = self.growth, None
-            self._use_mask(self.mask.regrown(self.parameters.detach(), growth, round_number))
+            growth, self.growth = self.growth.cpu(), None
+            weights = self.parameters.detach().cpu()
+            self._use_mask(self.mask.regrown(weights, growth, round_number))
 
     # --- the mask ---------------------------------------------------------------------------------
 
@@ -266,20 +274,25 @@ class Server:
     def prune(self, scores: Tensor) -> None:
         """Keep the weights with the best SNIP scores, float32 [num_parameters]."""
         density, shapes = self.mask.settings.density, self.agreement.layout.shapes
-        self._use_mask(pruning.keep_mask(scores, density, shapes))
+        self._use_mask(pruning.keep_mask(scores.cpu(), density, shapes))
 
     def _use_mask(self, kept: np.ndarray) -> None:
         """From now on only these weights exist: all who hold a vector over them are told."""
         before = self.mask.positions()
-        left = torch.from_numpy(self.agreement.use_mask(kept))
+        left = torch.from_numpy(self.agreement.use_mask(kept)).to(self.device)
         self.history.record_change(before, kept)
-        self.pruned = self.mask.pruned
+        self.pruned = self._pruned()
         for link in self.downlinks.values():
             link.forget(left)
         forget(self.optimizer, left)
         self.parameters.data.index_fill_(0, left, 0.0)
         if self.vector is not None:
             self.vector.index_fill_(0, left, 0.0)
+
+    def _pruned(self) -> Tensor | None:
+        """Which weights do not exist, bool [num_parameters]; None means that all of them do."""
+        pruned = self.mask.pruned
+        return None if pruned is None else pruned.to(self.device)
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -289,8 +302,9 @@ class Server:
 
     def sha256(self) -> str:
         """Of the parameters and then the buffers, as little-endian float32."""
-        digest = hashlib.sha256(self.parameters.detach().numpy().astype("<f4", copy=False).data)
-        digest.update(self.buffers.numpy().astype("<f4", copy=False).data)
+        digest = hashlib.sha256()
+        for vector in (self.parameters.detach(), self.buffers):
+            digest.update(vector.cpu().numpy().astype("<f4", copy=False).data)
         return digest.hexdigest()
 
     def state(self) -> dict[str, Any]:
@@ -308,7 +322,7 @@ class Server:
 
     def load(self, state: dict[str, Any]) -> None:
         self.agreement.load_mask(state["mask"])
-        self.pruned = self.mask.pruned
+        self.pruned = self._pruned()
         self.history.load(state["mask_history"])
         self.parameters.data.copy_(state["parameters"])
         self.buffers.copy_(state["buffers"])

@@ -8,11 +8,13 @@ in client order, lets the server's optimizer step, and evaluates.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from compression import Decoded, Memory
 from config import Config
 from distributed import Ranks
 from federation.client_store import ClientStore
@@ -20,6 +22,7 @@ from federation.cohort import Placement, sample_cohort
 from federation.exchange import Exchange
 from federation.ledger import LedgerRow, ledger_row
 from federation.messages import Broadcast, Report, pack_reports, unpack_reports
+from federation.pipeline import Pipeline, num_coding_threads
 from federation.server import Average
 from federation.setup import (
     build_model,
@@ -32,6 +35,8 @@ from federation.setup import (
 from network.clock import Device, Link, client_timeline
 from training.evaluation import SHARED, evaluate_models
 from training.local_sgd import Interrupted, batch_sizes, local_lr
+
+Encode = Callable[[Memory], Report]  # encodes what a client has learned, on any thread
 
 
 @dataclass
@@ -79,6 +84,7 @@ class Federation:
         self.clients = make_clients(
             config, self.model, self.pictures, self.shards, self._make_store(), ranks
         )
+        self.pipeline = Pipeline(ranks.device, num_coding_threads(ranks.device))
         self.exchange = Exchange(ranks, sums=config.distributed.exchange == "allreduce")
         network = config.network
         self.link = Link(network.uplink_mbps, network.downlink_mbps, network.latency_ms)
@@ -100,61 +106,85 @@ class Federation:
             self._choose_mask(cohort)
         broadcast = self.server.broadcast(round_number, cohort).to(self.ranks.device)
         self.clients.receive(broadcast, round_number)
-        average = self._collect(cohort, round_number, broadcast, self._train_and_encode)
+        trained = self._train(cohort, round_number, broadcast)
+        average = self._collect(cohort, round_number, broadcast, trained)
         averaged = self.server.step(average, round_number)
         self.clients.store.commit()
         self.server.commit(round_number, cohort)
         scores = self._evaluate(round_number, cohort)
         return self._record(round_number, begin, average.reports, averaged, scores)
 
-    def _train_and_encode(self, client: int, round_number: int, broadcast: Broadcast) -> Report:
-        [update] = self.clients.train([client], round_number, broadcast)
-        return self.clients.encode(update, round_number)
+    def _train(
+        self, cohort: list[int], round_number: int, broadcast: Broadcast
+    ) -> Iterator[Encode]:
+        """Train this rank's clients one by one; each time return what encodes the update."""
+        for client in self._own(cohort):
+            [update] = self.clients.train([client], round_number, broadcast)
+            yield partial(self.clients.encode, update, round_number)
+
+    def _score(self, cohort: list[int], broadcast: Broadcast) -> Iterator[Encode]:
+        """The same for the scores of the weights."""
+        for client in self._own(cohort):
+            yield partial(self.clients.encode_scores, *self.clients.score(client, broadcast))
+
+    def _own(self, cohort: list[int]) -> Iterator[int]:
+        """The clients that this rank's team trains, once they have been placed."""
+        return filter(self.placement.is_here, cohort)
 
     def _collect(
         self,
         cohort: list[int],
         round_number: int,
         broadcast: Broadcast,
-        work: Callable[[int, int, Broadcast], Report],
+        trained: Iterator[Encode],
     ) -> Average:
-        """Let the cohort work, and average what it sends in client order. Raises Interrupted."""
+        """Let the cohort work, and average what it sends in client order. Raises Interrupted.
+
+        trained: trains a client and returns what encodes it, and so on; it has not begun yet.
+        """
         clients, average = self.clients, self.server.new_average(cohort)
         costs = {client: float(self.num_trained(client)) for client in cohort}
         self.placement.place(costs, clients.store)
-        clients.payload_memory.clear()
-        own = self._own_reports(cohort, lambda client: work(client, round_number, broadcast))
+        self.pipeline.clear()
         try:
-            for report in self.exchange.arrivals(own):
-                average.add(report, round_number)
+            for report, arrived in self._arrivals(trained, average, round_number):
+                average.add(report, arrived)
                 clients.owe_refused(report, round_number)
                 report.messages = [*broadcast.messages[report.client], *report.messages]
                 report.messages = report.without_payloads().messages
-                if self.ranks.size == 1:  # its payloads are decoded: their memory is free again
-                    clients.payload_memory.clear()
         except Interrupted:
             clients.store.discard()
             raise
         self.exchange.add_up(average)
         return average
 
-    def _own_reports(self, cohort: list[int], work: Callable[[int], Report]) -> Iterator[Report]:
-        """The reports of the clients that this rank's team trains, one by one."""
-        for client in cohort:
-            if self.placement.is_here(client):
-                report = work(client)
-                if self.ranks.team.is_leader:
-                    yield report
+    def _arrivals(
+        self, trained: Iterator[Encode], average: Average, round_number: int
+    ) -> Iterator[tuple[Report, dict[str, Decoded]]]:
+        """The reports of all ranks' clients in client order, and what each one decodes to.
+
+        With one rank a report is passed on as it comes, so that its payloads need not be kept.
+        """
+
+        def decoded(report: Report) -> tuple[Report, dict[str, Decoded]]:
+            return report, average.decode(report, round_number)
+
+        if self.ranks.size == 1:
+            jobs = (lambda memory, e=encode: decoded(e(memory)) for encode in trained)
+            yield from self.pipeline.run(jobs)
+            return
+        leads = self.ranks.team.is_leader
+        own = (report for report in self.pipeline.run(trained, keep=True) if leads)
+        reports = self.exchange.gather(own)
+        jobs = (lambda _, r=report: decoded(r) for report in reports)
+        yield from self.pipeline.run(jobs, keep=True)
 
     def _choose_mask(self, cohort: list[int]) -> None:
         """Before round 1 its cohort scores the weights: in the ledger this is round 0."""
         broadcast = self.server.broadcast(0, cohort).to(self.ranks.device)
-        average = self._collect(cohort, 0, broadcast, self._score)
+        average = self._collect(cohort, 0, broadcast, self._score(cohort, broadcast))
         self.server.choose_mask(average)
         self.earlier = average.reports
-
-    def _score(self, client: int, round_number: int, broadcast: Broadcast) -> Report:
-        return self.clients.score(client, broadcast)
 
     def num_trained(self, client: int) -> int:
         """How many examples a client computes gradients of in a round."""

@@ -19,14 +19,14 @@ def naive_topk(vector, k: int) -> np.ndarray:
 
 
 def check(vector, k: int) -> None:
-    """Both ways of doing it; the CUDA one is plain torch and runs on a CPU as well."""
+    """Both ways of doing it; that of other devices is plain torch and runs on a CPU as well."""
     vector = torch.as_tensor(vector, dtype=torch.float32)
     before, expected = vector.clone(), naive_topk(vector, k)
     kept = pruning.topk(vector, k)
     assert kept.dtype == np.int64
     np.testing.assert_array_equal(kept, expected)
     if 0 < k < len(vector):
-        np.testing.assert_array_equal(pruning._topk_cuda(vector, k), expected)
+        np.testing.assert_array_equal(pruning.largest_in_rows(vector[None], k), expected)
     assert torch.equal(vector, before)
 
 
@@ -38,6 +38,32 @@ def test_topk_is_a_stable_sort_with_many_ties(data):
         values = st.floats(width=32, allow_nan=False)
     vector = data.draw(st.lists(values, min_size=1, max_size=200))
     check(vector, data.draw(st.integers(1, len(vector) + 2)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_other_devices_select_what_a_cpu_does(data):
+    """Their code, run on a CPU, with ties, tensors of one entry and chunks that do not divide."""
+    sizes = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=5))
+    offsets = [0, *np.cumsum(sizes).tolist()]
+    levels = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, 1e-45])
+    numbers = data.draw(st.lists(levels, min_size=offsets[-1], max_size=offsets[-1]))
+    vector, density = torch.tensor(numbers), data.draw(st.sampled_from([0.01, 0.3, 1.0]))
+    limit, chunk = data.draw(st.sampled_from([0.0, 0.5, 1.0])), data.draw(st.integers(1, 50))
+    selections = [
+        lambda: pruning.topk(vector, pruning.num_kept(density, len(vector))),
+        lambda: pruning.topk_per_layer(vector, density, offsets),
+        lambda: pruning.topk_per_chunk(vector, density, chunk),
+        lambda: pruning.threshold(vector, limit),
+        lambda: pruning.threshold(vector, limit, relative=True),
+    ]
+    expected = [select() for select in selections]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pruning, "is_on_cpu", lambda vector: False)
+        for select, positions in zip(selections, expected, strict=True):
+            found = select()
+            assert isinstance(found, torch.Tensor) and found.dtype == torch.int64
+            np.testing.assert_array_equal(found, positions)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 60, 61, 62, 122, 123, 200])

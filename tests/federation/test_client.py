@@ -228,7 +228,6 @@ def train_and_encode(one, round_number, cohort, pool=None):
         client: {key: some.numpy().tobytes() for key, some in one.clients.store.get(client).items()}
         for client in cohort
     }
-    one.clients.payload_memory.clear()
     return payloads, kept
 
 
@@ -256,11 +255,8 @@ def test_a_rank_keeps_the_payloads_of_one_client_at_a_time(tmp_path, monkeypatch
     words += ["uplink.error_feedback=false", "server.optimizer=FedAvg", "evaluation.every=9"]
     one, averages, in_use = make_federation(tmp_path, *words), [], []
     assert one.model.layout.size > 0.99e6
-    payload_memory, take, step = (
-        one.clients.payload_memory,
-        one.clients.payload_memory.take,
-        one.server.step,
-    )
+    [payload_memory], step = one.pipeline.memories, one.server.step
+    take = payload_memory.take
 
     def take_and_note(size):
         memory = take(size)

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.ends import report_of
-from helpers.ranks import ThreadRanks, on_ranks
+from helpers.ends import add, report_of
+from helpers.ranks import on_ranks
 
 from config import Config, Pruning, Uplink
 from federation.agreement import Agreement
@@ -51,24 +51,9 @@ def own_reports(rank: int, wounded: int | None = None):
 # --- reports --------------------------------------------------------------------------------------
 
 
-def test_one_rank_passes_each_report_on_as_it_comes():
-    """Its payloads need not be kept until the last client is done."""
-    done = []
-
-    def own():
-        for client in COHORT:
-            done.append(client)
-            yield Report(client, 1)
-
-    alone = ThreadRanks(0, 1, [None], None)
-    for count, arrived in enumerate(Exchange(alone, sums=False).arrivals(own()), 1):
-        assert arrived.client == COHORT[count - 1] and len(done) == count
-    assert done == COHORT
-
-
 def test_every_rank_gets_all_reports_in_client_order():
     def work(ranks):
-        arrived = list(Exchange(ranks, sums=False).arrivals(own_reports(ranks.rank)))
+        arrived = Exchange(ranks, sums=False).gather(own_reports(ranks.rank))
         for one in arrived:
             one.messages = [replace(m, payload=bytes(m.payload)) for m in one.messages]
         return arrived
@@ -80,7 +65,7 @@ def test_every_rank_gets_all_reports_in_client_order():
 
 def test_with_sums_payloads_stay_on_the_rank_that_made_them():
     def work(ranks):
-        return list(Exchange(ranks, sums=True).arrivals(own_reports(ranks.rank)))
+        return Exchange(ranks, sums=True).gather(own_reports(ranks.rank))
 
     for rank, arrived in enumerate(on_ranks(4, work)):
         for client, one in zip(COHORT, arrived, strict=True):
@@ -97,7 +82,7 @@ def test_a_rank_that_is_asked_to_stop_stops_all(size, sums):
 
     def work(ranks):
         own = stops() if ranks.rank == 0 else own_reports(ranks.rank)
-        return list(Exchange(ranks, sums).arrivals(own))
+        return Exchange(ranks, sums).gather(own)
 
     assert [type(result) for result in on_ranks(size, work)] == [Interrupted] * size
 
@@ -110,8 +95,8 @@ def average_on(ranks, sums: bool, wounded: int | None = None) -> Average:
     is_counter, is_variance = torch.tensor([0, 0, 1]).bool(), torch.tensor([0, 1, 0]).bool()
     average = Average(AGREEMENT, WEIGHTS, is_counter, is_variance, with_norms=True)
     exchange = Exchange(ranks, sums)
-    for arrived in exchange.arrivals(own_reports(ranks.rank, wounded)):
-        average.add(arrived, 1)
+    for arrived in exchange.gather(own_reports(ranks.rank, wounded)):
+        add(average, arrived, 1)
     exchange.add_up(average)
     return average
 

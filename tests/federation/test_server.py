@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers.ends import NO_BUFFERS, make_server, report_of
+from helpers.ends import NO_BUFFERS, add, make_server, report_of
 from helpers.runs import make_plain_federation
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,7 +65,7 @@ def average_of(ways: dict[int, str], weights: dict[int, int]) -> Average:
     average = Average(AGREEMENT, weights, IS_COUNTER, IS_VARIANCE, with_norms=True)
     change = {"whole": lambda r: r, "refused": wounded, "failed": failed}
     for client, way in ways.items():
-        average.add(change[way](report_of(AGREEMENT, client, **vectors_of(client))), 1)
+        add(average, change[way](report_of(AGREEMENT, client, **vectors_of(client))), 1)
     return average
 
 
@@ -101,10 +101,10 @@ def test_an_average_is_that_of_float64_over_those_who_did_not_fail(weights, ways
 
 def test_nothing_of_a_report_is_added_unless_all_of_it_decodes():
     average = Average(AGREEMENT, {0: 1, 1: 1}, IS_COUNTER, IS_VARIANCE, with_norms=True)
-    average.add(report_of(AGREEMENT, 0, **vectors_of(0)), 1)
+    add(average, report_of(AGREEMENT, 0, **vectors_of(0)), 1)
     before = {kind: some.clone() for kind, some in average.sums.items()}
     counters = average.counters.clone()
-    average.add(wounded(report_of(AGREEMENT, 1, **vectors_of(1)), "buffers"), 1)
+    add(average, wounded(report_of(AGREEMENT, 1, **vectors_of(1)), "buffers"), 1)
     assert all(torch.equal(average.sums[kind], before[kind]) for kind in before)
     assert torch.equal(average.counters, counters)
     assert average.reports[1].failure.startswith("payload refused: ")
@@ -112,7 +112,7 @@ def test_nothing_of_a_report_is_added_unless_all_of_it_decodes():
 
 def test_a_report_whose_payloads_are_elsewhere_is_noted_and_counts():
     average = Average(AGREEMENT, {0: 1, 1: 1}, IS_COUNTER, IS_VARIANCE, with_norms=False)
-    average.add(report_of(AGREEMENT, 1, **vectors_of(1)).without_payloads(), 1)
+    add(average, report_of(AGREEMENT, 1, **vectors_of(1)).without_payloads(), 1)
     assert average.sums == {} and [report.client for report in average.averaged] == [1]
 
 
@@ -122,7 +122,7 @@ def test_the_payload_of_another_client_is_refused_where_the_choice_is_random():
     none = torch.zeros(0).bool()
     average = Average(agreement, {1: 1, 2: 1}, none, none, with_norms=False)
     stolen = report_of(agreement, 1, update=vector(1))
-    average.add(replace(stolen, client=2), 1)
+    add(average, replace(stolen, client=2), 1)
     assert "another layout" in average.reports[0].failure
 
 
@@ -130,7 +130,8 @@ def test_a_negative_variance_is_refused(tmp_path):
     one = make_plain_federation(tmp_path, "model.name=resnet18", "model.width=0.0625")
     cohort = sample_cohort(one.config, one.candidates, 1)
     broadcast = one.server.broadcast(1, cohort)
-    reports = [one._train_and_encode(client, 1, broadcast) for client in cohort]
+    updates = one.clients.train(cohort, 1, broadcast)
+    reports = [one.clients.encode(update, 1) for update in updates]
     buffers = one.server.buffers.clone()
     buffers[one.model.is_variance.nonzero()[3]] = -1e-3
     payload, _ = encode(buffers, one.model.buffer_layout)
@@ -140,7 +141,7 @@ def test_a_negative_variance_is_refused(tmp_path):
     ]
     average = one.server.new_average(cohort)
     for report in reports:
-        average.add(report, 1)
+        add(average, report, 1)
     assert one.server.step(average, 1) == cohort[1:]
     assert reports[0].failure == "payload refused: buffers: a running variance is negative"
     assert (one.server.buffers[one.model.is_variance] > 0).all()
@@ -158,7 +159,7 @@ def served(settings: Config, vectors: dict[int, torch.Tensor], round_number: int
         if server.algorithm.up:
             kinds[server.algorithm.up] = vector(client + 50)
         report = report_of(server.agreement, client, round_number, **kinds)
-        average.add(replace(report, step_length=1.0 + client), round_number)
+        add(average, replace(report, step_length=1.0 + client), round_number)
     return server, server.step(average, round_number)
 
 
@@ -192,8 +193,8 @@ def test_a_round_with_nobody_left_keeps_everything():
     kept = {key: value.clone() for key, value in m.items() if isinstance(value, torch.Tensor)}
     average = server.new_average([1, 2])
     vectors = {kind: vector(1) for kind in ("update", "control")}
-    average.add(wounded(report_of(server.agreement, 1, 2, **vectors)), 2)
-    average.add(Report(2, 3, failure="it fell over"), 2)
+    add(average, wounded(report_of(server.agreement, 1, 2, **vectors)), 2)
+    add(average, Report(2, 3, failure="it fell over"), 2)
     assert server.step(average, 2) == []
     after = server.optimizer.state_dict()["state"][0]
     assert torch.equal(server.parameters.data, before[0]) and torch.equal(server.vector, before[1])
@@ -210,7 +211,7 @@ def test_no_finite_scores_are_an_error_that_says_what_to_do():
     mask = Mask(method="snip", density=0.5)
     server = make_server(replace(config(), pruning=Pruning(mask=mask)), LAYOUT, SIZES)
     average = server.new_average([0])
-    average.add(Report(0, 1, failure="the scores are not finite"), 0)
+    add(average, Report(0, 1, failure="the scores are not finite"), 0)
     with pytest.raises(ConfigError, match="no client has finite scores; take another seed"):
         server.choose_mask(average)
 
@@ -265,7 +266,7 @@ def a_round(server, round_number: int, cohort: list[int]):
             growth=gradient,
             **{server.algorithm.up: gradient} if server.algorithm.up else {},
         )
-        average.add(report, round_number)
+        add(average, report, round_number)
     assert server.step(average, round_number) == cohort
     server.commit(round_number, cohort)
     return broadcast

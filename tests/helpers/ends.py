@@ -5,7 +5,7 @@ import torch
 from config import Config
 from federation.agreement import Agreement
 from federation.messages import SERVER, Message, Report
-from federation.server import Server
+from federation.server import Average, Server
 from layout import Layout
 
 NO_BUFFERS = Layout((), ())
@@ -24,6 +24,11 @@ def make_server(config: Config, layout: Layout, num_examples=(1,) * 8, seed=0) -
         none.bool(),
         list(num_examples),
     )
+
+
+def add(average: Average, report: Report, round_number: int) -> None:
+    """Decode a report and add it, as a schedule does."""
+    average.add(report, average.decode(report, round_number))
 
 
 def report_of(agreement: Agreement, client: int, round_number: int = 1, **vectors) -> Report:

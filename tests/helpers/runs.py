@@ -89,21 +89,19 @@ def kinds(rows) -> set[tuple[str, str]]:
 
 
 def damage_first(monkeypatch, kind="update"):
-    """From now on the payload of this kind of the first client that reports arrives damaged."""
-    from federation.exchange import Exchange
+    """From now on the payload of this kind of each cohort's first client arrives damaged."""
+    from federation.server import Average
 
-    arrivals = Exchange.arrivals
+    decode = Average.decode
 
-    def damage(self, own):
-        for number, report in enumerate(arrivals(self, own)):
-            if number == 0:
-                messages = [wounded(m) if m.kind == kind else m for m in report.messages]
-                report = replace(report, messages=messages)
-            yield report
+    def damage(self, report, round_number):
+        if report.client == min(self.weights):
+            report.messages = [wounded(m) if m.kind == kind else m for m in report.messages]
+        return decode(self, report, round_number)
 
     def wounded(message):
         payload = bytearray(message.payload)
         payload[40] ^= 1
         return replace(message, payload=bytes(payload))
 
-    monkeypatch.setattr(Exchange, "arrivals", damage)
+    monkeypatch.setattr(Average, "decode", damage)
