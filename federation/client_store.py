@@ -1,9 +1,10 @@
 """What clients keep between rounds, a dict of tensors each, in a set amount of memory.
 
 States are staged while a round is under way and take effect with commit(), so that a round that is
-abandoned leaves nothing behind. Up to `budget` bytes of them wait in memory; beyond it the least
-recently used go to the disk. What is on the disk is read through a memory map, so the operating
-system's page cache is its cache: fast while memory is free, given back when it is not.
+abandoned leaves nothing behind. Up to `budget` bytes of them stay in a GPU's memory; beyond it the
+least recently used go to the computer's memory, up to as many bytes, and then to the disk. What is
+on the disk is read through a memory map, so the operating system's page cache is its cache: fast
+while memory is free, given back when it is not.
 
 A state's version is the round that made it, its file is <client>-<version>.pt, and no file is ever
 changed (copy-on-write): the files that a checkpoint names stay whole until the next one stands, and
@@ -11,7 +12,7 @@ a checkpoint costs only what changed since the last.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import RLock
@@ -19,6 +20,8 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+
+from compression import to_host
 
 
 class State(TypedDict, total=False):
@@ -32,24 +35,62 @@ class State(TypedDict, total=False):
 
 OVER_COORDINATES = ("residual", "velocity", "algorithm")  # what a mask takes weights from
 NUM_THREADS = 32
+Key = tuple[int, int]  # a client and the version of its state
+
+
+class Shelf:
+    """States in one kind of memory, the least recently used first, in at most `budget` bytes."""
+
+    def __init__(self, budget: float):
+        self.budget, self.num_bytes = budget, 0
+        self.states: dict[Key, State] = {}
+
+    def put(self, key: Key, state: State) -> None:
+        self.states[key] = state
+        self.num_bytes += _num_bytes(state)
+
+    def pop(self, key: Key) -> State | None:
+        """Remove a state and return it; None if it is not here."""
+        state = self.states.pop(key, None)
+        self.num_bytes -= _num_bytes(state or {})
+        return state
+
+    def use(self, key: Key) -> State | None:
+        """A state, which is the last in line from now on; None if it is not here."""
+        if key in self.states:
+            self.states[key] = self.states.pop(key)
+        return self.states.get(key)
+
+    def give_way(self, num_bytes: int) -> Iterator[tuple[Key, State]]:
+        """Remove states until so many bytes more would fit, or none is left."""
+        while self.states and self.num_bytes + num_bytes > self.budget:
+            key = next(iter(self.states))
+            yield key, self.pop(key)
 
 
 class ClientStore:
     """The states of the clients that one rank trains.
 
-    folder: of all ranks' files; budget: bytes of states to hold in memory at most; versions: those
-    of the checkpoint to go on from. Spilling raises OSError where the disk is full. Any thread may
-    read and stage states; what else happens to them is one thread's work.
+    folder: of all ranks' files; budget: bytes of states to hold at most in a GPU's memory, if there
+    is one, and in the computer's; versions: those of the checkpoint to go on from. Spilling raises
+    OSError where the disk is full. Any thread may read and stage states; what else happens to them
+    is one thread's work.
     """
 
-    def __init__(self, folder: Path, budget: float, versions: dict[int, int] | None = None):
-        self.folder, self.budget = folder, budget
+    def __init__(
+        self,
+        folder: Path,
+        budget: float,
+        versions: dict[int, int] | None = None,
+        has_gpu: bool = False,
+    ):
+        self.folder = folder
+        self.on_gpu, self.on_host = Shelf(budget if has_gpu else 0), Shelf(budget)
+        self.saved: set[Key] = set()  # of the states in the GPU's memory: those that have a file
         self.versions = dict(versions or {})  # client: the version that get() returns
         self.staged: dict[int, int] = {}  # client: the version that commit() makes valid
         self.changed: set[int] = set()  # clients with a commit() since the last save()
         self.replaced: list[Path] = []  # files that only the checkpoint on the disk needs
-        self.memory: dict[tuple[int, int], State] = {}  # not on the disk; last used, last in line
-        self.bytes_in_memory = 0
         self._lock = RLock()  # threads that encode stage states while another one trains
         # int32 [num_parameters]: the round in which each weight last left the mask; 0 for never
         self.last_left = torch.zeros(0, dtype=torch.int32)
@@ -90,21 +131,27 @@ class ClientStore:
             if client in self.staged:
                 self._drop(client, self.staged.pop(client))
             self.staged[client] = round
-            self.memory[client, round] = state
-            self.bytes_in_memory += _num_bytes(state)
+            self.on_gpu.put((client, round), state)
             self.make_room(0)
 
     def make_room(self, num_bytes: int) -> None:
         """Spill until this much of the budget is free, or all of it: for a state to come."""
         with self._lock:
-            while self.memory and self.bytes_in_memory + num_bytes > self.budget:
-                self._spill(*next(iter(self.memory)))
+            for key, state in self.on_gpu.give_way(num_bytes):
+                if key in self.saved:
+                    self.saved.discard(key)
+                else:
+                    self.on_host.put(key, {name: to_host(part) for name, part in state.items()})
+            for key, state in self.on_host.give_way(0 if self.on_gpu.budget else num_bytes):
+                self._write(key, state)
 
     def release(self, client: int) -> tuple[int, bool]:
         """Put a client's state on the disk and forget it, so that another store may adopt() it."""
         version, changed = self.versions.pop(client), client in self.changed
-        if (client, version) in self.memory:
-            self._spill(client, version)
+        key = client, version
+        if (state := self._pop(key)) is not None and key not in self.saved:
+            self._write(key, state)
+        self.saved.discard(key)
         self.changed.discard(client)
         return version, changed
 
@@ -120,7 +167,10 @@ class ClientStore:
             if client in self.changed:
                 self._drop(client, self.versions[client])
             elif client in self.versions:
-                self.replaced.append(self._path(client, self.versions[client]))
+                before = client, self.versions[client]
+                self._pop(before)
+                self.saved.discard(before)
+                self.replaced.append(self._path(*before))
             self.versions[client] = version
         self.changed |= self.staged.keys()
         self.staged = {}
@@ -138,8 +188,12 @@ class ClientStore:
         """
         changed = {client: self.versions[client] for client in sorted(self.changed)}
         self.folder.mkdir(exist_ok=True)
-        for key in self.memory.keys() & changed.items():
-            self._spill(*key)
+        for key in changed.items():
+            if key in self.on_gpu.states:
+                self._write(key, self.on_gpu.states[key])
+                self.saved.add(key)
+            elif (state := self.on_host.pop(key)) is not None:
+                self._write(key, state)
         _at_once(sync, [self._path(*key) for key in changed.items()])
         sync(self.folder)
         self.changed = set()
@@ -151,25 +205,27 @@ class ClientStore:
         self.replaced = []
 
     def _read(self, client: int, version: int) -> State:
+        key = client, version
         with self._lock:
-            if (state := self.memory.pop((client, version), None)) is not None:
-                self.memory[client, version] = state  # now the last in line
+            if (state := self.on_gpu.use(key) or self.on_host.use(key)) is not None:
                 return state
         return torch.load(
             self._path(client, version), weights_only=True, mmap=True, map_location="cpu"
         )
 
-    def _spill(self, client: int, version: int) -> None:
+    def _pop(self, key: Key) -> State | None:
+        """Take a state out of memory; None if it is on the disk alone."""
+        state = self.on_gpu.pop(key)
+        return self.on_host.pop(key) if state is None else state
+
+    def _write(self, key: Key, state: State) -> None:
         self.folder.mkdir(exist_ok=True)
-        write_tensors(self._path(client, version), self.memory[client, version])
-        self.bytes_in_memory -= _num_bytes(self.memory.pop((client, version)))
+        write_tensors(self._path(*key), {name: to_host(part) for name, part in state.items()})
 
     def _drop(self, client: int, version: int) -> None:
-        state = self.memory.pop((client, version), None)
-        if state is None:
+        """Forget a state that no checkpoint names."""
+        if self._pop((client, version)) is None:
             self._path(client, version).unlink()
-        else:
-            self.bytes_in_memory -= _num_bytes(state)
 
     def _path(self, client: int, version: int) -> Path:
         return self.folder / f"{client}-{version}.pt"

@@ -339,4 +339,4 @@ class Federation:
         """The states that this rank holds, from those that the last checkpoint names."""
         budget = self.config.clients.state_memory_gib * 2**30
         held = {c: v for c, v in self.versions.items() if self.placement.holds_state(c)}
-        return ClientStore(self.states_folder, budget, held)
+        return ClientStore(self.states_folder, budget, held, self.ranks.device.type == "cuda")

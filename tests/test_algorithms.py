@@ -8,8 +8,8 @@ from helpers.runs import damage_first, kinds, make_plain_federation, summary
 from algorithms import ALGORITHMS, SCAFFOLD, FedAvg, FedCM, FedDyn, FedNova, FedProx, step_length
 from compression import Decoded
 from federation import client
-from federation.exchange import Exchange
 from federation.server import Average
+from federation.synchronous import Federation
 
 # --- step_length ----------------------------------------------------------------------------------
 
@@ -222,7 +222,7 @@ def test_the_order_of_clients_does_not_matter(tmp_path, monkeypatch, name):
     for label, backwards in (("there", False), ("back", True)):
         one = make_plain_federation(tmp_path, f"local.algorithm={name}", name=label)
         if backwards:
-            monkeypatch.setattr(Exchange, "arrivals", lambda self, own: reversed(list(own)))
+            monkeypatch.setattr(Federation, "_own", lambda self, cohort: cohort[::-1])
         for _ in range(2):
             one.run_round()
         ends.append(one.server.parameters.detach())
@@ -236,16 +236,16 @@ def test_fedexp_steps_by_the_norms_of_what_arrived(tmp_path, monkeypatch, weight
     words += ["data.partition.name=pathological", "clients.per_round=4", "uplink.values=fp16"]
     words += ["data.partition.args={num_classes_per_partition: 2}", "local.steps=20"]
     one, updates, weights = make_plain_federation(tmp_path, *words), [], []
-    channel, add = one.server.agreement.channel("up", "update"), Average.add
+    channel, decode = one.server.agreement.channel("up", "update"), Average.decode
 
-    def decode_and_add(self, report, round_number):
+    def decode_and_note(self, report, round_number):
         [message] = report.messages
         decoded = channel.decode(message.payload, round_number, report.client)
         updates.append(decoded.dense().double())
         weights.append(report.num_examples if weighting == "examples" else 1)
-        add(self, report, round_number)
+        return decode(self, report, round_number)
 
-    monkeypatch.setattr(Average, "add", decode_and_add)
+    monkeypatch.setattr(Average, "decode", decode_and_note)
     before = one.server.parameters.detach().clone()
     one.run_round()
     mean = sum(w * u for w, u in zip(weights, updates, strict=True)) / sum(weights)

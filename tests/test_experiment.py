@@ -197,8 +197,8 @@ def all_fail(monkeypatch):
     """Every client's update is lost."""
     original = Clients.encode
 
-    def encode(self, trained, round_number):
-        report = original(self, trained, round_number)
+    def encode(self, *update):
+        report = original(self, *update)
         report.fail("it fell over")
         return report
 
@@ -230,8 +230,8 @@ def test_a_learning_rate_that_is_far_too_large_does_not_end_well(run):
 def test_the_summary_counts_what_was_left_out(run, monkeypatch):
     original = Clients.encode
 
-    def encode(self, trained, round_number):
-        report = original(self, trained, round_number)
+    def encode(self, *update):
+        report = original(self, *update)
         if report.client == 1:
             report.fail("it fell over")
         return report

@@ -138,10 +138,10 @@ def test_files_of_others_are_left_alone(tmp_path):
 def test_the_least_recently_used_goes_to_the_disk(tmp_path):
     store = ClientStore(tmp_path, budget=3 * 32)
     put(store, 1, c1=1.0, c2=2.0, c3=3.0)
-    assert files(tmp_path) == [] and store.bytes_in_memory == 96
+    assert files(tmp_path) == [] and store.on_host.num_bytes == 96
     store.get(1)
     put(store, 2, c4=4.0)
-    assert files(tmp_path) == ["2-1.pt"] and store.bytes_in_memory == 96
+    assert files(tmp_path) == ["2-1.pt"] and store.on_host.num_bytes == 96
     assert [value_of(store, client) for client in (1, 2, 3, 4)] == [1.0, 2.0, 3.0, 4.0]
     put(store, 3, c2=5.0)  # no checkpoint names the file of client 2
     assert "2-1.pt" not in files(tmp_path)
@@ -153,18 +153,34 @@ def test_room_is_made_for_a_state_to_come(tmp_path):
     put(store, 1, c1=1.0, c2=2.0, c3=3.0)
     store.get(1)
     store.make_room(32)
-    assert files(tmp_path) == ["2-1.pt"] and store.bytes_in_memory == 64
+    assert files(tmp_path) == ["2-1.pt"] and store.on_host.num_bytes == 64
     store.make_room(32)
-    assert store.bytes_in_memory == 64
+    assert store.on_host.num_bytes == 64
     store.make_room(1000)
-    assert len(files(tmp_path)) == 3 and store.bytes_in_memory == 0
+    assert len(files(tmp_path)) == 3 and store.on_host.num_bytes == 0
     assert [value_of(store, client) for client in (1, 2, 3)] == [1.0, 2.0, 3.0]
+
+
+def test_what_a_gpu_has_no_room_for_goes_to_the_host_and_then_to_the_disk(tmp_path):
+    store = ClientStore(tmp_path, budget=2 * 32, has_gpu=True)
+    for client in (1, 2, 3, 4, 5):
+        store.stage(client, state(float(client)), 1)
+    assert list(store.on_gpu.states) == [(4, 1), (5, 1)]
+    assert list(store.on_host.states) == [(2, 1), (3, 1)] and files(tmp_path) == ["1-1.pt"]
+    store.commit()
+    assert store.save() == {client: 1 for client in range(1, 6)}
+    assert len(files(tmp_path)) == 5 and not store.on_host.states
+    assert list(store.on_gpu.states) == [(4, 1), (5, 1)]  # there it need not be copied again
+    store.stage(1, state(6.0), 2)
+    assert not store.on_host.states and files(tmp_path) == [f"{c}-1.pt" for c in range(1, 6)]
+    store.commit()
+    assert [value_of(store, client) for client in range(1, 6)] == [6.0, 2.0, 3.0, 4.0, 5.0]
 
 
 def test_a_view_counts_with_its_whole_storage(tmp_path):
     store = ClientStore(tmp_path, budget=100)
     store.stage(1, {"residual": torch.zeros(1000)[:3]}, 1)
-    assert store.bytes_in_memory == 0 and files(tmp_path) == ["1-1.pt"]
+    assert store.on_host.num_bytes == 0 and files(tmp_path) == ["1-1.pt"]
 
 
 @pytest.mark.parametrize("budget", [PLENTY, 40, 1], ids=["all fit", "one fits", "none fits"])
@@ -181,8 +197,10 @@ def test_threads_may_stage_and_read_at_once(tmp_path, budget, many_switches):
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
-    assert store.bytes_in_memory == sum(kept["residual"].nbytes for kept in store.memory.values())
-    assert store.bytes_in_memory <= budget
+    assert store.on_host.num_bytes == sum(
+        kept["residual"].nbytes for kept in store.on_host.states.values()
+    )
+    assert store.on_host.num_bytes <= budget
     store.commit()
     assert [value_of(store, client) for client in range(4)] == [1900.0, 1901.0, 1902.0, 1903.0]
 
@@ -199,7 +217,12 @@ def test_of_weights_that_left_since_zeros_are_held_even_if_they_are_back(tmp_pat
     found = store.get(1)
     assert all(found[name].tolist() == [0.0, 2.0, 0.0, 0.0] for name in names)
     assert found["norm"].tolist() == [1.0, 1.0]  # over other coordinates
-    assert store.memory[1, 1]["residual"].tolist() == [1.0, 2.0, 3.0, 4.0]  # never written to
+    assert store.on_host.states[1, 1]["residual"].tolist() == [
+        1.0,
+        2.0,
+        3.0,
+        4.0,
+    ]  # never written to
     for version, expected in ((2, [1.0, 2.0, 0.0, 0.0]), (3, [1.0, 2.0, 3.0, 4.0])):
         store.stage(1, {"residual": torch.arange(1.0, 5.0)}, version)
         store.commit()
@@ -228,17 +251,18 @@ ROUNDS = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
-@given(rounds=ROUNDS, num_fit=st.integers(0, 7))
-def test_any_history_gives_what_a_plain_dict_gives(tmp_path_factory, rounds, num_fit):
+@given(rounds=ROUNDS, num_fit=st.integers(0, 7), has_gpu=st.booleans())
+def test_any_history_gives_what_a_plain_dict_gives(tmp_path_factory, rounds, num_fit, has_gpu):
     folder, budget = tmp_path_factory.mktemp("store"), num_fit * 32 + 1
-    store = ClientStore(folder, budget)
+    store = ClientStore(folder, budget, has_gpu=has_gpu)
     now: dict[int, float] = {}  # what the store should hold
     checkpoint: tuple[dict[int, int], dict[int, float]] = ({}, {})  # its versions, its values
     for number, (values, then) in enumerate(rounds, 1):
         for client, value in values.items():
             store.stage(client, state(value), number)
-            held = sum(kept["residual"].nbytes for kept in store.memory.values())
-            assert held == store.bytes_in_memory <= budget
+            for shelf in (store.on_gpu, store.on_host):
+                held = sum(kept["residual"].nbytes for kept in shelf.states.values())
+                assert held == shelf.num_bytes <= shelf.budget
         if then in ("commit", "checkpoint"):
             store.commit()
             now |= values
@@ -248,10 +272,11 @@ def test_any_history_gives_what_a_plain_dict_gives(tmp_path_factory, rounds, num
             checkpoint = (checkpoint[0] | store.save(), dict(now))
             store.drop_replaced()
             assert files(folder) == sorted(f"{c}-{v}.pt" for c, v in checkpoint[0].items())
-            assert store.bytes_in_memory == 0
+            assert store.on_host.num_bytes == 0
         if then == "kill":
             remove_old_states(folder, checkpoint[0])
-            store, now = ClientStore(folder, budget, checkpoint[0]), dict(checkpoint[1])
+            store = ClientStore(folder, budget, checkpoint[0], has_gpu)
+            now = dict(checkpoint[1])
         assert {client: value_of(store, client) for client in now} == now
 
 
@@ -351,7 +376,7 @@ def stage_a_hundred_states(folder: Path) -> None:
             store.stage(client, {"residual": residual + (old["residual"] if old else 0)}, number)
         store.commit()
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    assert store.bytes_in_memory <= 20e6 and grown < 60e6, grown
+    assert store.on_host.num_bytes <= 20e6 and grown < 60e6, grown
     assert torch.equal(store.get(31)["residual"], residual * 2)
 
 
