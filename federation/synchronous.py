@@ -35,6 +35,7 @@ from federation.setup import (
 from network.clock import Device, Link, client_timeline
 from training.evaluation import SHARED, evaluate_models
 from training.local_sgd import Interrupted, batch_sizes, local_lr
+from training.memory import memory_governed_by
 
 Encode = Callable[[Memory], Report]  # encodes what a client has learned, on any thread
 
@@ -119,7 +120,8 @@ class Federation:
     ) -> Iterator[Encode]:
         """Train this rank's clients one by one; each time return what encodes the update."""
         for client in self._own(cohort):
-            [update] = self.clients.train([client], round_number, broadcast)
+            with memory_governed_by("local.batch_size"):
+                [update] = self.clients.train([client], round_number, broadcast)
             yield partial(self.clients.encode, update, round_number)
 
     def _score(self, cohort: list[int], broadcast: Broadcast) -> Iterator[Encode]:
@@ -198,17 +200,20 @@ class Federation:
         if round_number % evaluation.every and round_number != self.config.rounds:
             return {"test_accuracy": None, "test_loss": None}
         server, clients = self.server, self.clients
-        scores = evaluate_models(
-            [SHARED] if clients.own_positions is None else cohort,
-            lambda c: clients.load(server.parameters.data, server.buffers, clients.store.get(c)),
-            self.model,
-            self.pictures,
-            clients.precision,
-            evaluation.batch_size,
-            self.ranks,
-            self.placement.holds_state,
-            self.labels_per_client,
-        )
+        with memory_governed_by("evaluation.batch_size"):
+            scores = evaluate_models(
+                [SHARED] if clients.own_positions is None else cohort,
+                lambda c: clients.load(
+                    server.parameters.data, server.buffers, clients.store.get(c)
+                ),
+                self.model,
+                self.pictures,
+                clients.precision,
+                evaluation.batch_size,
+                self.ranks,
+                self.placement.holds_state,
+                self.labels_per_client,
+            )
         self.progress.evaluations.append(scores)
         return scores
 
