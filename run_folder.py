@@ -26,7 +26,7 @@ from federation.client_store import remove_old_states, sync, write_tensors
 from federation.ledger import LedgerRow
 
 LEDGER_COLUMNS = [column.name for column in fields(LedgerRow)]
-FORMAT = 4  # of checkpoint.pt: raised whenever what it holds changes
+FORMAT = 5  # of checkpoint.pt: raised whenever what it holds changes
 LOGS = ("rounds.jsonl", "ledger.csv")
 OURS = (*LOGS, "config.yaml", "environment.json", "partition.npz", "checkpoint.pt", "summary.json")
 OURS += ("clients", "plots", "tensorboard")

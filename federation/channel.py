@@ -24,7 +24,7 @@ from compression import (
     parse_coder,
     unpack_positions,
 )
-from config import Selection
+from config import Config, Selection
 from federation.client_store import State
 from layout import Layout
 
@@ -205,3 +205,12 @@ class ErrorFeedback:
             where = slice(None) if sent.indices is None else torch.as_tensor(sent.indices)
             after["velocity"][where] = 0
         return after | {"residual": owed}
+
+
+def error_feedback(config: Config) -> ErrorFeedback | None:
+    """The error feedback of the uplink; None if nothing can be owed."""
+    up = config.uplink
+    lossless = config.pruning.method == "none" and up.values == "fp32"
+    if not up.error_feedback or lossless and not up.momentum:
+        return None
+    return ErrorFeedback(up.decay, up.momentum)

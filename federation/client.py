@@ -20,7 +20,7 @@ from config import Config
 from data import Pictures
 from distributed import Team
 from federation.agreement import Agreement
-from federation.channel import ErrorFeedback, Select
+from federation.channel import Select, error_feedback
 from federation.client_store import ClientStore, State
 from federation.messages import SERVER, Broadcast, Buffer, Report
 from pruning import snip_scores
@@ -78,7 +78,7 @@ class Clients:
         self.make_engine = make_engine or self._make_torch_engine
         self.engine: Engine | None = None  # built late, because `precision: auto` is resolved late
         self.sent: dict[int, Buffer] = {}  # by client: its update as it left, until owe_refused()
-        self.feedback = _error_feedback(config)
+        self.feedback = error_feedback(config)
         # A new vector for each update would cost ten times the subtraction, because the operating
         # system zeroes its pages. Error feedback needs one, for what the client will owe.
         # A GPU's memory is kept by torch, and updates wait there while the next client trains.
@@ -93,7 +93,7 @@ class Clients:
             marks[self.own_positions] = True
             self.own_aligned = model.aligned(marks).nonzero().flatten()
         self.pruned: Tensor | None = None  # bool, aligned, on the device
-        self._use_mask()
+        self._use_mask(0)
         self.stop_requested = False
 
     # --- a round ----------------------------------------------------------------------------------
@@ -111,9 +111,8 @@ class Clients:
         positions = self.agreement.channel("down", message.kind).decode(message.payload)
         if message.kind == "mask_change":
             positions = np.setxor1d(self.mask.positions(), positions, assume_unique=True)
-        left = self.agreement.use_mask(positions)
-        self.store.forget(torch.from_numpy(left), self.agreement.layout.size, round_number)
-        self._use_mask()
+        self.agreement.use_mask(positions)
+        self._use_mask(round_number)
 
     def train(
         self, clients: list[int], round_number: int, broadcast: Broadcast
@@ -204,6 +203,10 @@ class Clients:
         if trained.report.failure:
             return trained
         trained.state = self.store.get(client)
+        if self.store.is_older_than_mask(
+            client
+        ):  # it has arrived even if the client fails in this round
+            self.store.stage(client, trained.state, round_number)
         known = self.team.broadcast({k: v for k, v in trained.state.items() if k not in OWED})
         self.load(broadcast.parameters, broadcast.buffers, known)
         received = broadcast.parameters
@@ -357,6 +360,17 @@ class Clients:
         )
         return arrived.to(vector.device)
 
+    def _use_mask(self, round_number: int) -> None:
+        """Train and keep only the weights on the mask, which has changed in this round."""
+        pruned = self.mask.pruned
+        self.pruned = self._aligned(pruned)
+        self.store.use_mask(pruned, round_number)
+
+    def load_mask(self, state: dict[str, Any], round_number: int) -> None:
+        """Go on with the mask of a checkpoint, which last changed in that round."""
+        self.agreement.load_mask(state)
+        self._use_mask(round_number)
+
     # --- small things -----------------------------------------------------------------------------
 
     def _report(self, client: int) -> Report:
@@ -376,22 +390,5 @@ class Clients:
         self.team.sum_(asked)
         return bool(asked)
 
-    def _use_mask(self) -> None:
-        self.pruned = self._aligned(self.mask.pruned)
-
     def _make_torch_engine(self, precision: str) -> Engine:
         return TorchEngine(self.model, self.config.local, precision, self.team)
-
-    def load_mask(self, state: dict[str, Any]) -> None:
-        """Go on with the mask of a checkpoint."""
-        self.agreement.load_mask(state)
-        self._use_mask()
-
-
-def _error_feedback(config: Config) -> ErrorFeedback | None:
-    """None if nothing can be owed."""
-    up = config.uplink
-    lossless = config.pruning.method == "none" and up.values == "fp32"
-    if not up.error_feedback or lossless and not up.momentum:
-        return None
-    return ErrorFeedback(up.decay, up.momentum)

@@ -92,32 +92,32 @@ class ClientStore:
         self.changed: set[int] = set()  # clients with a commit() since the last save()
         self.replaced: list[Path] = []  # files that only the checkpoint on the disk needs
         self._lock = RLock()  # threads that encode stage states while another one trains
-        # int32 [num_parameters]: the round in which each weight last left the mask; 0 for never
-        self.last_left = torch.zeros(0, dtype=torch.int32)
+        self.use_mask(None, 0)
+
+    def use_mask(self, pruned: Tensor | None, round_number: int) -> None:
+        """From this round on, the weights where bool [num_parameters] is true do not exist."""
+        self.pruned, self.mask_round = pruned, round_number
+
+    def is_older_than_mask(self, client: int) -> bool:
+        """Whether the client has a state, and the mask has changed since it was made."""
+        return self.versions.get(client, self.mask_round) < self.mask_round
 
     def get(self, client: int) -> State:
         """The client's state, to be read and not written; empty if it has none.
 
-        Of weights that have left the mask since the state was made, it holds zeros, even if they
-        are back.
+        It holds zeros for the weights that do not exist now. A weight that left and came back while
+        the client was away stays as it was, because the client has never heard of it.
         """
         if client not in self.versions:
             return {}
-        state, version = self._read(client, self.versions[client]), self.versions[client]
-        left = self.last_left > version
-        if not left.any():
+        state = self._read(client, self.versions[client])
+        if not self.is_older_than_mask(client):
             return state
         return state | {
-            key: state[key].masked_fill(left.to(state[key].device), 0.0)
+            key: state[key].masked_fill(self.pruned.to(state[key].device), 0.0)
             for key in OVER_COORDINATES
             if key in state
         }
-
-    def forget(self, left: Tensor, num_coordinates: int, round_number: int) -> None:
-        """The weights at these positions, int64, are not on the mask of this round any more."""
-        if not len(self.last_left):
-            self.last_left = torch.zeros(num_coordinates, dtype=torch.int32)
-        self.last_left[left] = round_number
 
     def get_staged(self, client: int) -> State:
         return self._read(client, self.staged[client])

@@ -323,7 +323,7 @@ class Federation:
             "precision": self.clients.precision,
             "clients": {} if needs_none else self.versions,
             "clients_mask": self.clients.mask.state(),
-            "last_left": self.clients.store.last_left,
+            "mask_round": self.clients.store.mask_round,
             "progress": vars(self.progress),
             "earlier": b"".join(pack_reports(self.earlier)).hex(),
         }
@@ -337,8 +337,7 @@ class Federation:
         self.versions = state["clients"]
         self.placement = Placement(self.ranks, list(self.versions))
         self.clients.store = self._make_store()
-        self.clients.store.last_left = state["last_left"]
-        self.clients.load_mask(state["clients_mask"])
+        self.clients.load_mask(state["clients_mask"], state["mask_round"])
 
     def _make_store(self) -> ClientStore:
         """The states that this rank holds, from those that the last checkpoint names."""

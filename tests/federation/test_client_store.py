@@ -208,34 +208,21 @@ def test_threads_may_stage_and_read_at_once(tmp_path, budget, many_switches):
 # --- weights that leave the mask ------------------------------------------------------------------
 
 
-def test_of_weights_that_left_since_zeros_are_held_even_if_they_are_back(tmp_path):
+def test_a_state_that_is_older_than_the_mask_is_zero_where_weights_are_gone(tmp_path):
     store, names = ClientStore(tmp_path, PLENTY), ("residual", "velocity", "algorithm")
     store.stage(1, {name: torch.arange(1.0, 5.0) for name in names} | {"norm": torch.ones(2)}, 1)
     store.commit()
-    store.forget(torch.tensor([0, 2]), 4, round_number=2)
-    store.forget(torch.tensor([2, 3]), 4, round_number=3)
+    store.use_mask(torch.tensor([True, False, True, False]), 2)
     found = store.get(1)
-    assert all(found[name].tolist() == [0.0, 2.0, 0.0, 0.0] for name in names)
+    assert store.is_older_than_mask(1) and not store.is_older_than_mask(2)
+    assert all(found[name].tolist() == [0.0, 2.0, 0.0, 4.0] for name in names)
     assert found["norm"].tolist() == [1.0, 1.0]  # over other coordinates
-    assert store.on_host.states[1, 1]["residual"].tolist() == [
-        1.0,
-        2.0,
-        3.0,
-        4.0,
-    ]  # never written to
-    for version, expected in ((2, [1.0, 2.0, 0.0, 0.0]), (3, [1.0, 2.0, 3.0, 4.0])):
-        store.stage(1, {"residual": torch.arange(1.0, 5.0)}, version)
-        store.commit()
-        assert store.get(1)["residual"].tolist() == expected
-
-
-def test_what_left_when_outlives_a_checkpoint(tmp_path):
-    store = ClientStore(tmp_path, PLENTY)
-    put(store, 1, c1=1.0)
-    store.forget(torch.tensor([0, 7]), ENTRIES, round_number=2)
-    again = ClientStore(tmp_path, PLENTY, store.save())
-    again.last_left = store.last_left
-    assert again.get(1)["residual"].tolist() == [0.0, *[1.0] * 6, 0.0]
+    kept = store.on_host.states[1, 1]["residual"]
+    assert kept.tolist() == [1.0, 2.0, 3.0, 4.0]  # never written to
+    store.stage(1, {"residual": torch.arange(1.0, 5.0)}, 2)
+    store.commit()
+    assert not store.is_older_than_mask(1)
+    assert store.get(1)["residual"].tolist() == [1.0, 2.0, 3.0, 4.0]
 
 
 # --- any history ----------------------------------------------------------------------------------
