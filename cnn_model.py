@@ -1,8 +1,9 @@
 """Networks, and their view as one flat vector.
 
 ResNets are torchvision's blocks (He et al. 2016, arXiv 1512.03385) behind a stem that fits the
-pictures. `cnn` is the network of pfl-research's CIFAR-10 benchmark, and `lenet` is that of
-NIID-Bench (Li et al. 2022, arXiv 2102.02079). A FlatModel keeps all parameters in one contiguous
+pictures. `resnet18v2` is the network of Reddi et al. (2021, arXiv 2003.00295), `cnn` that of
+pfl-research's CIFAR-10 benchmark, and `lenet` that of NIID-Bench (Li et al. 2022, arXiv
+2102.02079). A FlatModel keeps all parameters in one contiguous
 vector, so that receiving a model is one copy and an update one subtraction.
 """
 
@@ -11,7 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, relu
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from layout import Layout
@@ -54,14 +55,9 @@ class ResNet(nn.Module):
         width: int = 64,  # channels of the first stage
     ):
         super().__init__()
-        kernel, stride, pool = {
-            "cifar": (3, 1, nn.Identity()),
-            "imagenet": (7, 2, nn.MaxPool2d(3, stride=2, padding=1)),
-        }[stem]
-        self.conv1 = nn.Conv2d(3, width, kernel, stride, padding=kernel // 2, bias=False)
+        self.conv1, self.pool = _stem(stem, width)
         self.norm1 = norm(width)
         self.relu = nn.ReLU(inplace=True)
-        self.pool = pool
         stages, channels = [], width
         for stage, depth in enumerate(depths):
             planes = width * 2**stage
@@ -83,6 +79,15 @@ class ResNet(nn.Module):
         return self.head(self.stages(x).mean(dim=(2, 3)))
 
 
+def _stem(name: str, width: int) -> tuple[nn.Conv2d, nn.Module]:
+    """The first convolution of a ResNet, and the pool that follows its norm and ReLU."""
+    kernel, stride, pool = {
+        "cifar": (3, 1, nn.Identity()),
+        "imagenet": (7, 2, nn.MaxPool2d(3, stride=2, padding=1)),
+    }[name]
+    return Conv2d(3, width, kernel, stride, padding=kernel // 2, bias=False), pool
+
+
 def _residual(block: type, channels: int, planes: int, stride: int, norm: Callable) -> nn.Module:
     out = planes * block.expansion
     shortcut = None
@@ -90,6 +95,59 @@ def _residual(block: type, channels: int, planes: int, stride: int, norm: Callab
         conv = nn.Conv2d(channels, out, 1, stride, bias=False)
         shortcut = nn.Sequential(conv, norm(out))
     return block(channels, planes, stride, shortcut, norm_layer=norm)
+
+
+class PreActivationBlock(nn.Module):
+    """[B, channels, H, W] -> [B, planes, H, W]: norm and ReLU come before each convolution.
+
+    Where the number of channels changes, the shortcut is a 1x1 convolution of the block's input and
+    a norm. The first block of a network has no first norm: the stem's is just before it.
+    """
+
+    def __init__(self, channels: int, planes: int, norm: Callable[[int], nn.Module], first: bool):
+        super().__init__()
+        self.norm1 = nn.Identity() if first else norm(channels)
+        self.conv1 = Conv2d(channels, planes, 3, padding=1, bias=False)
+        self.norm2 = norm(planes)
+        self.conv2 = Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.shortcut = nn.Identity()
+        if channels != planes:
+            conv = Conv2d(channels, planes, 1, bias=False)
+            self.shortcut = nn.Sequential(conv, norm(planes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # What the first block gets comes from a ReLU, and a second one changes nothing.
+        out = self.conv1(relu(self.norm1(x)))
+        return self.shortcut(x) + self.conv2(relu(self.norm2(out)))
+
+
+class ResNetV2(nn.Module):
+    """[B, 3, H, W] -> [B, num_classes]: a ResNet-18 of pre-activation blocks, for any H, W >= 8.
+
+    He et al. 2016 (arXiv 1603.05027), as in the published code of Reddi et al. 2021: no stage
+    strides, so all of them have the stem's resolution; the head starts from N(0, 0.01).
+    """
+
+    def __init__(self, num_classes: int, stem: str, norm: Callable[[int], nn.Module], width: int):
+        super().__init__()
+        self.conv1, self.pool = _stem(stem, width)
+        self.norm1 = norm(width)
+        sizes = [width, *(width * 2**stage for stage in range(4) for _ in range(2))]
+        pairs = enumerate(zip(sizes, sizes[1:], strict=False))
+        self.blocks = nn.Sequential(*(PreActivationBlock(*pair, norm, i == 0) for i, pair in pairs))
+        self.norm2 = norm(sizes[-1])
+        self.head = nn.Linear(sizes[-1], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")  # over what comes in
+            elif isinstance(module, nn.GroupNorm):
+                module.eps = 1e-3  # the authors' library has this, and torch 1e-5
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(relu(self.norm1(self.conv1(x))))
+        return self.head(relu(self.norm2(self.blocks(x))).mean(dim=(2, 3)))
 
 
 class Dropout(nn.Dropout):
@@ -170,10 +228,11 @@ def build_network(
         if channels % groups:
             raise ValueError(f"model.norm: {norm} does not divide the {channels} channels")
         make_norm = partial(nn.GroupNorm, groups)
-    resnet = partial(ResNet, num_classes=num_classes, stem=stem, norm=make_norm, width=channels)
+    settings = dict(num_classes=num_classes, stem=stem, norm=make_norm, width=channels)
     makers = {
-        "resnet18": lambda: resnet(BasicBlock, (2, 2, 2, 2)),
-        "resnet50": lambda: resnet(Bottleneck, (3, 4, 6, 3)),
+        "resnet18": lambda: ResNet(BasicBlock, (2, 2, 2, 2), **settings),
+        "resnet50": lambda: ResNet(Bottleneck, (3, 4, 6, 3), **settings),
+        "resnet18v2": lambda: ResNetV2(**settings),
         "cnn": lambda: cnn(num_classes, image_size, width),
         "lenet": lambda: lenet(num_classes, image_size, width),
     }
