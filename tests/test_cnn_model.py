@@ -121,7 +121,7 @@ def test_a_resnet_with_the_imagenet_stem_is_torchvisions(name):
 
 
 def plain_resnet18v2(weights: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-    """The layers of Reddi et al.'s code one after the other, with the imagenet stem and group(2)."""
+    """Reddi et al.'s code, layer by layer, with the imagenet stem and group(2)."""
 
     def conv(name, x, stride=1):
         kernel = weights[f"{name}.weight"]
