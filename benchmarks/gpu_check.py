@@ -197,11 +197,13 @@ def run_step(step: Step, log: Path) -> dict:
     return figures | {"seconds": time.perf_counter() - begin, "problem": problem}
 
 
-def in_words(figures: dict) -> str:
-    parts = []
-    for name, value in figures.items():
-        parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
-    return ", ".join(parts)
+def in_words(found: dict) -> str:
+    """A step's result on one line."""
+    parts = [f"FAILED, {found['problem']}"] if found["problem"] else []
+    for name, value in found.items():
+        if name not in ("seconds", "problem"):
+            parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+    return f"{', '.join(parts)} ({found['seconds']:.0f} s)"
 
 
 def check(steps: list[Step], folder: Path) -> dict[str, dict]:
@@ -209,9 +211,7 @@ def check(steps: list[Step], folder: Path) -> dict[str, dict]:
     results = {}
     for step in steps:
         found = results[step.name] = run_step(step, folder / f"{step.name.replace(' ', '_')}.log")
-        shown = {k: v for k, v in found.items() if k not in ("seconds", "problem")}
-        failed = f"FAILED, {found['problem']}; " if found["problem"] else ""
-        print(f"{step.name}: {failed}{in_words(shown)} ({found['seconds']:.0f} s)", flush=True)
+        print(f"{step.name}: {in_words(found)}", flush=True)
     return results
 
 
