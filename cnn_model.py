@@ -3,8 +3,8 @@
 ResNets are torchvision's blocks (He et al. 2016, arXiv 1512.03385) behind a stem that fits the
 pictures. `resnet18v2` is the network of Reddi et al. (2021, arXiv 2003.00295), `cnn` that of
 pfl-research's CIFAR-10 benchmark, and `lenet` that of NIID-Bench (Li et al. 2022, arXiv
-2102.02079). A FlatModel keeps all parameters in one contiguous
-vector, so that receiving a model is one copy and an update one subtraction.
+2102.02079). A FlatModel keeps all parameters in one contiguous vector, so that receiving a model is
+one copy and an update one subtraction.
 """
 
 from collections.abc import Callable
@@ -47,24 +47,30 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[BasicBlock] | type[Bottleneck],
+        block: type[nn.Module],  # BasicBlock, Bottleneck or PreActivationBlock
         depths: tuple[int, ...],  # blocks in each stage
         num_classes: int,
         stem: str = "cifar",  # cifar: 3x3; imagenet: 7x7 with stride 2, then a 3x3 max pool
         norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
         width: int = 64,  # channels of the first stage
+        stride: int = 2,  # of all stages but the first
     ):
         super().__init__()
-        self.conv1, self.pool = _stem(stem, width)
+        kernel, first_stride, pool = {
+            "cifar": (3, 1, nn.Identity()),
+            "imagenet": (7, 2, nn.MaxPool2d(3, stride=2, padding=1)),
+        }[stem]
+        self.conv1 = nn.Conv2d(3, width, kernel, first_stride, padding=kernel // 2, bias=False)
         self.norm1 = norm(width)
         self.relu = nn.ReLU(inplace=True)
+        self.pool = pool
         stages, channels = [], width
         for stage, depth in enumerate(depths):
             planes = width * 2**stage
             blocks = []
             for index in range(depth):
-                stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(_residual(block, channels, planes, stride, norm))
+                step = stride if stage > 0 and index == 0 else 1
+                blocks.append(_residual(block, channels, planes, step, norm))
                 channels = planes * block.expansion
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)
@@ -79,15 +85,6 @@ class ResNet(nn.Module):
         return self.head(self.stages(x).mean(dim=(2, 3)))
 
 
-def _stem(name: str, width: int) -> tuple[nn.Conv2d, nn.Module]:
-    """The first convolution of a ResNet, and the pool that follows its norm and ReLU."""
-    kernel, stride, pool = {
-        "cifar": (3, 1, nn.Identity()),
-        "imagenet": (7, 2, nn.MaxPool2d(3, stride=2, padding=1)),
-    }[name]
-    return Conv2d(3, width, kernel, stride, padding=kernel // 2, bias=False), pool
-
-
 def _residual(block: type, channels: int, planes: int, stride: int, norm: Callable) -> nn.Module:
     out = planes * block.expansion
     shortcut = None
@@ -100,54 +97,45 @@ def _residual(block: type, channels: int, planes: int, stride: int, norm: Callab
 class PreActivationBlock(nn.Module):
     """[B, channels, H, W] -> [B, planes, H, W]: norm and ReLU come before each convolution.
 
-    Where the number of channels changes, the shortcut is a 1x1 convolution of the block's input and
-    a norm. The first block of a network has no first norm: the stem's is just before it.
+    Its arguments are those of torchvision's BasicBlock.
     """
 
-    def __init__(self, channels: int, planes: int, norm: Callable[[int], nn.Module], first: bool):
+    expansion = 1
+
+    def __init__(self, channels, planes, stride, shortcut, norm_layer):
         super().__init__()
-        self.norm1 = nn.Identity() if first else norm(channels)
-        self.conv1 = Conv2d(channels, planes, 3, padding=1, bias=False)
-        self.norm2 = norm(planes)
-        self.conv2 = Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.shortcut = nn.Identity()
-        if channels != planes:
-            conv = Conv2d(channels, planes, 1, bias=False)
-            self.shortcut = nn.Sequential(conv, norm(planes))
+        self.norm1, self.norm2 = norm_layer(channels), norm_layer(planes)
+        self.conv1 = nn.Conv2d(channels, planes, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.shortcut = shortcut or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        # What the first block gets comes from a ReLU, and a second one changes nothing.
         out = self.conv1(relu(self.norm1(x)))
         return self.shortcut(x) + self.conv2(relu(self.norm2(out)))
 
 
-class ResNetV2(nn.Module):
-    """[B, 3, H, W] -> [B, num_classes]: a ResNet-18 of pre-activation blocks, for any H, W >= 8.
+class ResNetV2(ResNet):
+    """A ResNet-18 of pre-activation blocks (He et al. 2016, arXiv 1603.05027) without strides.
 
-    He et al. 2016 (arXiv 1603.05027), as in the published code of Reddi et al. 2021: no stage
-    strides, so all of them have the stem's resolution; the head starts from N(0, 0.01).
+    As in the published code of Reddi et al. 2021: all stages have the resolution that the stem
+    leaves, and the head starts from N(0, 0.01).
     """
 
     def __init__(self, num_classes: int, stem: str, norm: Callable[[int], nn.Module], width: int):
-        super().__init__()
-        self.conv1, self.pool = _stem(stem, width)
-        self.norm1 = norm(width)
-        sizes = [width, *(width * 2**stage for stage in range(4) for _ in range(2))]
-        pairs = enumerate(zip(sizes, sizes[1:], strict=False))
-        self.blocks = nn.Sequential(*(PreActivationBlock(*pair, norm, i == 0) for i, pair in pairs))
-        self.norm2 = norm(sizes[-1])
-        self.head = nn.Linear(sizes[-1], num_classes)
+        super().__init__(PreActivationBlock, (2, 2, 2, 2), num_classes, stem, norm, width, stride=1)
+        self.stages[0][0].norm1 = nn.Identity()  # the stem ends with a norm and a ReLU
+        self.norm2 = norm(self.head.in_features)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")  # over what comes in
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
             elif isinstance(module, nn.GroupNorm):
-                module.eps = 1e-3  # the authors' library has this, and torch 1e-5
+                module.eps = 1e-3  # as in the authors' library; torch has 1e-5
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(relu(self.norm1(self.conv1(x))))
-        return self.head(relu(self.norm2(self.blocks(x))).mean(dim=(2, 3)))
+        x = self.pool(self.relu(self.norm1(self.conv1(x))))
+        return self.head(relu(self.norm2(self.stages(x))).mean(dim=(2, 3)))
 
 
 class Dropout(nn.Dropout):

@@ -113,7 +113,9 @@ def profile_figures(printed: list[str]) -> dict:
 def pfl_figures(run: Path) -> dict:
     """The mean over the rounds that there was time for, without two of warm-up."""
     file = run / "rounds.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    text = file.read_text() if file.exists() else ""
+    whole = text[: text.rfind("\n") + 1]  # a killed run may have written half a line
+    rows = [json.loads(line) for line in whole.splitlines()]
     if len(rows) < 3:
         raise ValueError(f"it did {len(rows)} rounds")
     seconds = [row["wall_seconds"] for row in rows[2:]]
@@ -164,13 +166,17 @@ def run_command(command: list[str], seconds: float) -> tuple[str, int | None]:
         )
     except OSError as error:
         return f"{command[0]}: {error.strerror}", 127
-    for number, patience in ((signal.SIGINT, seconds), (signal.SIGKILL, GRACE)):
-        try:
-            printed, _ = process.communicate(timeout=max(0.0, patience))
-            return printed, process.returncode if number == signal.SIGINT else None
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, number)
-    return process.communicate()[0], None
+    try:
+        for number, patience in ((signal.SIGINT, seconds), (signal.SIGKILL, GRACE)):
+            try:
+                printed, _ = process.communicate(timeout=max(0.0, patience))
+                return printed, process.returncode if number == signal.SIGINT else None
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, number)
+        return process.communicate()[0], None
+    finally:
+        if process.poll() is None:  # somebody interrupts this script
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def last_line(text: str) -> str:

@@ -138,7 +138,7 @@ def plain_resnet18v2(weights: dict[str, torch.Tensor], images: torch.Tensor) -> 
     x = norm("norm1", conv("conv1", images, stride=2)).relu()
     x = nn.functional.max_pool2d(x, 3, 2, 1)
     for block in range(8):
-        name, received = f"blocks.{block}", x
+        name, received = f"stages.{block // 2}.{block % 2}", x
         if block > 0:
             x = norm(f"{name}.norm1", x).relu()
         x = conv(f"{name}.conv1", x)
@@ -163,10 +163,10 @@ def test_resnet18v2_is_the_plain_order_of_its_layers():
 def test_resnet18v2_never_strides_after_its_stem():
     network = build("resnet18v2", (24, 24), stem="imagenet", norm="group(2)", width=0.125)
     shapes = []
-    for block in network.blocks:
-        block.register_forward_hook(lambda *call: shapes.append(tuple(call[-1].shape)))
+    for stage in network.stages:
+        stage.register_forward_hook(lambda *call: shapes.append(tuple(call[-1].shape)))
     network(torch.zeros(2, 3, 24, 24))
-    assert shapes == [(2, channels, 6, 6) for channels in (8, 8, 16, 16, 32, 32, 64, 64)]
+    assert shapes == [(2, channels, 6, 6) for channels in (8, 16, 32, 64)]
 
 
 def test_first_weights_of_resnet18v2():

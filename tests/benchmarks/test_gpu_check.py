@@ -83,7 +83,7 @@ def test_figures_of_pfls_benchmark(gpu_check, tmp_path):
     """Two rounds of warm-up are left out; 1500 rounds take 1500 times the mean of the others."""
     rows = [(9.0, None), (5.0, None), (0.1, None), (0.3, 0.5), (0.2, None)]
     text = [json.dumps({"wall_seconds": s, "test_accuracy": a}) + "\n" for s, a in rows]
-    (tmp_path / "rounds.jsonl").write_text("".join(text))
+    (tmp_path / "rounds.jsonl").write_text("".join(text) + '{"wall_sec')
     figures = gpu_check.pfl_figures(tmp_path)
     assert figures["rounds"] == 5 and figures["test_accuracy"] == 0.5
     assert figures["seconds_a_round"] == pytest.approx(0.2)
