@@ -52,10 +52,7 @@ EVERYBODY = {
     "RAY_worker_niceness": "0",  # Ray's own 15 starves Flower's workers on a busy machine
     "PYTHONWARNINGS": "ignore",
 }
-
-
-# processes, precision, style of the network (see rival_task.py)
-Setting = tuple[int, str, str]
+Setting = tuple[int, str, str]  # processes, precision, style of the network (see rival_task.py)
 
 
 @dataclass(frozen=True)
