@@ -62,11 +62,11 @@ def test_a_killed_run_that_goes_on_ends_like_one_that_was_not(tmp_path):
     assert summary(killed)["model_sha256"] == summary(whole)["model_sha256"]
 
 
-# 64 MiB of the GPU hold the network, but not the activations of 1400 pictures.
+# 96 MiB of the GPU hold the network, but not the activations of 1400 pictures.
 LITTLE_MEMORY = """
 import runpy, sys, torch
 total = torch.cuda.get_device_properties(0).total_memory
-torch.cuda.set_per_process_memory_fraction(64 * 2**20 / total)
+torch.cuda.set_per_process_memory_fraction(96 * 2**20 / total)
 runpy.run_path("main.py", run_name="__main__")
 """
 
