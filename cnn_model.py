@@ -1,9 +1,10 @@
 """Networks, and their view as one flat vector.
 
 ResNets are torchvision's blocks (He et al. 2016, arXiv 1512.03385) behind a stem that fits the
-pictures. `cnn` is the network of pfl-research's CIFAR-10 benchmark, and `lenet` is that of
-NIID-Bench (Li et al. 2022, arXiv 2102.02079). A FlatModel keeps all parameters in one contiguous
-vector, so that receiving a model is one copy and an update one subtraction.
+pictures. `resnet18v2` is the network of Reddi et al. (2021, arXiv 2003.00295), `cnn` that of
+pfl-research's CIFAR-10 benchmark, and `lenet` that of NIID-Bench (Li et al. 2022, arXiv
+2102.02079). A FlatModel keeps all parameters in one contiguous vector, so that receiving a model is
+one copy and an update one subtraction.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, relu
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from layout import Layout
@@ -46,19 +47,20 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[BasicBlock] | type[Bottleneck],
+        block: type[nn.Module],  # BasicBlock, Bottleneck or PreActivationBlock
         depths: tuple[int, ...],  # blocks in each stage
         num_classes: int,
         stem: str = "cifar",  # cifar: 3x3; imagenet: 7x7 with stride 2, then a 3x3 max pool
         norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
         width: int = 64,  # channels of the first stage
+        stride: int = 2,  # of all stages but the first
     ):
         super().__init__()
-        kernel, stride, pool = {
+        kernel, first_stride, pool = {
             "cifar": (3, 1, nn.Identity()),
             "imagenet": (7, 2, nn.MaxPool2d(3, stride=2, padding=1)),
         }[stem]
-        self.conv1 = nn.Conv2d(3, width, kernel, stride, padding=kernel // 2, bias=False)
+        self.conv1 = nn.Conv2d(3, width, kernel, first_stride, padding=kernel // 2, bias=False)
         self.norm1 = norm(width)
         self.relu = nn.ReLU(inplace=True)
         self.pool = pool
@@ -67,8 +69,8 @@ class ResNet(nn.Module):
             planes = width * 2**stage
             blocks = []
             for index in range(depth):
-                stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(_residual(block, channels, planes, stride, norm))
+                step = stride if stage > 0 and index == 0 else 1
+                blocks.append(_residual(block, channels, planes, step, norm))
                 channels = planes * block.expansion
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)
@@ -90,6 +92,50 @@ def _residual(block: type, channels: int, planes: int, stride: int, norm: Callab
         conv = nn.Conv2d(channels, out, 1, stride, bias=False)
         shortcut = nn.Sequential(conv, norm(out))
     return block(channels, planes, stride, shortcut, norm_layer=norm)
+
+
+class PreActivationBlock(nn.Module):
+    """[B, channels, H, W] -> [B, planes, H, W]: norm and ReLU come before each convolution.
+
+    Its arguments are those of torchvision's BasicBlock.
+    """
+
+    expansion = 1
+
+    def __init__(self, channels, planes, stride, shortcut, norm_layer):
+        super().__init__()
+        self.norm1, self.norm2 = norm_layer(channels), norm_layer(planes)
+        self.conv1 = nn.Conv2d(channels, planes, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.shortcut = shortcut or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(relu(self.norm1(x)))
+        return self.shortcut(x) + self.conv2(relu(self.norm2(out)))
+
+
+class ResNetV2(ResNet):
+    """A ResNet-18 of pre-activation blocks (He et al. 2016, arXiv 1603.05027) without strides.
+
+    As in the published code of Reddi et al. 2021: all stages have the resolution that the stem
+    leaves, and the head starts from N(0, 0.01).
+    """
+
+    def __init__(self, num_classes: int, stem: str, norm: Callable[[int], nn.Module], width: int):
+        super().__init__(PreActivationBlock, (2, 2, 2, 2), num_classes, stem, norm, width, stride=1)
+        self.stages[0][0].norm1 = nn.Identity()  # the stem ends with a norm and a ReLU
+        self.norm2 = norm(self.head.in_features)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+            elif isinstance(module, nn.GroupNorm):
+                module.eps = 1e-3  # as in the authors' library; torch has 1e-5
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.relu(self.norm1(self.conv1(x))))
+        return self.head(relu(self.norm2(self.stages(x))).mean(dim=(2, 3)))
 
 
 class Dropout(nn.Dropout):
@@ -170,10 +216,11 @@ def build_network(
         if channels % groups:
             raise ValueError(f"model.norm: {norm} does not divide the {channels} channels")
         make_norm = partial(nn.GroupNorm, groups)
-    resnet = partial(ResNet, num_classes=num_classes, stem=stem, norm=make_norm, width=channels)
+    settings = dict(num_classes=num_classes, stem=stem, norm=make_norm, width=channels)
     makers = {
-        "resnet18": lambda: resnet(BasicBlock, (2, 2, 2, 2)),
-        "resnet50": lambda: resnet(Bottleneck, (3, 4, 6, 3)),
+        "resnet18": lambda: ResNet(BasicBlock, (2, 2, 2, 2), **settings),
+        "resnet50": lambda: ResNet(Bottleneck, (3, 4, 6, 3), **settings),
+        "resnet18v2": lambda: ResNetV2(**settings),
         "cnn": lambda: cnn(num_classes, image_size, width),
         "lenet": lambda: lenet(num_classes, image_size, width),
     }

@@ -76,7 +76,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    name: str = one_of("resnet18", "resnet50", "cnn", "lenet")
+    name: str = one_of("resnet18", "resnet50", "resnet18v2", "cnn", "lenet")
     stem: str = one_of("cifar", "imagenet")  # ResNets only: 3x3 or 7x7 and a pool
     norm: str = "batch"  # ResNets only: batch, or group(n) for n channel groups
     # What becomes of norm layers: statistics averaged; the layers stay with each client (FedBN);

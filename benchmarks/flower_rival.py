@@ -3,10 +3,10 @@
     PYTHON benchmarks/flower_rival.py TASK.npz ROUNDS PRECISION STYLE WEIGHTS.npy WORKERS THREADS
 
 Set up like its PyTorch quickstart: a ServerApp with FedAvg, a ClientApp that trains, client
-resources so that WORKERS clients train at a time; no evaluation. Beyond the quickstart, a worker
-loads pictures and builds the network once. WEIGHTS.npy gets the final model, float32
-[num_parameters]. The last line printed is JSON: `seconds` of each round, from the end of the round
-before.
+resources so that WORKERS clients train at a time, on one GPU if there is one; no evaluation. Beyond
+the quickstart, a worker loads pictures and builds the network once. WEIGHTS.npy gets the final
+model, float32 [num_parameters]. The last line printed is JSON: `seconds` of each round, from the
+end of the round before.
 """
 
 import json
@@ -41,7 +41,7 @@ def make_client(file: str, precision: str, style: str, threads: int) -> ClientAp
         batches = zip(images.split(task.batch_size), labels.split(task.batch_size), strict=True)
         for batch, targets in batches:
             optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast(batch.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 loss = cross_entropy(network(batch), targets)
             loss.backward()
             optimizer.step()
@@ -79,14 +79,15 @@ def make_server(file: str, style: str, rounds: int, weights: str, times: list[fl
 def main() -> None:
     file, rounds, precision, style, weights = sys.argv[1], int(sys.argv[2]), *sys.argv[3:6]
     workers, threads = map(int, sys.argv[6:])
+    num_gpus = min(1, torch.cuda.device_count())
     times: list[float] = []  # before the first round, and after each
     run_simulation(
         make_server(file, style, rounds, weights, times),
         make_client(file, precision, style, threads),
         num_supernodes=len(load_task(file, style).clients),
         backend_config={
-            "init_args": {"num_cpus": workers * threads},
-            "client_resources": {"num_cpus": threads, "num_gpus": 0.0},
+            "init_args": {"num_cpus": workers * threads, "num_gpus": num_gpus},
+            "client_resources": {"num_cpus": threads, "num_gpus": num_gpus / workers},
         },
     )
     print(json.dumps({"seconds": np.diff(times).tolist()}))

@@ -3,17 +3,26 @@
     PYTHON benchmarks/pfl_rival.py TASK.npz ROUNDS PRECISION STYLE WEIGHTS.npy
 
 Set up like its own CIFAR-10 benchmark: SimulatedBackend, FederatedAveraging, users in memory as
-Dataset (what its guide calls fastest), no evaluation. Its guide starts several processes by
-torchrun. WEIGHTS.npy gets the final model, float32 [num_parameters]. The last line printed is
-JSON: `seconds` of each round, from the end of the round before.
+Dataset (what its guide calls fastest), on the device of training, no evaluation. Its guide starts
+several processes by torchrun. WEIGHTS.npy gets the final model, float32 [num_parameters]. The last
+line printed is JSON: `seconds` of each round, from the end of the round before.
 """
 
 import json
+import os
 import sys
 import time
 
 import numpy as np
 import torch
+
+if torch.cuda.device_count() == 1 and "LOCAL_RANK" in os.environ:
+    # Several processes share the GPU: pfl-research would look for a GPU for each of them, and NCCL
+    # refuses two processes on one. gloo adds the updates up on the CPU.
+    os.environ["LOCAL_RANK"] = "0"
+    start = torch.distributed.init_process_group
+    torch.distributed.init_process_group = lambda backend: start("gloo")
+
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.aggregate.weighting import WeightByUser
 from pfl.algorithm.base import NNAlgorithmParams
@@ -25,7 +34,7 @@ from pfl.hyperparam import NNTrainHyperParams
 from pfl.internal.ops.pytorch_ops import distributed
 from pfl.metrics import Metrics, Weighted
 from pfl.model.pytorch import PyTorchModel
-from rival_task import load_task
+from rival_task import load_task, save_weights
 from torch.nn.functional import cross_entropy
 
 NEVER = 10**9
@@ -38,6 +47,8 @@ class Clock(TrainingProcessCallback):
         self.times = [time.perf_counter()]
 
     def after_central_iteration(self, aggregate_metrics, model, *, central_iteration):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.times.append(time.perf_counter())
         return False, Metrics()
 
@@ -76,7 +87,7 @@ def main() -> None:
         send_metrics_to_platform=False,
     )
     if distributed.global_rank == 0:
-        np.save(weights, torch.nn.utils.parameters_to_vector(network.parameters()).detach())
+        save_weights(network, weights)
         print(json.dumps({"seconds": np.diff(clock.times).tolist()}))
 
 

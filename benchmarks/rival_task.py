@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Task:
-    network: nn.Module  # with the initial weights
-    clients: list[tuple[Tensor, Tensor]]  # float32 [examples, H, W, 3], int64 [examples]
+    network: nn.Module  # with the initial weights, on the device
+    clients: list[tuple[Tensor, Tensor]]  # float32 [examples, H, W, 3], int64 [examples], there too
     cohort: int
     batch_size: int
     lr: float
@@ -69,7 +69,14 @@ def load_task(file: str, style: str) -> Task:
     images, labels = torch.from_numpy(normalise(given["images"])), torch.from_numpy(given["labels"])
     network = build_network(style, *images.shape[1:3], int(given["num_classes"]))
     nn.utils.vector_to_parameters(torch.from_numpy(given["initial"]), network.parameters())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images, labels = images.to(device), labels.to(device)
     shards = np.split(given["clients"], np.cumsum(given["sizes"])[:-1])
-    clients = [(images[indices], labels[indices]) for indices in shards]
+    clients = [(images[i], labels[i]) for i in map(torch.from_numpy, shards)]
     cohort, batch_size = int(given["cohort"]), int(given["batch_size"])
-    return Task(network, clients, cohort, batch_size, float(given["lr"]))
+    return Task(network.to(device), clients, cohort, batch_size, float(given["lr"]))
+
+
+def save_weights(network: nn.Module, file: str) -> None:
+    """Write the parameters to a file, float32 [num_parameters], from any device."""
+    np.save(file, nn.utils.parameters_to_vector(network.parameters()).detach().cpu().numpy())

@@ -44,6 +44,9 @@ SMALL = dict(width=0.125)  # a ResNet-18 of 176 thousand parameters
         ("resnet50", {}, 23_520_842),
         ("cnn", {}, 1_626_442),
         ("lenet", {}, 62_006),
+        # the norms stand elsewhere than resnet18's, and are as many
+        ("resnet18v2", dict(norm="group(2)"), 11_173_962),
+        ("resnet18v2", dict(num_classes=1000, stem="imagenet"), 11_689_512),
         # torchvision publishes 11,689,512 and 25,557,032
         ("resnet18", dict(num_classes=1000, stem="imagenet"), 11_689_512),
         ("resnet50", dict(num_classes=1000, stem="imagenet"), 25_557_032),
@@ -115,6 +118,66 @@ def test_a_resnet_with_the_imagenet_stem_is_torchvisions(name):
         getattr(ours, mode)(), getattr(theirs, mode)()
         with torch.no_grad():
             torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-6)
+
+
+def plain_resnet18v2(weights: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    """Reddi et al.'s code, layer by layer, with the imagenet stem and group(2)."""
+
+    def conv(name, x, stride=1):
+        kernel = weights[f"{name}.weight"]
+        return nn.functional.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2)
+
+    def norm(name, x):
+        batch, channels, height, width = x.shape
+        groups = x.reshape(batch, 2, -1)
+        variances, means = torch.var_mean(groups, 2, correction=0, keepdim=True)
+        x = ((groups - means) / (variances + 1e-3).sqrt()).reshape(x.shape)
+        scale, shift = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        return x * scale[:, None, None] + shift[:, None, None]
+
+    x = norm("norm1", conv("conv1", images, stride=2)).relu()
+    x = nn.functional.max_pool2d(x, 3, 2, 1)
+    for block in range(8):
+        name, received = f"stages.{block // 2}.{block % 2}", x
+        if block > 0:
+            x = norm(f"{name}.norm1", x).relu()
+        x = conv(f"{name}.conv1", x)
+        x = norm(f"{name}.norm2", x).relu()
+        x = conv(f"{name}.conv2", x)
+        if block in (2, 4, 6):  # twice as many channels as before
+            received = norm(f"{name}.shortcut.1", conv(f"{name}.shortcut.0", received))
+        x = x + received
+    x = norm("norm2", x).relu().mean((2, 3))
+    return x @ weights["head.weight"].T + weights["head.bias"]
+
+
+def test_resnet18v2_is_the_plain_order_of_its_layers():
+    network = build("resnet18v2", (24, 24), stem="imagenet", norm="group(2)", width=0.125)
+    for parameter in network.parameters():  # or scales of 1 and shifts of 0 would hide mistakes
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    images = torch.randn(3, 3, 24, 24)
+    plain = plain_resnet18v2(dict(network.named_parameters()), images)
+    torch.testing.assert_close(network(images), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_resnet18v2_never_strides_after_its_stem():
+    network = build("resnet18v2", (24, 24), stem="imagenet", norm="group(2)", width=0.125)
+    shapes = []
+    for stage in network.stages:
+        stage.register_forward_hook(lambda *call: shapes.append(tuple(call[-1].shape)))
+    network(torch.zeros(2, 3, 24, 24))
+    assert shapes == [(2, channels, 6, 6) for channels in (8, 16, 32, 64)]
+
+
+def test_first_weights_of_resnet18v2():
+    """He et al.'s deviation over what comes in, and a head from N(0, 0.01) without a bias."""
+    network = build("resnet18v2", norm="group(2)", width=0.5)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 10_000:
+            expected = (2 / module.weight[0].numel()) ** 0.5
+            assert float(module.weight.detach().std()) == pytest.approx(expected, rel=0.05)
+    assert float(network.head.weight.detach().std()) == pytest.approx(0.01, rel=0.05)
+    assert not network.head.bias.any()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 2), (3, 2), (4, 4), (7, 3), (8, 8)])
@@ -203,7 +266,7 @@ def test_convolutions_start_as_he_et_al_say():
 
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 20), (16, 16), (17, 9), (33, 16), (32, 32)])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "cnn", "lenet"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet18v2", "cnn", "lenet"])
 def test_any_size_from_8x8_trains(name, size):
     for settings in [{}, dict(stem="imagenet", norm="group(2)")]:
         model = flat(name, size=size, width=0.0625, num_classes=3, **settings)
@@ -241,7 +304,7 @@ def test_groups_that_do_not_divide_the_channels_are_refused():
         build("resnet18", norm="group(3)")
 
 
-@pytest.mark.parametrize("name", ["resnet18", "cnn", "lenet"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet18v2", "cnn", "lenet"])
 def test_weights_depend_on_the_seed_alone(name):
     def weights(seed):
         return flat(name, seed=seed, **SMALL).parameters
@@ -273,6 +336,7 @@ def test_layout_is_that_of_the_parameters():
 @pytest.mark.parametrize(
     ("name", "norm"),
     [("resnet18", "batch"), ("resnet18", "group(1)"), ("resnet50", "batch")]
+    + [("resnet18v2", "group(1)")]
     + [("cnn", "batch"), ("lenet", "batch")],
 )
 def test_every_tensor_starts_at_a_multiple_of_16_bytes(name, norm, width):

@@ -119,7 +119,8 @@ def test_ranges_include_their_ends_and_say_what_they_are():
 def test_words():
     choices = ["auto", "cpu", "cuda"]
     assert [load("", f"device={word}").device for word in choices] == choices
-    message = "x.yaml:2: model.name: 'resnet19' is not one of resnet18, resnet50, cnn, lenet"
+    names = "resnet18, resnet50, resnet18v2, cnn, lenet"
+    message = f"x.yaml:2: model.name: 'resnet19' is not one of {names}"
     assert mistake("model:\n  name: resnet19") == message
     for key in ("device", "precision", "model.name", "model.stem"):
         assert mistake("", f"{key}=X").startswith(f"command line: {key}: 'X' is not one of ")
