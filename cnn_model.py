@@ -8,6 +8,7 @@ vector, so that receiving a model is one copy and an update one subtraction.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -92,18 +93,32 @@ def _residual(block: type, channels: int, planes: int, stride: int, norm: Callab
     return block(channels, planes, stride, shortcut, norm_layer=norm)
 
 
-class Dropout(nn.Dropout):
-    """Dropout that draws bytes, so p is a multiple of 1/256.
+class Draws(Protocol):
+    """What dropout needs of training/draws.py."""
 
-    torch's CPU generator takes 9 ns for each number, and a number holds eight bytes.
+    def bytes(self, count: int, purpose: str) -> Tensor:
+        """uint8 [count]."""
+
+
+class Dropout(nn.Dropout):
+    """Dropout whose mask comes from `draws`, as bytes, so p is a multiple of 1/256.
+
+    Whoever trains the network sets `draws` for every step (FlatModel.use_draws). `number` tells the
+    layers of a network apart. The mask of a 4-d activation is drawn in the order of channels_last,
+    whatever the memory format, so that it does not depend on that.
     """
+
+    draws: Draws
+    number = 0
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
-        drawn = words.random_(-(2**63), None).view(torch.uint8)
-        kept = drawn.as_strided(x.shape, x.stride()) >= round(256 * self.p)
+        drawn = self.draws.bytes(x.numel(), f"dropout {self.number}")
+        if x.dim() == 4:
+            count, channels, height, width = x.shape
+            drawn = drawn.view(count, height, width, channels).permute(0, 3, 1, 2)
+        kept = drawn.view(x.shape) >= round(256 * self.p)
         return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
 
 
@@ -255,6 +270,9 @@ class FlatModel:
         for (_, parameter), value, gradient in views:
             parameter.data, parameter.grad = value, gradient
         self._flatten_buffers()
+        self._dropouts = [module for module in network.modules() if isinstance(module, Dropout)]
+        for number, layer in enumerate(self._dropouts):
+            layer.number = number
 
     def train(self) -> None:
         """Put the network into the mode of training."""
@@ -262,6 +280,11 @@ class FlatModel:
         for module in self.network.modules() if self.frozen else ():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
+
+    def use_draws(self, draws: Draws) -> None:
+        """Let dropout draw from these in the next forward pass."""
+        for layer in self._dropouts:
+            layer.draws = draws
 
     def load(self, parameters: Tensor, buffers: Tensor | None = None) -> None:
         """Copy gapless vectors [layout.size] and [buffer_layout.size] into the network.

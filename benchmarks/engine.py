@@ -26,13 +26,14 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from cnn_model import build_network
+from cnn_model import Dropout, build_network
 from command_line import load_config
 from config import Config
 from distributed import Ranks
 from experiment import resolve_precision
 from federation.cohort import sample_cohort
 from federation.synchronous import Federation
+from training.draws import Draws
 from training.engines import autocast
 from training.local_sgd import batch_sizes, local_lr
 
@@ -70,6 +71,7 @@ class BareLoop:
             model.name, self.pictures.num_classes, self.pictures.image_size, 0, norm=model.norm
         )
         self.network.to(federation.ranks.device, memory_format=torch.channels_last)
+        self.dropouts = [m for m in self.network.modules() if isinstance(m, Dropout)]
         self.state = {k: v.clone() for k, v in self.network.state_dict().items()}
 
     def run_round(self, round_number: int) -> None:
@@ -97,7 +99,10 @@ class BareLoop:
             if start % len(mine) == 0:  # another epoch
                 order = torch.randperm(len(mine), generator=generator, device=device)
                 shuffled, start = mine[order], 0
-            images, labels = self.pictures.train_batch(shuffled[start : start + size], generator)
+            draws = Draws.from_seed(round_number, device).at(start)
+            for layer in self.dropouts:
+                layer.draws = draws
+            images, labels = self.pictures.train_batch(shuffled[start : start + size], draws)
             start += size
             optimizer.zero_grad()
             with autocast(device, self.federation.clients.precision):

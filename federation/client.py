@@ -49,6 +49,7 @@ class LocalUpdate:
     growth: Tensor | None = None  # float32 [num_parameters]: gradient that asks for weights
     norm: Tensor | None = None  # FedBN: weights of the client's norm layers, then the buffers
     algorithm: LocalRound = field(default_factory=LocalRound)
+    loss: Tensor | float = 0.0  # mean over the batches
 
 
 class Clients:
@@ -131,6 +132,7 @@ class Clients:
         report = trained.report
         if trained.update is None:
             return report
+        report.loss = float(trained.loss)
         try:
             if trained.buffers is not None:
                 self._add(report, "buffers", trained.buffers, round_number)
@@ -224,7 +226,7 @@ class Clients:
         if self.engine is None:
             self.engine = self.make_engine(self.precision)
         corrects = trained.algorithm.corrects or self.pruned is not None
-        report.loss, report.num_skipped_steps = train_client(
+        trained.loss, report.num_skipped_steps = train_client(
             self.engine,
             self.pictures,
             self.pictures_of[report.client],
