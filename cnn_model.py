@@ -221,9 +221,15 @@ class Alignment:
             self.positions = moved.to(device)
 
     def views(self, memory: Tensor) -> list[Tensor]:
-        """The tensors that lie in `memory` [size], in the shapes of the layout."""
+        """The tensors that lie in `memory` [..., >= size], in the shapes of the layout.
+
+        Leading dimensions, such as one of clients, are theirs, too.
+        """
         tensors = zip(self.starts, self.sizes, self.shapes, strict=True)
-        return [memory[start : start + size].view(shape) for start, size, shape in tensors]
+        return [
+            memory[..., start : start + size].view((*memory.shape[:-1], *shape))
+            for start, size, shape in tensors
+        ]
 
     def spread(self, vector: Tensor) -> Tensor:
         """A gapless vector [layout.size] with gaps of zeros [size]; itself if there are none."""
@@ -315,8 +321,15 @@ class FlatModel:
         return self._alignment.compact(aligned)
 
     def views(self, aligned: Tensor) -> list[Tensor]:
-        """The tensors of an aligned vector, in the shapes of the parameters."""
+        """The tensors of an aligned vector, in the shapes of the parameters.
+
+        Of vectors in rows, [L, >= size], the tensors are stacked, too.
+        """
         return self._alignment.views(aligned)
+
+    def buffer_views(self, aligned: Tensor) -> list[Tensor]:
+        """The same of a vector that is laid out as `buffers` is, or of such rows."""
+        return self._buffer_alignment.views(aligned)
 
     def norm_positions(self) -> Tensor:
         """Where in a gapless vector the weights and biases of the norm layers are.

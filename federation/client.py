@@ -5,8 +5,9 @@ hands to the second is a LocalUpdate, so a thread may encode one client while th
 next.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,15 +25,11 @@ from federation.channel import ErrorFeedback
 from federation.client_store import ClientStore, State
 from federation.messages import SERVER, Broadcast, Buffer, Report
 from pruning import snip_scores
-from training.engines import TorchEngine
-from training.local_sgd import (
-    Engine,
-    Interrupted,
-    batch_sizes,
-    local_lr,
-    loss_gradient,
-    train_client,
-)
+from training.correction import Correction
+from training.engines import Engine
+from training.graph_engine import make_engine as make_torch_engine
+from training.lanes import Job, Lanes, group_by_steps
+from training.local_sgd import Interrupted, batch_sizes, local_lr, loss_gradient, train_client
 
 OWED = ("residual", "velocity")  # the fields of a State that error feedback keeps
 
@@ -49,6 +46,9 @@ class LocalUpdate:
     growth: Tensor | None = None  # float32 [num_parameters]: gradient that asks for weights
     norm: Tensor | None = None  # FedBN: weights of the client's norm layers, then the buffers
     algorithm: LocalRound = field(default_factory=LocalRound)
+    lr: float = 0.0
+    received: Tensor | None = None  # float32 [num_parameters]: the weights that it began with
+    known: State = field(default_factory=dict)  # the part of the state that its team has, too
     loss: Tensor | float = 0.0  # mean over the batches
 
 
@@ -76,11 +76,14 @@ class Clients:
         self.model, self.pictures, self.pictures_of = model, pictures, pictures_of
         self.store, self.team = store, team
         self.precision = config.precision
-        self.make_engine = make_engine or self._make_torch_engine
-        self.engine: Engine | None = None  # built late, because `precision: auto` is resolved late
-        self.payload_memory = (
-            PayloadMemory()
-        )  # memory of the payloads that have not been decoded yet
+        self.make_engine = make_engine or partial(make_torch_engine, model, config.local, team=team)
+        # Both are built late, because what is `auto` is resolved late.
+        self.engine: Engine | None = None
+        self.lanes: Lanes | None = None
+        one_by_one = make_engine or team.size > 1 or config.local.lanes == "auto"
+        self.num_lanes = 1 if one_by_one else int(config.local.lanes)
+        # Memory of the payloads that have not been decoded yet.
+        self.payload_memory = PayloadMemory()
         self.sent: dict[int, Buffer] = {}  # by client: its update as it left, until owe_refused()
         self.feedback = _error_feedback(config)
         # A new vector for each update would cost ten times the subtraction, because the operating
@@ -119,13 +122,19 @@ class Clients:
 
     def train(
         self, clients: list[int], round_number: int, broadcast: Broadcast
-    ) -> list[LocalUpdate]:
+    ) -> Iterator[LocalUpdate]:
         """Train these clients from the model that they received. Raises Interrupted.
 
-        Only a team's leader gets the updates; without error feedback, an update is valid until the
-        next call.
+        With several lanes they train together, and come in the order of the lanes' groups. Only a
+        team's leader gets the updates; without error feedback, an update is valid until the next
+        one is asked for.
         """
-        return [self._train_one(client, round_number, broadcast) for client in clients]
+        if self.num_lanes == 1:
+            yield from (self._train_one(client, round_number, broadcast) for client in clients)
+            return
+        steps = [len(batch_sizes(self.config.local, len(self.pictures_of[c]))) for c in clients]
+        for group in group_by_steps(steps, self.num_lanes):
+            yield from self._train_in_lanes([clients[i] for i in group], round_number, broadcast)
 
     def encode(self, trained: LocalUpdate, round_number: int) -> Report:
         """Prune and encode what a client learned and still owes; stage what it keeps."""
@@ -188,73 +197,89 @@ class Clients:
     # --- training ---------------------------------------------------------------------------------
 
     def _train_one(self, client: int, round_number: int, broadcast: Broadcast) -> LocalUpdate:
-        trained, model = LocalUpdate(self._report(client)), self.model
         if self._team_stops():
             raise Interrupted
+        trained = self._begin(client, round_number, broadcast)
         if trained.report.failure:
             return trained
+        if self.engine is None:
+            self.engine = self.make_engine(self.precision)
+        task = self.pictures, self.pictures_of[client], self.config.local, trained.lr
+        seed = self.config.seed_for("training", round_number, client)
+        more = self._stops, self._correction(trained.algorithm)
+        trained.loss, trained.report.num_skipped_steps = train_client(
+            self.engine, *task, seed, *more
+        )
+        return self._finish(trained, round_number, broadcast)
+
+    def _train_in_lanes(
+        self, clients: list[int], round_number: int, broadcast: Broadcast
+    ) -> Iterator[LocalUpdate]:
+        """Train at most num_lanes clients at once."""
+        local, model = self.config.local, self.model
+        if self.lanes is None:
+            self.lanes = Lanes(model, self.pictures, local, self.precision, self.num_lanes)
+        begun, jobs = [], []
+        for client in clients:
+            trained = self._begin(client, round_number, broadcast)
+            if trained.report.failure:
+                yield trained
+                continue
+            begun.append(trained)
+            seed = self.config.seed_for("training", round_number, client)
+            vectors = model.parameters.clone(), model.buffers.clone()
+            correction = self._correction(trained.algorithm)
+            jobs.append(Job(self.pictures_of[client], trained.lr, seed, *vectors, correction))
+        results = self.lanes.train(jobs, self._stops) if jobs else []
+        for trained, result in zip(begun, results, strict=True):
+            model.parameters.copy_(result.parameters)
+            model.buffers.copy_(result.buffers)
+            trained.loss = result.loss
+            yield self._finish(trained, round_number, broadcast)
+
+    def _begin(self, client: int, round_number: int, broadcast: Broadcast) -> LocalUpdate:
+        """Put what a client received and kept into the network."""
+        trained, model = LocalUpdate(self._report(client)), self.model
+        if trained.report.failure:
+            return trained
+        trained.lr = local_lr(self.config.local, round_number, self.config.rounds)
         trained.state = self.store.get(client)
         known = self.team.broadcast({k: v for k, v in trained.state.items() if k not in OWED})
         self.load(broadcast.parameters, broadcast.buffers, known)
-        received = broadcast.parameters
+        trained.known, trained.received = known, broadcast.parameters
         if self.own_positions is not None:
-            received = model.read_parameters().clone()
+            trained.received = model.read_parameters().clone()
         trained.algorithm = self.agreement.algorithm.before(
-            model.aligned(received),
+            model.aligned(trained.received),
             self._aligned(known.get("algorithm")),
             self._aligned(broadcast.vector),
             lambda: self._full_gradient(client, round_number),
         )
-        self._fit(trained, round_number)
-        if not self.team.is_leader:
-            return trained
-        if not trained.report.step_length:
-            trained.report.fail("fp16 skipped every step")
-            return trained
-        self._read(trained, received)
-        if self.mask.grows_in(round_number):
-            self.load(broadcast.parameters, broadcast.buffers, known)
-            batches = self.config.pruning.mask.batches
-            gradient = self._gradient("mask", round_number, client, batches)
-            trained.growth = model.compact(gradient)
         return trained
 
-    def _fit(self, trained: LocalUpdate, round_number: int) -> None:
-        """Train the model in the network on the client's pictures; note how it went."""
-        local, report = self.config.local, trained.report
-        lr = local_lr(local, round_number, self.config.rounds)
-        if self.engine is None:
-            self.engine = self.make_engine(self.precision)
-        corrects = trained.algorithm.corrects or self.pruned is not None
-        trained.loss, report.num_skipped_steps = train_client(
-            self.engine,
-            self.pictures,
-            self.pictures_of[report.client],
-            local,
-            lr,
-            self.config.seed_for("training", round_number, report.client),
-            self._stops,
-            self._correction(trained.algorithm) if corrects else None,
-        )
+    def _finish(self, trained: LocalUpdate, round_number: int, broadcast: Broadcast) -> LocalUpdate:
+        """Take what the client, whose weights are in the network, has learned."""
+        report, local = trained.report, self.config.local
         steps = len(batch_sizes(local, report.num_examples)) - report.num_skipped_steps
-        report.step_length = step_length(lr, steps, local.momentum, local.nesterov)
+        report.step_length = step_length(trained.lr, steps, local.momentum, local.nesterov)
+        if not self.team.is_leader:
+            return trained
+        if not steps:
+            report.fail("fp16 skipped every step")
+            return trained
+        self._read(trained, trained.received)
+        if self.mask.grows_in(round_number):
+            self.load(broadcast.parameters, broadcast.buffers, trained.known)
+            batches = self.config.pruning.mask.batches
+            gradient = self._gradient("mask", round_number, report.client, batches)
+            trained.growth = self.model.compact(gradient)
+        return trained
 
-    def _correction(self, algorithm: LocalRound) -> Callable[[Tensor, Tensor], None]:
-        """The algorithm's correction of a gradient, but for a client's own norm layers.
-
-        Weights that are pruned get no gradient, and so never leave 0.
-        """
-
-        def correct(weights: Tensor, gradient: Tensor) -> None:
-            own = self.own_aligned
-            uncorrected = None if own is None else gradient[own]
-            algorithm.correct_gradient(weights, gradient)
-            if own is not None:
-                gradient[own] = uncorrected
-            if self.pruned is not None:
-                gradient.masked_fill_(self.pruned, 0.0)
-
-        return correct
+    def _correction(self, algorithm: LocalRound) -> Correction | None:
+        """What is done to each gradient; None if nothing is."""
+        if not algorithm.corrects and self.pruned is None:
+            return None
+        return Correction(algorithm, self.own_aligned, self.pruned)
 
     def _read(self, trained: LocalUpdate, received: Tensor) -> None:
         """Take from the network what the client has learned."""
@@ -355,9 +380,6 @@ class Clients:
 
     def _use_mask(self) -> None:
         self.pruned = self._aligned(self.mask.pruned)
-
-    def _make_torch_engine(self, precision: str) -> Engine:
-        return TorchEngine(self.model, self.config.local, precision, self.team)
 
     def load_mask(self, state: dict[str, Any]) -> None:
         """Go on with the mask of a checkpoint."""

@@ -51,6 +51,17 @@ def batch_sizes(local: Local, num_examples: int) -> list[int]:
     return list(islice(cycle(epoch), local.steps or local.epochs * len(epoch)))
 
 
+def batch_places(sizes: list[int], num_examples: int) -> list[tuple[int, int, int]]:
+    """Of each batch: its epoch, where in the shuffled order of that epoch it starts, its size."""
+    places, epoch, start = [], 0, 0
+    for size in sizes:
+        if start == num_examples:
+            epoch, start = epoch + 1, 0
+        places.append((epoch, start, size))
+        start += size
+    return places
+
+
 def train_client(
     engine: Engine,
     pictures: Pictures,
@@ -118,10 +129,7 @@ def loss_gradient(
 
 def _batches(indices: Tensor, sizes: list[int], draws: Draws) -> Iterator[Tensor]:
     """Yield batches of indices of the given sizes; each epoch is shuffled anew."""
-    start, epoch = len(indices), 0
-    for size in sizes:
-        if start == len(indices):
-            shuffled, start = indices[draws.at(epoch).order(len(indices))], 0
-            epoch += 1
+    for epoch, start, size in batch_places(sizes, len(indices)):
+        if start == 0:
+            shuffled = indices[draws.at(epoch).order(len(indices))]
         yield shuffled[start : start + size]
-        start += size
