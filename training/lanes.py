@@ -208,7 +208,9 @@ class Lanes:
         if self.stacked_buffers:
             torch._foreach_copy_(self.stacked_buffers, self.buffer_views)
         tensors = self.parameter_views, self.stacked_buffers
-        losses = vmap(self._loss)(*tensors, images, labels, self.share, self.key)
+        logits = vmap(self._logits)(*tensors, images, self.key)
+        losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        losses = (losses.view_as(self.share) * self.share).sum(1, keepdim=True)
         gradients = torch.autograd.grad(losses.sum(), self.parameter_views)
         torch._foreach_copy_(self.gradient_views, gradients)
         is_active = self.share[:, :1] > 0
@@ -219,16 +221,15 @@ class Lanes:
             before = self.buffers.clone()
             torch._foreach_copy_(self.buffer_views, self.stacked_buffers)
             self.buffers.copy_(torch.where(is_active, self.buffers, before))
-        self.loss.add_(losses.detach()[:, None].masked_fill(~is_active, 0.0))
+        self.loss.add_(losses.detach().masked_fill(~is_active, 0.0))
 
     def _step_alone(self, lane: int, batch: Tensor, key: Tensor) -> None:
         """A step of one lane, without vmap: its batch has a size of its own."""
         images, labels = self.pictures.train_batch(batch, Draws(key))
-        share = torch.full(labels.shape, 1 / len(labels), device=key.device)
         weights = [view[lane].detach().requires_grad_() for view in self.parameter_views]
         # .data, because autograd must not take one layer's new statistics for another's change.
         buffers = [view[lane].data for view in self.buffer_views]
-        loss = self._loss(weights, buffers, images, labels, share, key)
+        loss = cross_entropy(self._logits(weights, buffers, images, key), labels)
         gradient = self.gradients[lane]
         torch._foreach_copy_(self.model.views(gradient), torch.autograd.grad(loss, weights))
         momentum = None if self.momentum is None else self.momentum[lane]
@@ -236,21 +237,14 @@ class Lanes:
         flat_sgd(self.weights[lane], gradient, momentum, self.lr[lane], self.local, correct)
         self.loss[lane] += loss.detach()
 
-    def _loss(
-        self,
-        parameters: list[Tensor],
-        buffers: list[Tensor],
-        images: Tensor,
-        labels: Tensor,
-        share: Tensor,  # [B]: what each picture counts
-        key: Tensor,
+    def _logits(
+        self, parameters: list[Tensor], buffers: list[Tensor], images: Tensor, key: Tensor
     ) -> Tensor:
-        """The loss of one client's batch; BatchNorm moves its statistics in `buffers`."""
+        """Of one client's batch, float32 [B, num_classes]; BatchNorm's statistics move."""
         self.model.use_draws(Draws(key))
         tensors = dict(zip(self.names, [*parameters, *buffers], strict=True))
         with autocast(self.model.device, self.precision):
-            logits = functional_call(self.model.network, tensors, (images,)).float()
-        return (cross_entropy(logits, labels, reduction="none") * share).sum()
+            return functional_call(self.model.network, tensors, (images,)).float()
 
     def _correct_all(self, *_: Tensor) -> None:
         for lane in range(self.num_lanes):

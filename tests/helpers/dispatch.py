@@ -12,7 +12,7 @@ WAITS |= {"scalar_tensor"}  # a number in the place of a tensor, which is copied
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails at an operation for which the host waits for the device, or that copies between them."""
+    """Fails where the host waits for the device, or copies something to it or from it."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
