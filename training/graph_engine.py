@@ -56,15 +56,15 @@ class GraphEngine(Engine):
         if self.momentum is not None:
             self.momentum.zero_()
         self.correction = self.held.take(correct_gradient)
+        self.kind = correct_gradient and correct_gradient.kind
 
     def train_batch(self, pictures: Pictures, batch: Tensor, draws: Draws) -> tuple[Tensor, int]:
         held = self.batches.setdefault(len(batch), torch.empty_like(batch))
         held.copy_(batch)
         self.key.copy_(draws.key)
-        kind = self.correction.kind if self.correction else None
         take_step = super().train_batch
         loss = self.graphs.run(
-            (len(batch), kind), lambda: take_step(pictures, held, Draws(self.key))[0]
+            (len(batch), self.kind), lambda: take_step(pictures, held, Draws(self.key))[0]
         )
         return loss, 0
 

@@ -71,12 +71,13 @@ class Plan:
     smaller batch is, too: it is filled up with pictures that do not count. Other steps are `alone`.
 
     Attributes: num_steps; batches: int64 [T, L, B]; shares: float32 [T, L, B], what each picture
-    counts in its batch's mean loss, 0 where a lane takes no step; alone: for each step, the lanes
-    that take it by themselves, with their pictures, int64 [size].
+    counts in its batch's mean loss, 0 where a lane takes no step; is_together: for each step,
+    whether any lane takes it; alone: for each step, the lanes that take it by themselves, with
+    their pictures, int64 [size].
     """
 
     def __init__(self, jobs: list[Job], draws: Draws, local: Local, fills_up: bool, num_jobs: int):
-        """num_jobs: the jobs after so many fill up the lanes, and take no step."""
+        """fills_up: whether smaller batches are; num_jobs: those after so many take no step."""
         device, wanted = draws.key.device, local.batch_size
         lengths = [len(job.indices) for job in jobs]
         places = [batch_places(batch_sizes(local, length), length) for length in lengths]
@@ -96,7 +97,7 @@ class Plan:
         at = _to(device, starts + column % sizes.clamp(min=1))
         self.batches = orders.expand(self.num_steps, -1, -1).gather(2, at)
         self.shares = _to(device, (column < sizes) / sizes.clamp(min=1))
-        self.is_together = sizes.any(1).flatten().tolist()  # by step: whether any lane takes it
+        self.is_together = sizes.any(1).flatten().tolist()
 
 
 def _shuffled(jobs: list[Job], draws: Draws, num_epochs: int) -> Tensor:
@@ -168,7 +169,7 @@ class Lanes:
         seeds = torch.tensor([job.seed for job in filled])
         draws = Draws(_to(device, seeds))
         plan = Plan(filled, draws, local, not self.has_statistics, len(jobs))
-        kind = self.corrections[0].kind if self.corrections[0] else None
+        kinds = tuple(correction and correction.kind for correction in self.corrections)
         self.model.train()
         for step in range(plan.num_steps):
             if stop():
@@ -178,7 +179,7 @@ class Lanes:
                 self.key.copy_(keys)
                 self.batch.copy_(plan.batches[step])
                 self.share.copy_(plan.shares[step])
-                self.graphs.run(kind, self._step_together)
+                self.graphs.run(kinds, self._step_together)
             for lane, batch in plan.alone[step]:
                 self._step_alone(lane, batch, keys[lane])
         steps = [len(batch_sizes(local, len(job.indices))) for job in jobs]
@@ -214,9 +215,8 @@ class Lanes:
         gradients = torch.autograd.grad(losses.sum(), self.parameter_views)
         torch._foreach_copy_(self.gradient_views, gradients)
         is_active = self.share[:, :1] > 0
-        correct = self._correct_all if self.corrections[0] else None
         vectors = self.weights, self.gradients, self.momentum
-        flat_sgd(*vectors, self.lr, self.local, correct, is_active)
+        flat_sgd(*vectors, self.lr, self.local, self._correct_all, is_active)
         if self.has_statistics:
             before = self.buffers.clone()
             torch._foreach_copy_(self.buffer_views, self.stacked_buffers)
@@ -233,8 +233,8 @@ class Lanes:
         gradient = self.gradients[lane]
         torch._foreach_copy_(self.model.views(gradient), torch.autograd.grad(loss, weights))
         momentum = None if self.momentum is None else self.momentum[lane]
-        correct = (lambda *_: self._correct(lane)) if self.corrections[lane] else None
-        flat_sgd(self.weights[lane], gradient, momentum, self.lr[lane], self.local, correct)
+        vectors = self.weights[lane], gradient, momentum
+        flat_sgd(*vectors, self.lr[lane], self.local, lambda *_: self._correct(lane))
         self.loss[lane] += loss.detach()
 
     def _logits(
@@ -251,8 +251,9 @@ class Lanes:
             self._correct(lane)
 
     def _correct(self, lane: int) -> None:
-        size = self.model.parameters.numel()
-        self.corrections[lane](self.weights[lane, :size], self.gradients[lane, :size])
+        if self.corrections[lane]:
+            size = self.model.parameters.numel()
+            self.corrections[lane](self.weights[lane, :size], self.gradients[lane, :size])
 
 
 def _rows(num_lanes: int, vector: Tensor) -> Tensor:
