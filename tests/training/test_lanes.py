@@ -123,6 +123,17 @@ def test_corrected_lanes_equal_corrected_clients(name, network):
     assert [(c.local_round, c.pruned) for c in (job.correction for job in jobs)] == expected
 
 
+def test_corrected_and_plain_clients_train_together():
+    model = model_of("lenet")
+    given = corrections_of("SCAFFOLD", model)
+    lanes = Lanes(model, PICTURES, LOCAL, "fp32", 5)
+    for corrections in ([given[0], None, *given[2:]], [None] * 5, given):
+        jobs = make_jobs(model, corrections=corrections)
+        expected = one_by_one(model, LOCAL, jobs)
+        for ours, theirs in zip(results(lanes, jobs), expected, strict=True):
+            torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "norm"), NETWORKS)
 def test_a_lane_does_not_depend_on_its_companions(name, norm):
     """Equal bits in another order, beside others, beside one that diverges, and with idle lanes."""
