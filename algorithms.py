@@ -52,7 +52,12 @@ class Arrived(Protocol):
 
 
 class LocalRound:
-    """One client in one round of FedAvg: plain SGD, and nothing kept."""
+    """One client in one round of FedAvg: plain SGD, and nothing kept.
+
+    What correct_gradient() reads and is not the same in a whole run is an attribute that is a
+    tensor: a recorded step goes on with the next client's tensors in their place, see
+    training/correction.py.
+    """
 
     corrects = False  # whether correct_gradient() does anything
 

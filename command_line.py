@@ -160,6 +160,10 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "clients.per_round", f"{clients.per_round} is more than clients.total={clients.total}"
     if local.nesterov and local.momentum == 0:
         yield "local.nesterov", "needs local.momentum above 0"
+    if not re.fullmatch(r"auto|[1-9]\d*", local.lanes):
+        yield "local.lanes", f"{local.lanes!r} is neither auto nor a whole number from 1"
+    elif local.lanes not in ("auto", "1"):
+        yield from _lane_contradictions(config)
     if not re.fullmatch(r"batch|group\([1-9]\d*\)", model.norm):
         yield "model.norm", f"{model.norm!r} is neither batch nor group(n), such as group(2)"
     if not re.fullmatch(r"[\w.,+=-]+", config.name) or config.name[0] in ".-":
@@ -190,6 +194,17 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         )
     if config.server.scheduler_options and not config.server.scheduler:
         yield "server.scheduler_options", "given without server.scheduler"
+
+
+def _lane_contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """What trains one client at a time."""
+    remedy = "trains one client at a time; use local.lanes: 1"
+    if config.precision == "fp16":
+        yield "local.lanes", f"precision: fp16 {remedy}"
+    if config.distributed.engine == "deepspeed":
+        yield "local.lanes", f"distributed.engine: deepspeed {remedy}"
+    if config.distributed.ranks_per_client > 1:
+        yield "local.lanes", f"distributed.ranks_per_client above 1 {remedy}"
 
 
 def _momentum_contradictions(config: Config) -> Iterator[tuple[str, str]]:

@@ -117,6 +117,7 @@ class Local:
     nesterov: bool = False
     weight_decay: float = between(5e-4, 0.0)
     clip: float = between(0.0, 0.0)  # largest L2 norm of a batch's gradient; 0: no clipping
+    lanes: str = "auto"  # how many clients a device trains at once; auto: as many as is fastest
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,8 @@ class Config:
     output_dir: str = path_to("outputFolder")
     device: str = one_of("auto", "cpu", "cuda")
     precision: str = one_of("auto", "fp32", "bf16", "fp16")  # auto: bf16 where it is faster
+    # Kernels that give equal bits twice; auto: if a step then takes less than a tenth longer
+    deterministic: str = one_of("auto", "true", "false")
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # Accelerate's trackers
     deepspeed_config: str = path_to("deepspeed_config.json")  # "" for none
     data: Data = field(default_factory=Data)

@@ -25,6 +25,8 @@ from distributed import RankLost, Ranks
 from federation.ledger import LedgerRow
 from federation.synchronous import Federation
 from run_folder import RunFolder, RunFolderError
+from training.choices import Choices
+from training.determinism import use_deterministic_kernels
 from training.local_sgd import Interrupted, batch_sizes
 from training.precision import choose_precision, probe_precision
 
@@ -110,7 +112,9 @@ def start(config: Config, ranks: Ranks, folder: RunFolder) -> Federation:
         federation.load(state)
         _say(ranks, f"resuming {folder.path} after round {federation.progress.round_number}")
     _announce_data(federation)
-    resolve_precision(federation, folder.environment().get("precision"))
+    before = folder.environment()
+    names = vars(federation.clients.choices)
+    resolve_auto(federation, {name: before[name] for name in names} if before else {})
     ranks.on_all_ranks(lambda: record_environment(federation, folder) if ranks.is_main else None)
     _ornament("trackers", lambda: ranks.accelerator.init_trackers("tensorboard"))
     return federation
@@ -154,22 +158,22 @@ def save(federation: Federation, folder: RunFolder) -> None:
         federation.clients.store.drop_replaced()
 
 
-def resolve_precision(federation: Federation, recorded: str | None) -> None:
-    """Turn precision `auto` into what is faster here: once in a run's life, the same everywhere.
+def resolve_auto(federation: Federation, recorded: dict[str, str]) -> None:
+    """Decide what is `auto` by what is faster here: once in a run's life, the same everywhere.
 
-    recorded: what environment.json says it was turned into before; None the first time.
+    recorded: the choices in environment.json; empty the first time.
     """
-    clients, ranks = federation.clients, federation.ranks
-    if clients.precision != "auto":
-        return
-    seconds = {}
-    if recorded is None and ranks.is_main:
-        seconds = probe_precision(federation.model, federation.pictures, federation.config.local)
-    seconds = ranks.gather_json(seconds)[0]
-    clients.precision = recorded or choose_precision(seconds)
-    if seconds:
-        measured = ", ".join(f"{name} {1e3 * s:.0f} ms" for name, s in seconds.items())
-        _say(ranks, f"precision: {clients.precision} (a step takes {measured})")
+    clients, ranks, config = federation.clients, federation.ranks, federation.config
+    choices, said = Choices(**recorded) if recorded else clients.choices, []
+    if ranks.is_main and not recorded:
+        cohort = -(-config.clients.per_round // ranks.num_teams)
+        said = choices.measure(
+            config, federation.model, federation.pictures, cohort, clients.one_by_one
+        )
+    clients.choices = Choices(**ranks.gather_json(vars(choices))[0])
+    use_deterministic_kernels(ranks.device, clients.choices.deterministic == "true")
+    for line in said:
+        _say(ranks, line)
 
 
 def record_environment(federation: Federation, folder: RunFolder) -> None:
@@ -187,7 +191,7 @@ def record_environment(federation: Federation, folder: RunFolder) -> None:
             dataset.train_labels.numpy(),
             dataset.class_names,
         ),
-        "precision": federation.clients.precision,
+        **vars(federation.clients.choices),
     }
     before = folder.environment()
     for key, value in facts.items():
@@ -255,7 +259,7 @@ def plan(config: Config, ranks: Ranks) -> int:
         seconds = probe_precision(federation.model, federation.pictures, config.local)
         seconds = ranks.gather_json(seconds)[0]
         precision = config.precision if config.precision != "auto" else choose_precision(seconds)
-        federation.clients.precision = precision
+        federation.clients.choices.precision = precision
         _, messages = federation.run_round()
     steps = sum(len(batch_sizes(config.local, len(shard))) for shard in federation.shards)
     estimate = config.rounds * config.clients.per_round * steps / len(federation.shards)

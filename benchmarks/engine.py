@@ -28,13 +28,14 @@ import torch
 from devices import device_name, wait_for
 from torch.nn.functional import cross_entropy
 
-from cnn_model import build_network
+from cnn_model import Dropout, build_network
 from command_line import load_config
 from config import Config
 from distributed import Ranks
-from experiment import resolve_precision
+from experiment import resolve_auto
 from federation.cohort import sample_cohort
 from federation.synchronous import Federation
+from training.draws import Draws
 from training.engines import autocast
 from training.local_sgd import batch_sizes, local_lr
 
@@ -72,6 +73,7 @@ class BareLoop:
             model.name, self.pictures.num_classes, self.pictures.image_size, 0, norm=model.norm
         )
         self.network.to(federation.ranks.device, memory_format=torch.channels_last)
+        self.dropouts = [m for m in self.network.modules() if isinstance(m, Dropout)]
         self.state = {k: v.clone() for k, v in self.network.state_dict().items()}
 
     def run_round(self, round_number: int) -> None:
@@ -99,10 +101,13 @@ class BareLoop:
             if start % len(mine) == 0:  # another epoch
                 order = torch.randperm(len(mine), generator=generator, device=device)
                 shuffled, start = mine[order], 0
-            images, labels = self.pictures.train_batch(shuffled[start : start + size], generator)
+            draws = Draws.from_seed(round_number, device).at(start)
+            for layer in self.dropouts:
+                layer.draws = draws
+            images, labels = self.pictures.train_batch(shuffled[start : start + size], draws)
             start += size
             optimizer.zero_grad()
-            with autocast(device, self.federation.clients.precision):
+            with autocast(device, self.federation.clients.choices.precision):
                 loss = cross_entropy(self.network(images), labels)
             loss.backward()
             optimizer.step()
@@ -111,7 +116,7 @@ class BareLoop:
 def measure(config: Config, rounds: int) -> dict[str, float]:
     """Median seconds of a round of ours and of the bare loop, and the median of their ratios."""
     federation = Federation(config, Ranks(config), Path(config.output_dir) / "states")
-    resolve_precision(federation, None)
+    resolve_auto(federation, {})
     bare, device = BareLoop(federation), federation.ranks.device
     seconds: dict[str, list[float]] = {"ours": [], "bare": []}
     for round_number in range(1, rounds + 2):

@@ -34,7 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from command_line import load_config
 from distributed import Ranks
-from experiment import resolve_precision
+from experiment import resolve_auto
 from federation.channel import Channel
 from federation.synchronous import Federation
 
@@ -149,7 +149,7 @@ def main() -> None:
         fixed += ["rounds=1000000", "evaluation.every=999999"]  # the round has no evaluation
         config = load_config(args.config, [*fixed, *args.overrides])
         federation = Federation(config, Ranks(config), Path(output) / "states")
-        resolve_precision(federation, None)
+        resolve_auto(federation, {})
         for _ in range(WARM_UP):
             federation.run_round()
         recording = record_round(federation)

@@ -36,11 +36,12 @@ import torch
 from devices import device_name
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from cnn_model import FlatModel, build_network
+from cnn_model import build_network
 from command_line import load_config
 from config import Config
 from data import Dataset, Pictures, load_dataset, partition_labels
 from training.evaluation import evaluate
+from training.flat_model import FlatModel
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/pfl_benchmark.yaml"

@@ -1,12 +1,20 @@
 """Batches made on the device: random crops and mirror images, normalised, in a memory format."""
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .dataset import Dataset
 from .errors import DataError
+
+
+class Draws(Protocol):
+    """What augmentation needs of training/draws.py."""
+
+    def below(self, high: int, count: int, purpose: str) -> Tensor:
+        """int64 [..., count] from 0 to high - 1, with the leading dimensions of the indices."""
 
 
 class Pictures:
@@ -65,18 +73,21 @@ class Pictures:
             self._images["validation"] = dataset.validation_images[centre].to(device)
             self.labels["validation"] = dataset.validation_labels.to(device)
 
-    def train_batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return augmented pictures, float32 [B, 3, H, W], and their labels, int64 [B].
+    def train_batch(self, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Return augmented pictures, float32 [..., B, 3, H, W], and their labels, int64 [..., B].
 
-        indices: int64 [B], which training pictures to take; on the device. generator: on the
-        device; its state does not change if nothing is drawn. Indices out of range are an error.
+        indices: int64 [..., B], which training pictures to take; on the device. Leading dimensions
+        are those of the draws: several clients' batches may be made at once. Indices out of range
+        are an error.
         """
-        images = self._train_images.index_select(0, indices)
+        count = indices.shape[-1]
+        images = self._train_images.index_select(0, indices.flatten())
         if self._padding or images.shape[1:3] != self.image_size:
-            images = self._crop(images, generator)
+            images = self._crop(images, count, draws)
         if self._flip:
-            images = self._mirror(images, generator)
-        return self._normalise(images), self.train_labels[indices]
+            images = self._mirror(images, count, draws)
+        images = self._normalise(images).unflatten(0, indices.shape)
+        return images, self.train_labels[indices]
 
     def evaluation_batch(self, split: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return the pictures start to stop - 1 of a split, not augmented, and their labels.
@@ -85,8 +96,8 @@ class Pictures:
         """
         return self._normalise(self._images[split][start:stop]), self.labels[split][start:stop]
 
-    def _crop(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Pad the pictures [B, h, w, 3] and cut a part [B, H, W, 3] out, each at its own offset.
+    def _crop(self, images: Tensor, batch_size: int, draws: Draws) -> Tensor:
+        """Pad the pictures [N, h, w, 3] and cut a part [N, H, W, 3] out, each at its own offset.
 
         A row of a part is 3W neighbouring bytes, which may start at any pixel. So the padded
         pictures are viewed as a table with a row of 3W bytes for each pixel (most of these rows
@@ -101,8 +112,11 @@ class Pictures:
         starts = padded.view(-1).as_strided((num_starts, 3 * width), (3, 1))
 
         offset_y, offset_x = (
-            torch.randint(room + 1, (count,), generator=generator, device=self._device)
-            for room in (padded_height - height, padded_width - width)
+            draws.below(room + 1, batch_size, purpose).flatten()
+            for room, purpose in (
+                (padded_height - height, "crop row"),
+                (padded_width - width, "crop column"),
+            )
         )
         first = torch.arange(count, device=self._device) * padded_height
         corners = (first + offset_y) * padded_width + offset_x
@@ -110,10 +124,10 @@ class Pictures:
         selected = (corners[:, None] + rows).view(-1)
         return starts.index_select(0, selected).view(-1, height, width, 3)
 
-    def _mirror(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Mirror each of the pictures [B, H, W, 3] left to right with probability 1/2."""
+    def _mirror(self, images: Tensor, batch_size: int, draws: Draws) -> Tensor:
+        """Mirror each of the pictures [N, H, W, 3] left to right with probability 1/2."""
         count = len(images)
-        mirrored = torch.randint(2, (count,), generator=generator, device=self._device)
+        mirrored = draws.below(2, batch_size, "mirror").flatten()
         both = torch.cat([images, images.flip(2)])
         return both.index_select(0, torch.arange(count, device=self._device) + mirrored * count)
 

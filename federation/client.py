@@ -1,12 +1,12 @@
-"""The clients' part of a round, on the rank where they live: train, prune, encode, remember.
+"""The clients' part of a round, on the rank where they live: receive, and train on the device.
 
-server.py is the other end. train() works on the device and encode() on the CPU; what the first
-hands to the second is a LocalUpdate, so a thread may encode one client while the device trains the
-next.
+server.py is the other end. What a client has learned is encoded by uplink.py. training hands it a
+LocalUpdate, so that a thread may encode one client while the device trains the next.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,50 +14,30 @@ import torch
 from torch import Tensor
 
 from algorithms import LocalRound, step_length
-from cnn_model import FlatModel
-from compression import Decoded, Memory, NotFinite, all_finite, new_memory, to_host
 from config import Config
 from data import Pictures
 from distributed import Team
 from federation.agreement import Agreement
-from federation.channel import Select, error_feedback
 from federation.client_store import ClientStore, State
-from federation.messages import SERVER, Broadcast, Buffer, Report
+from federation.messages import Broadcast, Report
+from federation.uplink import OWED, LocalUpdate, Uplink
 from pruning import snip_scores
-from training.engines import TorchEngine
-from training.local_sgd import (
-    Engine,
-    Interrupted,
-    batch_sizes,
-    local_lr,
-    loss_gradient,
-    train_client,
-)
-
-OWED = ("residual", "velocity")  # the fields of a State that error feedback keeps
-
-
-@dataclass
-class LocalUpdate:
-    """What a client has learned, on the device of training, before any of it is encoded."""
-
-    report: Report
-    state: State = field(default_factory=dict)  # what the client kept before the round
-    update: Tensor | None = None  # float32 [num_parameters]; None if there is nothing to send
-    besides: Tensor | None = None  # float32 [num_parameters]: what the algorithm sends besides
-    buffers: Tensor | None = None  # float32 [num_buffers]: None if they stay
-    growth: Tensor | None = None  # float32 [num_parameters]: gradient that asks for weights
-    norm: Tensor | None = None  # FedBN: weights of the client's norm layers, then the buffers
-    algorithm: LocalRound = field(default_factory=LocalRound)
+from training.choices import Choices
+from training.correction import Correction
+from training.engines import Engine
+from training.flat_model import FlatModel
+from training.graph_engine import make_engine as make_torch_engine
+from training.lanes import Job, Lanes, group_by_steps
+from training.local_sgd import Interrupted, batch_sizes, local_lr, loss_gradient, train_client
 
 
 class Clients:
     """The clients that live on this rank, trained one after the other in one network.
 
     pictures_of: the int64 indices of each client's pictures; team: the ranks that train a client
-    together, whose leader keeps the states and encodes; make_engine: builds what trains, once the
-    precision is known. Every method that trains raises Interrupted once stop_requested is set:
-    between two batches, or in a team between two clients.
+    together, whose leader keeps the states and encodes (uplink); make_engine: builds what trains in
+    a precision. Every method that trains raises Interrupted once stop_requested is set: between two
+    batches, or in a team between two clients.
     """
 
     def __init__(
@@ -74,15 +54,16 @@ class Clients:
         self.config, self.agreement, self.mask = config, agreement, agreement.mask
         self.model, self.pictures, self.pictures_of = model, pictures, pictures_of
         self.store, self.team = store, team
-        self.precision = config.precision
-        self.make_engine = make_engine or self._make_torch_engine
-        self.engine: Engine | None = None  # built late, because `precision: auto` is resolved late
-        self.sent: dict[int, Buffer] = {}  # by client: its update as it left, until owe_refused()
-        self.feedback = error_feedback(config)
+        self.choices = Choices.of(config)  # what is auto there is decided before the first round
+        self.make_engine = make_engine or partial(make_torch_engine, model, config.local, team=team)
+        self.one_by_one = make_engine is not None or team.size > 1
+        self.engine: Engine | None = None  # both are built with the first client that they train
+        self.lanes: Lanes | None = None
+        self.uplink = Uplink(config, agreement, store)
         # A new vector for each update would cost ten times the subtraction, because the operating
-        # system zeroes its pages. Error feedback needs one, for what the client will owe.
-        # A GPU's memory is kept by torch, and updates wait there while the next client trains.
-        reuses = not self.feedback and model.device.type == "cpu"
+        # system zeroes its pages. Error feedback needs one, for what the client will owe. A GPU's
+        # memory stays with torch, and updates wait there while the next client trains.
+        reuses = not self.uplink.feedback and model.device.type == "cpu"
         self.update = torch.empty(model.layout.size) if reuses else None
         # FedBN (Li et al. 2021, arXiv 2102.07623): the norm layers are each client's own.
         own = config.model.norm_policy == "local"
@@ -116,51 +97,19 @@ class Clients:
 
     def train(
         self, clients: list[int], round_number: int, broadcast: Broadcast
-    ) -> list[LocalUpdate]:
+    ) -> Iterator[LocalUpdate]:
         """Train these clients from the model that they received. Raises Interrupted.
 
-        Only a team's leader gets the updates; without error feedback, an update is valid until the
-        next call.
+        With several lanes they train together, and come in the order of the lanes' groups. Only a
+        team's leader gets the updates; without error feedback, an update is valid until the next
+        one is asked for.
         """
-        return [self._train_one(client, round_number, broadcast) for client in clients]
-
-    def encode(
-        self, trained: LocalUpdate, round_number: int, memory: Memory = new_memory
-    ) -> Report:
-        """Prune and encode what a client learned and still owes; stage what it keeps.
-
-        memory: gives the bytes that payloads are written on.
-        """
-        report = trained.report
-        if trained.update is None:
-            return report
-        try:
-            if trained.buffers is not None:
-                self._add(report, "buffers", trained.buffers, round_number, memory)
-            if trained.growth is not None:
-                growth = to_host(trained.growth)
-                candidates = self.mask.growth_candidates(growth, round_number)
-                self._add(report, "growth", growth, round_number, memory, lambda *_: candidates)
-            self._encode_update(trained, round_number, memory)
-        except NotFinite:
-            report.fail("the update is not finite")
-        return report
-
-    def owe_refused(self, report: Report, round_number: int) -> None:
-        """Of a client that the server refused, all that was sent is owed again.
-
-        The rest of its state stays what it was before the round. report: as it arrived, perhaps
-        damaged on the way.
-        """
-        client, sent = report.client, self.sent.pop(report.client, None)
-        if not report.failure or client not in self.store.staged:
+        if self.num_lanes == 1:
+            yield from (self._train_one(client, round_number, broadcast) for client in clients)
             return
-        staged, state = self.store.get_staged(client), self.store.get(client)
-        state = state | {key: staged[key] for key in OWED if key in staged}
-        if self.feedback:
-            channel, residual = self.agreement.channel("up", "update"), state["residual"]
-            channel.decode(sent, round_number, client).to(residual.device).add_to(residual)
-        self.store.stage(client, state, round_number)
+        steps = [len(batch_sizes(self.config.local, len(self.pictures_of[c]))) for c in clients]
+        for group in group_by_steps(steps, self.num_lanes):
+            yield from self._train_in_lanes([clients[i] for i in group], round_number, broadcast)
 
     def score(self, client: int, broadcast: Broadcast) -> tuple[Report, Tensor | None]:
         """Before round 1: how much each weight matters to the client's loss (SNIP)."""
@@ -174,17 +123,6 @@ class Clients:
         gradient = self.model.compact(self._gradient("mask", 0, client, batches))
         return report, snip_scores(gradient, broadcast.parameters)
 
-    def encode_scores(
-        self, report: Report, scores: Tensor | None, memory: Memory = new_memory
-    ) -> Report:
-        """Encode the scores, if there are any."""
-        try:
-            if scores is not None:
-                self._add(report, "scores", scores, 0, memory)
-        except NotFinite:
-            report.fail("the scores are not finite")
-        return report
-
     def load(self, parameters: Tensor, buffers: Tensor, state: State | None = None) -> None:
         """Put a model into the network, with the norm layers of the client that kept `state`."""
         model = self.model
@@ -197,82 +135,101 @@ class Clients:
     # --- training ---------------------------------------------------------------------------------
 
     def _train_one(self, client: int, round_number: int, broadcast: Broadcast) -> LocalUpdate:
-        trained, model = LocalUpdate(self._report(client)), self.model
         if self._team_stops():
             raise Interrupted
+        trained = self._begin(client, round_number, broadcast)
         if trained.report.failure:
             return trained
+        if self.engine is None:
+            self.engine = self.make_engine(self.choices.precision)
+        task = self.pictures, self.pictures_of[client], self.config.local, trained.lr
+        seed = self.config.seed_for("training", round_number, client)
+        more = self._stops, self._correction(trained.algorithm)
+        trained.loss, trained.report.num_skipped_steps = train_client(
+            self.engine, *task, seed, *more
+        )
+        return self._finish(trained, round_number, broadcast)
+
+    def _train_in_lanes(
+        self, clients: list[int], round_number: int, broadcast: Broadcast
+    ) -> Iterator[LocalUpdate]:
+        """Train at most num_lanes clients at once."""
+        local, model = self.config.local, self.model
+        if self.lanes is None:
+            precision = self.choices.precision
+            self.lanes = Lanes(model, self.pictures, local, precision, self.num_lanes)
+        begun, jobs = [], []
+        for client in clients:
+            trained = self._begin(client, round_number, broadcast)
+            if trained.report.failure:
+                yield trained
+                continue
+            begun.append(trained)
+            seed = self.config.seed_for("training", round_number, client)
+            vectors = model.parameters.clone(), model.buffers.clone()
+            correction = self._correction(trained.algorithm)
+            jobs.append(Job(self.pictures_of[client], trained.lr, seed, *vectors, correction))
+        results = self.lanes.train(jobs, self._stops) if jobs else []
+        for trained, result in zip(begun, results, strict=True):
+            model.parameters.copy_(result.parameters)
+            model.buffers.copy_(result.buffers)
+            trained.loss = result.loss
+            yield self._finish(trained, round_number, broadcast)
+
+    def _begin(self, client: int, round_number: int, broadcast: Broadcast) -> LocalUpdate:
+        """Put what a client received and kept into the network."""
+        trained, model = LocalUpdate(self._report(client)), self.model
+        if trained.report.failure:
+            return trained
+        trained.lr = local_lr(self.config.local, round_number, self.config.rounds)
         trained.state = self.store.get(client)
+        if self.store.is_older_than_mask(client):  # the client has it, even if it fails later
+            self.store.stage(client, trained.state, round_number)
         if self.store.is_older_than_mask(
             client
         ):  # it has arrived even if the client fails in this round
             self.store.stage(client, trained.state, round_number)
         known = self.team.broadcast({k: v for k, v in trained.state.items() if k not in OWED})
         self.load(broadcast.parameters, broadcast.buffers, known)
-        received = broadcast.parameters
+        trained.known, trained.received = known, broadcast.parameters
         if self.own_positions is not None:
-            received = model.read_parameters().clone()
+            trained.received = model.read_parameters().clone()
         trained.algorithm = self.agreement.algorithm.before(
-            model.aligned(received),
+            model.aligned(trained.received),
             self._aligned(known.get("algorithm")),
             self._aligned(broadcast.vector),
             lambda: self._full_gradient(client, round_number),
         )
-        self._fit(trained, round_number)
-        if not self.team.is_leader:
-            return trained
-        if not trained.report.step_length:
-            trained.report.fail("fp16 skipped every step")
-            return trained
-        self._read(trained, received)
-        if self.mask.grows_in(round_number):
-            self.load(broadcast.parameters, broadcast.buffers, known)
-            batches = self.config.pruning.mask.batches
-            gradient = self._gradient("mask", round_number, client, batches)
-            trained.growth = model.compact(gradient)
         return trained
 
-    def _fit(self, trained: LocalUpdate, round_number: int) -> None:
-        """Train the model in the network on the client's pictures; note how it went."""
-        local, report = self.config.local, trained.report
-        lr = local_lr(local, round_number, self.config.rounds)
-        if self.engine is None:
-            self.engine = self.make_engine(self.precision)
-        corrects = trained.algorithm.corrects or self.pruned is not None
-        report.loss, report.num_skipped_steps = train_client(
-            self.engine,
-            self.pictures,
-            self.pictures_of[report.client],
-            local,
-            lr,
-            self.config.seed_for("training", round_number, report.client),
-            self._stops,
-            self._correction(trained.algorithm) if corrects else None,
-        )
+    def _finish(self, trained: LocalUpdate, round_number: int, broadcast: Broadcast) -> LocalUpdate:
+        """Take what the client, whose weights are in the network, has learned."""
+        report, local = trained.report, self.config.local
         steps = len(batch_sizes(local, report.num_examples)) - report.num_skipped_steps
-        report.step_length = step_length(lr, steps, local.momentum, local.nesterov)
+        report.step_length = step_length(trained.lr, steps, local.momentum, local.nesterov)
+        if not self.team.is_leader:
+            return trained
+        if not steps:
+            report.fail("fp16 skipped every step")
+            return trained
+        self._read(trained, trained.received)
+        if self.mask.grows_in(round_number):
+            self.load(broadcast.parameters, broadcast.buffers, trained.known)
+            batches = self.config.pruning.mask.batches
+            gradient = self._gradient("mask", round_number, report.client, batches)
+            trained.growth = self.model.compact(gradient)
+        return trained
 
-    def _correction(self, algorithm: LocalRound) -> Callable[[Tensor, Tensor], None]:
-        """The algorithm's correction of a gradient, but for a client's own norm layers.
-
-        Weights that are pruned get no gradient, and so never leave 0.
-        """
-
-        def correct(weights: Tensor, gradient: Tensor) -> None:
-            own = self.own_aligned
-            uncorrected = None if own is None else gradient[own]
-            algorithm.correct_gradient(weights, gradient)
-            if own is not None:
-                gradient[own] = uncorrected
-            if self.pruned is not None:
-                gradient.masked_fill_(self.pruned, 0.0)
-
-        return correct
+    def _correction(self, algorithm: LocalRound) -> Correction | None:
+        """What is done to each gradient; None if nothing is."""
+        if not algorithm.corrects and self.pruned is None:
+            return None
+        return Correction(algorithm, self.own_aligned, self.pruned)
 
     def _read(self, trained: LocalUpdate, received: Tensor) -> None:
         """Take from the network what the client has learned."""
         model, own = self.model, self.own_positions
-        if self.feedback:  # the update becomes what is owed, so it counts from now on
+        if self.uplink.feedback:  # the update becomes what is owed, so it counts from now on
             self.store.make_room(received.nbytes)
         update = torch.sub(model.read_parameters(), received, out=self.update)
         if own is not None:
@@ -314,51 +271,7 @@ class Clients:
         """A vector over the parameters as training holds it, on the device."""
         return None if vector is None else self.model.aligned(vector.to(self.model.device))
 
-    # --- encoding ---------------------------------------------------------------------------------
-
-    def _encode_update(self, trained: LocalUpdate, round_number: int, memory: Memory) -> None:
-        """Encode the update and what is owed; stage what does not travel for the next round."""
-        report, state, kept = trained.report, trained.state, State()
-        update = trained.update
-        after = self.feedback.add(update, state) if self.feedback else {}
-        arrived = {"update": self._add(report, "update", update, round_number, memory)}
-        if self.feedback:
-            kept |= self.feedback.subtract(update, arrived["update"], after)
-            self.sent[report.client] = report.messages[-1].payload
-        if trained.besides is not None:
-            kind = self.agreement.algorithm.up
-            arrived[kind] = self._add(report, kind, trained.besides, round_number, memory)
-        before = state.get("algorithm")
-        before = None if before is None else before.to(update.device)
-        algorithm = trained.algorithm.after_sending(before, arrived)
-        if algorithm is not None:
-            kept["algorithm"] = algorithm
-        if trained.norm is not None:
-            kept["norm"] = trained.norm
-        if not all(map(all_finite, kept.values())):
-            raise NotFinite
-        if kept:
-            self.store.stage(report.client, kept, round_number)
-
-    def _add(
-        self,
-        report: Report,
-        kind: str,
-        vector: Tensor,
-        round_number: int,
-        memory: Memory,
-        select: Select | None = None,
-    ) -> Decoded:
-        """Encode a vector into a message of the report; return what arrives, on its device.
-
-        Raises NotFinite.
-        """
-        channel, client = self.agreement.channel("up", kind), report.client
-        payload, arrived = channel.encode(vector, round_number, client, memory, select)
-        report.messages.append(
-            self.agreement.message("up", kind, client, SERVER, payload, len(arrived.values))
-        )
-        return arrived.to(vector.device)
+    # --- the mask ---------------------------------------------------------------------------------
 
     def _use_mask(self, round_number: int) -> None:
         """Train and keep only the weights on the mask, which has changed in this round."""
@@ -372,6 +285,12 @@ class Clients:
         self._use_mask(round_number)
 
     # --- small things -----------------------------------------------------------------------------
+
+    @property
+    def num_lanes(self) -> int:
+        """How many clients train at once."""
+        lanes = self.choices.lanes
+        return 1 if self.one_by_one or lanes == "auto" else int(lanes)
 
     def _report(self, client: int) -> Report:
         report = Report(client, len(self.pictures_of[client]))
@@ -389,6 +308,3 @@ class Clients:
         asked = torch.tensor(float(self.stop_requested), device=self.model.device)
         self.team.sum_(asked)
         return bool(asked)
-
-    def _make_torch_engine(self, precision: str) -> Engine:
-        return TorchEngine(self.model, self.config.local, precision, self.team)

@@ -1,9 +1,11 @@
 """From a config to what a federation consists of: data, shards, network, both ends."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
-from cnn_model import FlatModel, build_network
+from cnn_model import build_network
 from config import Config, ConfigError, from_here
 from data import Dataset, Pictures, hold_out, load_dataset, partition_labels
 from distributed import Ranks
@@ -11,6 +13,7 @@ from federation.agreement import Agreement
 from federation.client import Clients
 from federation.client_store import ClientStore
 from federation.server import Server
+from training.flat_model import FlatModel
 
 
 def load_data(config: Config) -> Dataset:
@@ -91,6 +94,12 @@ def make_server(config: Config, model: FlatModel, num_examples: list[int]) -> Se
         model.is_variance,
         num_examples,
     )
+
+
+def make_store(config: Config, folder: Path, device: torch.device) -> ClientStore:
+    """What the clients of this rank keep; folder: of what does not fit into memory."""
+    budget = config.clients.state_memory_gib * 2**30
+    return ClientStore(folder, budget, has_gpu=device.type == "cuda")
 
 
 def make_clients(

@@ -17,7 +17,6 @@ import numpy as np
 from compression import Decoded, Memory
 from config import Config
 from distributed import Ranks
-from federation.client_store import ClientStore
 from federation.cohort import Placement, sample_cohort
 from federation.exchange import Exchange
 from federation.ledger import LedgerRow, ledger_row
@@ -30,9 +29,11 @@ from federation.setup import (
     make_clients,
     make_pictures,
     make_server,
+    make_store,
     partition,
 )
 from network.clock import Device, Link, client_timeline
+from training.choices import Choices
 from training.evaluation import SHARED, evaluate_models
 from training.local_sgd import Interrupted, batch_sizes, local_lr
 from training.memory import memory_governed_by
@@ -62,7 +63,7 @@ class Federation:
     """
 
     def __init__(self, config: Config, ranks: Ranks, states_folder: Path):
-        self.config, self.ranks, self.states_folder = config, ranks, states_folder
+        self.config, self.ranks = config, ranks
         if ranks.use_deepspeed:
             from training.deepspeed_engine import read_config
 
@@ -82,9 +83,8 @@ class Federation:
         self.server = ranks.on_all_ranks(lambda: make_server(config, self.model, num_examples))
         self.versions: dict[int, int] = {}  # client: version of its saved state, of all ranks
         self.placement = Placement(ranks, [])
-        self.clients = make_clients(
-            config, self.model, self.pictures, self.shards, self._make_store(), ranks
-        )
+        store = make_store(config, states_folder, ranks.device)
+        self.clients = make_clients(config, self.model, self.pictures, self.shards, store, ranks)
         self.pipeline = Pipeline(ranks.device, num_coding_threads(ranks.device))
         self.exchange = Exchange(ranks, sums=config.distributed.exchange == "allreduce")
         network = config.network
@@ -118,20 +118,21 @@ class Federation:
     def _train(
         self, cohort: list[int], round_number: int, broadcast: Broadcast
     ) -> Iterator[Encode]:
-        """Train this rank's clients one by one; each time return what encodes the update."""
-        for client in self._own(cohort):
-            with memory_governed_by("local.batch_size"):
-                [update] = self.clients.train([client], round_number, broadcast)
-            yield partial(self.clients.encode, update, round_number)
+        """Train this rank's clients; of each return what encodes the update."""
+        clients = self.clients
+        with memory_governed_by("local.batch_size"):
+            for update in clients.train(self._own(cohort), round_number, broadcast):
+                yield partial(clients.uplink.encode, update, round_number)
 
     def _score(self, cohort: list[int], broadcast: Broadcast) -> Iterator[Encode]:
         """The same for the scores of the weights."""
         for client in self._own(cohort):
-            yield partial(self.clients.encode_scores, *self.clients.score(client, broadcast))
+            scored = self.clients.score(client, broadcast)
+            yield partial(self.clients.uplink.encode_scores, *scored)
 
-    def _own(self, cohort: list[int]) -> Iterator[int]:
+    def _own(self, cohort: list[int]) -> list[int]:
         """The clients that this rank's team trains, once they have been placed."""
-        return filter(self.placement.is_here, cohort)
+        return list(filter(self.placement.is_here, cohort))
 
     def _collect(
         self,
@@ -151,7 +152,7 @@ class Federation:
         try:
             for report, arrived in self._arrivals(trained, average, round_number):
                 average.add(report, arrived)
-                clients.owe_refused(report, round_number)
+                clients.uplink.owe_refused(report, round_number)
                 report.messages = [*broadcast.messages[report.client], *report.messages]
                 report.messages = report.without_payloads().messages
         except Interrupted:
@@ -165,7 +166,8 @@ class Federation:
     ) -> Iterator[tuple[Report, dict[str, Decoded]]]:
         """The reports of all ranks' clients in client order, and what each one decodes to.
 
-        With one rank a report is passed on as it comes, so that its payloads need not be kept.
+        With one rank a report is passed on as it comes, so that its payloads need not be kept;
+        lanes train the clients in another order.
         """
 
         def decoded(report: Report) -> tuple[Report, dict[str, Decoded]]:
@@ -173,7 +175,9 @@ class Federation:
 
         if self.ranks.size == 1:
             jobs = (lambda memory, e=encode: decoded(e(memory)) for encode in trained)
-            yield from self.pipeline.run(jobs)
+            in_order = self.clients.num_lanes == 1
+            arrivals = self.pipeline.run(jobs, keep=not in_order)
+            yield from arrivals if in_order else sorted(arrivals, key=lambda pair: pair[0].client)
             return
         leads = self.ranks.team.is_leader
         own = (report for report in self.pipeline.run(trained, keep=True) if leads)
@@ -208,7 +212,7 @@ class Federation:
                 ),
                 self.model,
                 self.pictures,
-                clients.precision,
+                clients.choices.precision,
                 evaluation.batch_size,
                 self.ranks,
                 self.placement.holds_state,
@@ -320,7 +324,7 @@ class Federation:
                 f"the ranks' models differ after round {self.progress.round_number}: {hashes}"
             )
         return self.server.state() | {
-            "precision": self.clients.precision,
+            "choices": vars(self.clients.choices),
             "clients": {} if needs_none else self.versions,
             "clients_mask": self.clients.mask.state(),
             "mask_round": self.clients.store.mask_round,
@@ -330,17 +334,16 @@ class Federation:
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.clients.precision = state["precision"]
+        self.clients.choices = Choices(**state["choices"])
         self.progress = Progress(**state["progress"])
         self.earlier = unpack_reports(memoryview(bytes.fromhex(state["earlier"])))
         self.server.load(state)
         self.versions = state["clients"]
         self.placement = Placement(self.ranks, list(self.versions))
-        self.clients.store = self._make_store()
+        self.clients.store.versions = self._versions_here()
         self.clients.load_mask(state["clients_mask"], state["mask_round"])
 
-    def _make_store(self) -> ClientStore:
-        """The states that this rank holds, from those that the last checkpoint names."""
-        budget = self.config.clients.state_memory_gib * 2**30
-        held = {c: v for c, v in self.versions.items() if self.placement.holds_state(c)}
-        return ClientStore(self.states_folder, budget, held, self.ranks.device.type == "cuda")
+    def _versions_here(self) -> dict[int, int]:
+        """The versions of the states that this rank holds, of those that a checkpoint names."""
+        holds = self.placement.holds_state
+        return {client: version for client, version in self.versions.items() if holds(client)}

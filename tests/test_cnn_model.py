@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from cnn_model import Conv2d, Dropout, FlatModel, build_network
+from cnn_model import Conv2d, Dropout, build_network
+from training.flat_model import FlatModel
 
 CPU = torch.device("cpu")
 
@@ -81,6 +82,26 @@ def test_the_cnn_drops_out_as_pfl_research_does():
     assert [m.p for m in build("cnn").modules() if isinstance(m, nn.Dropout)] == [0.25, 0.5]
 
 
+class TorchBytes:
+    """Bytes from torch's generator; `asked`: the purposes."""
+
+    def __init__(self, seed: int):
+        self.seed, self.asked = seed, []
+
+    def bytes(self, count: int, purpose: str) -> torch.Tensor:
+        self.asked.append(purpose)
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randint(256, (count,), generator=generator, dtype=torch.uint8)
+
+
+def test_the_dropout_layers_of_a_network_ask_for_draws_of_their_own():
+    model, draws = FlatModel(build("cnn"), CPU), TorchBytes(0)
+    model.train()
+    model.use_draws(draws)
+    model.network(torch.zeros(1, 3, 8, 8))
+    assert draws.asked == ["dropout 0", "dropout 1"]
+
+
 @pytest.mark.parametrize("p", [0.25, 0.5])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -88,8 +109,9 @@ def test_dropout_zeroes_its_share_and_scales_the_rest(p, memory_format, dtype):
     drop = Dropout(p)
     x = torch.rand(10, 33, 15, 17).add(1).to(dtype).contiguous(memory_format=memory_format)
     x.requires_grad_()
-    torch.manual_seed(4)
+    drop.draws, drop.number = TorchBytes(4), 3
     y = drop(x)
+    assert drop.draws.asked == ["dropout 3"]
     assert y.dtype == dtype and y.is_contiguous(memory_format=memory_format)
     kept = y != 0
     scale = torch.tensor(1 / (1 - p), dtype=dtype)
@@ -99,8 +121,9 @@ def test_dropout_zeroes_its_share_and_scales_the_rest(p, memory_format, dtype):
         assert share == pytest.approx(1 - p, abs=6 * (p * (1 - p) / part.numel()) ** 0.5)
     y.float().sum().backward()
     assert torch.equal(x.grad, kept * scale)
-    torch.manual_seed(4)
     assert torch.equal(drop(x), y)
+    assert torch.equal(drop(x.contiguous()), y)  # whatever the memory format
+    drop.draws = TorchBytes(5)
     assert not torch.equal(drop(x), y)
     assert drop.eval()(x) is x
 
@@ -204,7 +227,8 @@ import sys
 
 import torch
 
-from cnn_model import Conv2d, FlatModel, build_network
+from cnn_model import Conv2d, build_network
+from training.flat_model import FlatModel
 
 torch.manual_seed(0)
 torch.set_num_threads(int(sys.argv[1]))
@@ -270,7 +294,8 @@ def test_convolutions_start_as_he_et_al_say():
 def test_any_size_from_8x8_trains(name, size):
     for settings in [{}, dict(stem="imagenet", norm="group(2)")]:
         model = flat(name, size=size, width=0.0625, num_classes=3, **settings)
-        model.network.train()
+        model.train()
+        model.use_draws(TorchBytes(0))
         logits = model.network(torch.randn(4, 3, *size))
         assert logits.shape == (4, 3)
         cross_entropy(logits, torch.tensor([0, 1, 2, 0])).backward()
@@ -288,7 +313,7 @@ def test_width_scales_the_channels_and_keeps_at_least_one():
     assert build("resnet50", width=0.25).head.in_features == 512
     assert build("lenet", width=2.0)[0].out_channels == 12
     for name in ("resnet18", "cnn", "lenet"):
-        assert build(name, width=1e-9)(torch.zeros(2, 3, 8, 8)).shape == (2, 10)
+        assert build(name, width=1e-9).eval()(torch.zeros(2, 3, 8, 8)).shape == (2, 10)
 
 
 @pytest.mark.parametrize(("norm", "kind"), [("batch", nn.BatchNorm2d), ("group(4)", nn.GroupNorm)])

@@ -144,6 +144,15 @@ def test_an_output_folder_must_have_a_name():
         ("model:\n  norm: layer", [], "x.yaml:2: model.norm: 'layer' is neither batch nor "),
         ("model:\n  norm: group(0)", [], "x.yaml:2: model.norm: 'group(0)' is neither"),
         ("model:\n  norm: group(2)x", [], "x.yaml:2: model.norm: 'group(2)x' is neither"),
+        ("local:\n  lanes: many", [], "x.yaml:2: local.lanes: 'many' is neither auto nor "),
+        ("", ["local.lanes=0"], "command line: local.lanes: '0' is neither auto nor "),
+        ("local:\n  lanes: 4", ["precision=fp16"], "x.yaml:2: local.lanes: precision: fp16 trains "
+         "one client at a time; use local.lanes: 1"),
+        ("", ["local.lanes=2", "distributed.ranks_per_client=2"], "command line: local.lanes: "
+         "distributed.ranks_per_client above 1 trains one client at a time"),
+        ("", ["local.lanes=2", "distributed.engine=deepspeed"], "command line: local.lanes: "
+         "distributed.engine: deepspeed trains one client at a time"),
+        ("", ["deterministic=yes"], "command line: deterministic: 'yes' is not one of auto, "),
         ("name: a/b", [], "x.yaml:1: name: 'a/b' must be usable as a folder"),
         ("name: -x", [], "x.yaml:1: name: '-x' must be usable as a folder"),
         ("name: a b", [], "x.yaml:1: name: 'a b' must be usable as a folder"),
@@ -212,6 +221,7 @@ def test_what_looks_like_a_contradiction_and_is_none():
     load("", "pruning.method=threshold", "pruning.threshold=1", "downlink.values=int3")
     load("", "clients.total=10", "clients.per_round=10")
     load("", "local.nesterov=true", "model.norm=group(32)", "name=A-1_b.c")
+    load("", "local.lanes=1", "precision=fp16", "deterministic=true")
     load("", "local.lr_schedule.name=step", "local.lr_schedule.milestones=[3]")
     load("", "server.scheduler=StepLR", "server.scheduler_options.step_size=3")
 

@@ -13,7 +13,7 @@ import torch
 from helpers.runs import PYTHON, REPOSITORY, SCRIPTS, launch, summary, tiny_command
 
 from federation import client
-from federation.client import Clients
+from federation.uplink import Uplink
 from run_folder import RunFolder
 
 
@@ -195,14 +195,14 @@ def test_a_reader_who_leaves_early_does_not_end_the_run(tmp_path, words):
 @pytest.fixture
 def all_fail(monkeypatch):
     """Every client's update is lost."""
-    original = Clients.encode
+    original = Uplink.encode
 
     def encode(self, *update):
         report = original(self, *update)
         report.fail("it fell over")
         return report
 
-    monkeypatch.setattr(Clients, "encode", encode)
+    monkeypatch.setattr(Uplink, "encode", encode)
 
 
 def test_a_run_that_learned_nothing_ends_with_a_status_of_its_own(run, all_fail, capsys):
@@ -228,7 +228,7 @@ def test_a_learning_rate_that_is_far_too_large_does_not_end_well(run):
 
 
 def test_the_summary_counts_what_was_left_out(run, monkeypatch):
-    original = Clients.encode
+    original = Uplink.encode
 
     def encode(self, *update):
         report = original(self, *update)
@@ -236,6 +236,6 @@ def test_the_summary_counts_what_was_left_out(run, monkeypatch):
             report.fail("it fell over")
         return report
 
-    monkeypatch.setattr(Clients, "encode", encode)
+    monkeypatch.setattr(Uplink, "encode", encode)
     status, folder = run("clients.per_round=4")
     assert status == 0 and summary(folder)["num_failed"] == 4

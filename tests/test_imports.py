@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "wire": {"layout", "compiled"},
     "compressors": {"wire", "layout", "compiled"},
     "compression": {"compressors", "wire", "layout", "compiled"},
-    "training": {"cnn_model", "data", "distributed", "config"},
+    "training": {"cnn_model", "layout", "data", "distributed", "config"},
 }
 # Files of federation that know both ends and the network: the schedules and their set-up.
 SCHEDULES = {"synchronous", "setup"}

@@ -19,7 +19,6 @@ from torch import nn
 
 from afo import make_optimizer
 from algorithms import ALGORITHMS, make_algorithm, step_length
-from cnn_model import FlatModel
 from compression import Decoded
 from config import Config, Local, Pruning, Server, Uplink
 from distributed import Team
@@ -28,6 +27,7 @@ from federation.channel import ErrorFeedback
 from federation.compatibility import contradictions
 from layout import Layout
 from training.engines import TorchEngine
+from training.flat_model import FlatModel
 
 PAGE = Path(__file__).parent.parent / "docs" / "algorithms.md"
 LAYOUT, NO_BUFFERS = Layout(("matrix",), ((4, 8),)), Layout((), ())

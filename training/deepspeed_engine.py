@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cnn_model import FlatModel
 from config import Config, Local
 from distributed import Team
 from training.deepspeed_file import read_config
-from training.engines import FIRST_SCALE_POWER, CorrectGradient, clip_gradient, make_sgd
+from training.engines import FIRST_SCALE_POWER, CorrectGradient, Engine, clip_gradient, make_sgd
+from training.flat_model import FlatModel
 
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 
@@ -51,8 +51,8 @@ class Groups:
         return 0
 
 
-class DeepSpeedEngine:
-    """The methods of TorchEngine, done by DeepSpeed."""
+class DeepSpeedEngine(Engine):
+    """An engine whose steps are DeepSpeed's."""
 
     def __init__(
         self,
@@ -93,7 +93,6 @@ class DeepSpeedEngine:
         self.logs = EngineLogs(given, folder)
 
     def begin(self, lr: float, correct_gradient: CorrectGradient | None) -> None:
-        """Train from what model.parameters holds, without memory of the client before."""
         self.correct_gradient = correct_gradient
         # As in TorchEngine: decay, correct, clip, momentum.
         self.decay = self.weight_decay if correct_gradient or self.clip else 0.0
@@ -122,7 +121,6 @@ class DeepSpeedEngine:
         self.engine.backward(loss * (share * self.team.size))
 
     def step(self) -> int:
-        """Decay, correct, clip and apply the gradient; return 1 if fp16 overflowed instead."""
         scale = self.scaler.get_scale() if self.scaler else 1.0
         if self.correct_gradient or self.decay:
             self._correct(scale)

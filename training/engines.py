@@ -1,16 +1,20 @@
-"""How a batch's loss becomes a step: plain PyTorch on the flat vectors of a FlatModel.
+"""How a batch becomes a step: plain PyTorch on the flat vectors of a FlatModel.
 
-deepspeed_engine.py holds the other engine, with the same methods; local_sgd.py uses either.
+deepspeed_engine.py holds another engine; local_sgd.py uses either.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from cnn_model import FlatModel
 from config import Local
+from data import Pictures
 from distributed import Team
+from training.draws import Draws
+from training.flat_model import FlatModel
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FIRST_SCALE_POWER = 10  # fp16 multiplies the loss by 2^10 at first
@@ -46,12 +50,57 @@ def make_sgd(parameters: list[torch.nn.Parameter], local: Local) -> torch.optim.
     )
 
 
-class TorchEngine:
-    """Call begin() before a client's first batch, forward(), backward() and step() for each batch,
-    and end() after its last.
+class Engine(ABC):
+    """Call begin() before a client's first batch, train_batch() for each, and end() after its last.
 
     team: the ranks that share each client's batches; their gradients are added up.
     """
+
+    model: FlatModel
+    team: Team
+
+    @abstractmethod
+    def begin(self, lr: float, correct_gradient: CorrectGradient | None) -> None:
+        """Train from what model.parameters holds, without memory of the client before."""
+
+    def train_batch(
+        self, pictures: Pictures, batch: Tensor, draws: Draws
+    ) -> tuple[Tensor, Tensor | int]:
+        """One step on the pictures at `batch`, int64 [B]; draws: this step's.
+
+        Returns this rank's part of the batch's mean loss, and 1 if fp16 skipped the step.
+        """
+        team = self.team
+        images, labels = pictures.train_batch(batch, draws)
+        # A rank beyond the end of a small batch looks at a picture that does not count.
+        mine = slice(team.rank, None, team.size) if team.rank < len(batch) else slice(1)
+        images, labels = images[mine], labels[mine]
+        share = len(labels) / len(batch) if team.rank < len(batch) else 0.0
+        # The ranks of a team see different pictures of a batch: each drops out on its own.
+        self.model.use_draws(Draws(draws.key + team.rank))
+        loss = cross_entropy(self.forward(images), labels)
+        self.backward(loss, share)
+        return loss.detach() * share, self.step()
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, float32 [B, num_classes]."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor, share: float) -> None:
+        """Compute the gradient of a mean loss over `share` of the batch; the team has the rest."""
+
+    @abstractmethod
+    def step(self) -> Tensor | int:
+        """Decay, correct, clip and apply the gradient; return 1 if fp16 overflowed instead."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """The client's last batch is done."""
+
+
+class TorchEngine(Engine):
+    """Plain PyTorch: autograd and torch.optim.SGD."""
 
     def __init__(self, model: FlatModel, local: Local, precision: str, team: Team):
         self.model, self.precision, self.team, self.clip = model, precision, team, local.clip
@@ -61,7 +110,6 @@ class TorchEngine:
         self.sgd = make_sgd(self.tensors, local)
 
     def begin(self, lr: float, correct_gradient: CorrectGradient | None) -> None:
-        """Train from what model.parameters holds, without memory of the client before."""
         self.sgd.param_groups[0]["lr"], self.correct_gradient = lr, correct_gradient
         if self.sgd.param_groups[0]["momentum"]:
             # Fused SGD would leave the momentum uninitialised if fp16 overflows in the first step.
@@ -83,12 +131,10 @@ class TorchEngine:
             self.model.gradients.zero_()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, float32 [B, num_classes]."""
         with autocast(self.model.device, self.precision):
             return self.model.network(images).float()
 
     def backward(self, loss: Tensor, share: float) -> None:
-        """Compute the gradient of a mean loss over `share` of the batch; the team has the rest."""
         # Tensor.backward() would add to what is there; setting that to zero moves more bytes.
         gradients = torch.autograd.grad(self.scaler.scale(loss * share), self.tensors)
         if self.gathers:
@@ -100,7 +146,6 @@ class TorchEngine:
             tensor.grad = gradient if gradient.is_contiguous() else view.copy_(gradient)
 
     def step(self) -> Tensor | int:
-        """Decay, correct, clip and apply the gradient; return 1 if fp16 overflowed instead."""
         skipped: Tensor | int = 0
         self.scaler.unscale_(self.sgd)
         if self.scaler.is_enabled():

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from cnn_model import FlatModel
 from data import Pictures
 from distributed import Ranks
 from training.engines import autocast
+from training.flat_model import FlatModel
 
 SHARED = -1  # in place of a client's number, for a model that all clients share
 

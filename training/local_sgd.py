@@ -1,37 +1,22 @@
 """Local SGD: what one client does in a round, on its own pictures.
 
-Every draw comes from the client's own seed, so the result does not depend on the rank that trains
-the client or on the clients that were trained before.
+Every draw is a function of the client's own seed (draws.py), so the result does not depend on the
+rank that trains the client or on the clients that were trained before.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from itertools import cycle, islice
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cnn_model import FlatModel
 from config import Local
 from data import Pictures
-from distributed import Team
-from training.engines import CorrectGradient
-
-
-class Engine(Protocol):
-    """What train_client() needs of the engines in engines.py and deepspeed_engine.py."""
-
-    model: FlatModel
-    team: Team
-
-    def begin(self, lr: float, correct_gradient: CorrectGradient | None) -> None: ...
-    def forward(self, images: Tensor) -> Tensor: ...
-    def backward(self, loss: Tensor, share: float) -> None: ...
-    def step(self) -> Tensor | int: ...
-    def end(self) -> None: ...
+from training.draws import Draws
+from training.engines import CorrectGradient, Engine
+from training.flat_model import FlatModel
 
 
 class Interrupted(Exception):
@@ -66,6 +51,17 @@ def batch_sizes(local: Local, num_examples: int) -> list[int]:
     return list(islice(cycle(epoch), local.steps or local.epochs * len(epoch)))
 
 
+def batch_places(sizes: list[int], num_examples: int) -> list[tuple[int, int, int]]:
+    """Of each batch: its epoch, where in the shuffled order of that epoch it starts, its size."""
+    places, epoch, start = [], 0, 0
+    for size in sizes:
+        if start == num_examples:
+            epoch, start = epoch + 1, 0
+        places.append((epoch, start, size))
+        start += size
+    return places
+
+
 def train_client(
     engine: Engine,
     pictures: Pictures,
@@ -75,38 +71,29 @@ def train_client(
     seed: int,
     stop: Callable[[], bool] = lambda: False,
     correct_gradient: CorrectGradient | None = None,
-) -> tuple[float, int]:
+) -> tuple[Tensor, int]:
     """Train the engine's model in place on the pictures at `indices`.
 
-    Returns the mean loss of the batches and the number of steps that were skipped, as fp16 does if
-    a gradient overflows. Raises Interrupted between two batches once stop() is true.
+    Returns the mean loss of the batches, float32 [] on the device, and the number of steps that
+    fp16 skipped because a gradient overflowed. Raises Interrupted between two batches once stop()
+    is true.
     """
     model, team = engine.model, engine.team
-    generator = torch.Generator(model.device).manual_seed(seed)
+    draws = Draws.from_seed(seed, model.device)
     sizes = batch_sizes(local, len(indices))
     total_loss = torch.zeros((), device=model.device)
-    num_skipped = torch.zeros((), dtype=torch.int64, device=model.device)
+    num_skipped: Tensor | int = 0
     engine.begin(lr, correct_gradient)
     model.train()
-    with _fork_rng(model.device):
-        # Dropout draws from the global generator. The ranks of a team see different pictures of a
-        # batch, so each one draws masks of its own.
-        torch.manual_seed(seed + team.rank)
-        for batch in _batches(indices, sizes, generator):
-            if stop():
-                raise Interrupted
-            images, labels = pictures.train_batch(batch, generator)
-            # A rank beyond the end of a small batch looks at a picture that does not count.
-            mine = slice(team.rank, None, team.size) if team.rank < len(batch) else slice(1)
-            images, labels = images[mine], labels[mine]
-            share = len(labels) / len(batch) if team.rank < len(batch) else 0.0
-            loss = cross_entropy(engine.forward(images), labels)
-            engine.backward(loss, share)
-            num_skipped += engine.step()
-            total_loss += loss.detach() * share
+    for step, batch in enumerate(_batches(indices, sizes, draws)):
+        if stop():
+            raise Interrupted
+        loss, skipped = engine.train_batch(pictures, batch, draws.at(step))
+        total_loss += loss
+        num_skipped += skipped
     engine.end()
     team.sum_(total_loss)
-    return float(total_loss) / len(sizes), int(num_skipped)
+    return total_loss / len(sizes), int(num_skipped)
 
 
 def loss_gradient(
@@ -120,39 +107,29 @@ def loss_gradient(
     """The gradient of the mean loss at the model's weights, in fp32, as an aligned vector.
 
     The mean is over the examples of the batches that batch_sizes(local, num_examples) lists. Masks
-    are chosen by this gradient, and SCAFFOLD's option 1 takes it. The weights, BatchNorm's
-    statistics and the random state of training stay as they were. Raises Interrupted between two
-    batches once stop() is true.
+    are chosen by this gradient, and SCAFFOLD's option 1 takes it. The weights and BatchNorm's
+    statistics stay as they were. Raises Interrupted between two batches once stop() is true.
     """
-    generator = torch.Generator(model.device).manual_seed(seed)
+    draws = Draws.from_seed(seed, model.device)
     buffers, sizes = model.buffers.clone(), batch_sizes(local, len(indices))
     parameters, views = list(model.network.parameters()), model.views(model.gradients)
     model.train()
     model.gradients.zero_()
-    with _fork_rng(model.device):
-        torch.manual_seed(seed)
-        for batch in _batches(indices, sizes, generator):
-            if stop():
-                raise Interrupted
-            images, labels = pictures.train_batch(batch, generator)
-            loss = cross_entropy(model.network(images), labels, reduction="sum")
-            # Not Tensor.backward(): ZeRO would take the gradients for its own.
-            torch._foreach_add_(views, torch.autograd.grad(loss, parameters))
+    for step, batch in enumerate(_batches(indices, sizes, draws)):
+        if stop():
+            raise Interrupted
+        images, labels = pictures.train_batch(batch, draws.at(step))
+        model.use_draws(draws.at(step))
+        loss = cross_entropy(model.network(images), labels, reduction="sum")
+        # Not Tensor.backward(): ZeRO would take the gradients for its own.
+        torch._foreach_add_(views, torch.autograd.grad(loss, parameters))
     model.buffers.copy_(buffers)
     return model.gradients / sum(sizes)
 
 
-def _fork_rng(device: torch.device) -> AbstractContextManager[None]:
-    """Within this context, draws leave torch's global generators as they were."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-
-def _batches(indices: Tensor, sizes: list[int], generator: torch.Generator) -> Iterator[Tensor]:
+def _batches(indices: Tensor, sizes: list[int], draws: Draws) -> Iterator[Tensor]:
     """Yield batches of indices of the given sizes; each epoch is shuffled anew."""
-    start = len(indices)
-    for size in sizes:
-        if start == len(indices):
-            order = torch.randperm(len(indices), generator=generator, device=indices.device)
-            shuffled, start = indices[order], 0
+    for epoch, start, size in batch_places(sizes, len(indices)):
+        if start == 0:
+            shuffled = indices[draws.at(epoch).order(len(indices))]
         yield shuffled[start : start + size]
-        start += size

@@ -1,18 +1,14 @@
 """`precision: auto`: whether this device trains faster in bf16 than in fp32."""
 
-from time import perf_counter
-
 import torch
 
-from cnn_model import FlatModel
 from config import Local
 from data import Pictures
 from distributed import Team
-from training.engines import TorchEngine
-from training.local_sgd import train_client
+from training.flat_model import FlatModel
+from training.graph_engine import make_engine
+from training.timing import CLEARLY_FASTER, seconds_of_a_step, take_turns
 
-PROBE_SECONDS = 2.0
-CLEARLY_FASTER = 0.85  # bf16 must take less than this share of fp32's time: probes are noisy
 CLEARLY_SLOWER = 3.0  # if bf16 takes more than this many times, no whole batch is tried in it
 SMALL_SHARE = 16  # the first tries use one sixteenth of a batch
 
@@ -40,27 +36,18 @@ def probe_precision(model: FlatModel, pictures: Pictures, local: Local) -> dict[
     """
     whole = min(local.batch_size, pictures.num_train)
     small = min(whole, max(2, whole // SMALL_SHARE))
-    engines = {"fp32": TorchEngine(model, local, "fp32", Team())}
+    engines = {"fp32": make_engine(model, local, "fp32", Team())}
     if computes_in_bf16(model.device):
-        engines["bf16"] = TorchEngine(model, local, "bf16", Team())
+        engines["bf16"] = make_engine(model, local, "bf16", Team())
 
-    def seconds_of_a_step(precision: str, num_examples: int) -> float:
-        indices = torch.arange(num_examples, device=model.device)
-        one_step = Local(steps=1, batch_size=num_examples)
-        begin = perf_counter()
-        train_client(engines[precision], pictures, indices, one_step, 1e-9, seed=0)
-        return perf_counter() - begin
+    def seconds(precision: str, num_examples: int) -> float:
+        return seconds_of_a_step(engines[precision], pictures, num_examples)
 
     if "bf16" in engines:
-        tried = {name: min(seconds_of_a_step(name, small) for _ in range(2)) for name in engines}
+        tried = {name: min(seconds(name, small) for _ in range(2)) for name in engines}
         if tried["bf16"] > CLEARLY_SLOWER * tried["fp32"]:
             del engines["bf16"]
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    begin = perf_counter()
-    while len(times["fp32"]) < 2 or "bf16" in engines and perf_counter() - begin < PROBE_SECONDS:
-        for name in engines:
-            times[name].append(seconds_of_a_step(name, whole))
-    return {name: min(seconds) for name, seconds in times.items()}
+    return take_turns({name: lambda n=name: seconds(n, whole) for name in engines})
 
 
 def choose_precision(seconds: dict[str, float]) -> str:

@@ -1,5 +1,7 @@
 """data/augment.py."""
 
+from zlib import crc32
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,16 @@ from helpers.pictures import noise
 from data import DataError, Dataset, Pictures, hold_out, load_dataset
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+class Draws:
+    """Numbers by purpose from torch's generator, for L clients or one; `asked`: the purposes."""
+
+    def __init__(self, seed: int, *lanes: int):
+        self.seed, self.lanes, self.asked = seed, lanes, []
+
+    def below(self, high: int, count: int, purpose: str) -> torch.Tensor:
+        self.asked.append(purpose)
+        generator = torch.Generator().manual_seed(self.seed + crc32(purpose.encode()))
+        return torch.randint(high, (*self.lanes, count), generator=generator)
 
 
 def normalised(data: Dataset, images: np.ndarray) -> np.ndarray:
@@ -23,13 +33,13 @@ def test_batches_equal_a_loop_over_pictures(padding, flip):
     data = noise()
     pictures = Pictures(data, torch.device("cpu"), padding, flip)
     indices = torch.tensor([0, 39, 3, 3, 17, 38])
-    batch, labels = pictures.train_batch(indices, generator(5))
+    batch, labels = pictures.train_batch(indices, Draws(5))
 
-    draws = generator(5)
+    draws, room = Draws(5), 2 * padding + 1
     offsets = torch.zeros(2, 6, dtype=torch.int64)
     if padding:
-        offsets = torch.randint(2 * padding + 1, (2, 6), generator=draws)
-    mirrored = torch.randint(2, (6,), generator=draws) if flip else torch.zeros(6)
+        offsets = torch.stack([draws.below(room, 6, f"crop {way}") for way in ("row", "column")])
+    mirrored = draws.below(2, 6, "mirror") if flip else torch.zeros(6)
     expected = []
     for i, y, x, mirror in zip(indices, *offsets.tolist(), mirrored, strict=True):
         frame = np.zeros((6 + 2 * padding, 5 + 2 * padding, 3), np.uint8)
@@ -52,8 +62,8 @@ def test_test_batches_are_normalised_and_nothing_else():
 
 def test_channels_may_come_first_in_memory():
     pictures = Pictures(noise(), torch.device("cpu"), channels_last=False)
-    batch, _ = pictures.train_batch(torch.arange(6), generator(5))
-    expected, _ = Pictures(noise(), torch.device("cpu")).train_batch(torch.arange(6), generator(5))
+    batch, _ = pictures.train_batch(torch.arange(6), Draws(5))
+    expected, _ = Pictures(noise(), torch.device("cpu")).train_batch(torch.arange(6), Draws(5))
     assert batch.is_contiguous() and torch.equal(batch, expected)
 
 
@@ -62,9 +72,9 @@ def test_attributes_and_normalisation_of_digits():
     pictures = Pictures(digits, torch.device("cpu"), padding=0, flip=False)
     assert (pictures.num_classes, pictures.image_size) == (10, (8, 8))
     assert (pictures.num_train, len(pictures.labels["test"])) == (1437, 360)
-    before = generator(3)
-    batch, _ = pictures.train_batch(torch.arange(1437), before)
-    assert torch.equal(before.get_state(), generator(3).get_state())  # nothing was drawn
+    draws = Draws(3)
+    batch, _ = pictures.train_batch(torch.arange(1437), draws)
+    assert draws.asked == []
     assert batch.double().mean((0, 2, 3)).abs().max() < 1e-6
     assert (batch.double().std((0, 2, 3), correction=0) - 1).abs().max() < 1e-6
 
@@ -72,7 +82,7 @@ def test_attributes_and_normalisation_of_digits():
 def test_a_channel_of_one_level_becomes_zero():
     data = Dataset.from_arrays("flat", np.full((3, 4, 4, 3), 77, np.uint8), [0, 1, 0], 2, "ab")
     pictures = Pictures(data, torch.device("cpu"), padding=0)
-    batch, _ = pictures.train_batch(torch.arange(2), generator(0))
+    batch, _ = pictures.train_batch(torch.arange(2), Draws(0))
     assert torch.equal(batch, torch.zeros(2, 3, 4, 4))
 
 
@@ -80,9 +90,24 @@ def test_a_seed_gives_a_batch_and_leaves_the_global_generator_alone():
     pictures = Pictures(noise(), torch.device("cpu"))
     indices = torch.arange(40)
     state = torch.get_rng_state()
-    one, two, other = (pictures.train_batch(indices, generator(seed))[0] for seed in (1, 1, 2))
+    one, two, other = (pictures.train_batch(indices, Draws(seed))[0] for seed in (1, 1, 2))
     assert torch.equal(one, two) and not torch.equal(one, other)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_batches_of_several_clients_are_made_at_once():
+    pictures, indices = Pictures(noise(), torch.device("cpu")), torch.arange(10).view(2, 5)
+    draws = Draws(5, 2)
+    images, labels = pictures.train_batch(indices, draws)
+    for lane, batch in enumerate(indices):
+
+        class Row:
+            def below(self, *call):
+                return draws.below(*call)[lane]  # noqa: B023
+
+        alone = pictures.train_batch(batch, Row())
+        assert torch.equal(images[lane], alone[0]) and torch.equal(labels[lane], alone[1])
+        assert images[lane].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_all_crops_and_mirrors_are_equally_likely():
@@ -90,7 +115,7 @@ def test_all_crops_and_mirrors_are_equally_likely():
     data = Dataset.from_arrays("one", np.concatenate([picture, picture]), [0, 0], 1, "a")
     pictures = Pictures(data, torch.device("cpu"), padding=1)
     count = 18_000
-    batch, _ = pictures.train_batch(torch.zeros(count, dtype=torch.int64), generator(0))
+    batch, _ = pictures.train_batch(torch.zeros(count, dtype=torch.int64), Draws(0))
     found, counts = batch.flatten(1).unique(dim=0, return_counts=True)
     assert len(found) == 3 * 3 * 2
     assert (counts - count / 18).abs().max() < 5 * (count / 18) ** 0.5
@@ -100,7 +125,7 @@ def test_the_data_set_is_left_as_it_was():
     data = noise()
     copy = data.train_images.clone(), data.test_images.clone()
     pictures = Pictures(data, torch.device("cpu"))
-    pictures.train_batch(torch.arange(40), generator(0))
+    pictures.train_batch(torch.arange(40), Draws(0))
     pictures.evaluation_batch("test", 0, 7)
     assert torch.equal(copy[0], data.train_images) and torch.equal(copy[1], data.test_images)
 
@@ -110,7 +135,7 @@ def test_the_data_set_is_left_as_it_was():
 def test_no_picture_before_the_first_or_beyond_the_last_is_served(padding, index):
     pictures = Pictures(noise(), torch.device("cpu"), padding)
     with pytest.raises((IndexError, RuntimeError), match="out of"):
-        pictures.train_batch(torch.tensor([index]), generator(0))
+        pictures.train_batch(torch.tensor([index]), Draws(0))
 
 
 # --- crops and a validation split -----------------------------------------------------------------
@@ -121,7 +146,7 @@ def test_crops_of_every_offset_are_cut_from_training_pictures(padding):
     data = noise(num_train=2)
     pictures = Pictures(data, torch.device("cpu"), padding, flip=False, crop=4)
     assert pictures.image_size == (4, 4)
-    batch, _ = pictures.train_batch(torch.zeros(2000, dtype=torch.int64), generator(0))
+    batch, _ = pictures.train_batch(torch.zeros(2000, dtype=torch.int64), Draws(0))
     frame = np.pad(data.train_images[0].numpy(), ((padding,) * 2, (padding,) * 2, (0, 0)))
     rows, columns = 6 + 2 * padding - 3, 5 + 2 * padding - 3
     crops = [frame[y : y + 4, x : x + 4] for y in range(rows) for x in range(columns)]

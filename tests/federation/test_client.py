@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers.runs import kinds, make_federation, make_plain_federation
+from helpers.runs import PLAIN, kinds, make_federation, make_plain_federation
 
 from algorithms import ALGORITHMS, step_length
 from compression import OVERHEAD
@@ -27,7 +27,7 @@ def test_error_feedback_conserves_what_clients_learned(tmp_path):
     received = one.server.parameters.detach().clone()
     [trained] = one.clients.train([0], 1, one.server.broadcast(1, [0]))
     learned = one.model.read_parameters() - received
-    [message] = one.clients.encode(trained, 1).messages
+    [message] = one.clients.uplink.encode(trained, 1).messages
     sent = one.server.agreement.channel("up", "update").decode(message.payload, 1, 0).dense()
     residual = one.clients.store.get_staged(0)["residual"]
     assert torch.equal(sent + residual, learned)
@@ -210,9 +210,9 @@ def train_and_encode(one, round_number, cohort, pool=None):
     for client in cohort:
         [trained] = one.clients.train([client], round_number, broadcast)
         if pool is None:
-            waiting.append(one.clients.encode(trained, round_number))
+            waiting.append(one.clients.uplink.encode(trained, round_number))
         else:
-            waiting.append(pool.submit(one.clients.encode, trained, round_number))
+            waiting.append(pool.submit(one.clients.uplink.encode, trained, round_number))
     reports = waiting if pool is None else [future.result() for future in waiting]
     payloads = {r.client: [(m.kind, bytes(m.payload)) for m in r.messages] for r in reports}
     assert all(not report.failure for report in reports)
@@ -382,3 +382,35 @@ def test_a_finished_run_keeps_its_clients_norm_layers(run):
     states = list((folder / "clients").glob("*.pt"))
     assert len(states) == 4
     assert all("norm" in torch.load(path, weights_only=True) for path in states)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["local.algorithm=SCAFFOLD"],
+        ["local.algorithm=FedProx", "pruning.mask.method=dynamic", "pruning.mask.density=0.3"],
+        ["model.name=resnet18", "model.width=0.125", "local.lr=0.002"],
+        [*NORMS, "model.norm_policy=local", "local.lr=0.002"],
+        ["model.name=cnn", *PLAIN],
+    ],
+)
+def test_clients_in_lanes_learn_what_they_learn_one_by_one(tmp_path, words):
+    learned = []
+    for lanes in (1, 2, 3):
+        one = make_federation(tmp_path, *words, f"local.lanes={lanes}", name=f"lanes{lanes}")
+        clients, broadcast = one.clients, one.server.broadcast(1, [0, 1, 3])
+        clients.receive(broadcast, 1)
+        clients.pictures_of[0] = clients.pictures_of[0][:0]
+        done = {}
+        for update in clients.train([0, 1, 3], 1, broadcast):
+            is_missing = update.report.failure == "it has no examples"
+            assert is_missing == (update.report.client == 0) == (update.update is None)
+            vectors = (update.update, update.buffers, update.norm, update.besides)
+            done[update.report.client] = [None if v is None else v.clone() for v in vectors]
+        learned.append(done)
+    for other in learned[1:]:
+        for client, vectors in learned[0].items():
+            for alone, together in zip(vectors, other[client], strict=True):
+                assert (alone is None) == (together is None)
+                if alone is not None:
+                    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)

@@ -131,7 +131,7 @@ def test_a_negative_variance_is_refused(tmp_path):
     cohort = sample_cohort(one.config, one.candidates, 1)
     broadcast = one.server.broadcast(1, cohort)
     updates = one.clients.train(cohort, 1, broadcast)
-    reports = [one.clients.encode(update, 1) for update in updates]
+    reports = [one.clients.uplink.encode(update, 1) for update in updates]
     buffers = one.server.buffers.clone()
     buffers[one.model.is_variance.nonzero()[3]] = -1e-3
     payload, _ = encode(buffers, one.model.buffer_layout)

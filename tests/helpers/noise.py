@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
-from cnn_model import FlatModel, build_network
+from cnn_model import build_network
 from data import Pictures
 from data.datasets import Dataset
+from training.flat_model import FlatModel
 
 CPU = torch.device("cpu")
 

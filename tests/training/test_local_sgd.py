@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
-from helpers.noise import PICTURES, flat_model, network
+from helpers.noise import CPU, PICTURES, flat_model, network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -15,6 +16,7 @@ from torch.optim import lr_scheduler
 from cnn_model import Dropout
 from config import Local, Schedule
 from distributed import Team
+from training.draws import Draws
 from training.engines import TorchEngine
 from training.evaluation import evaluate
 from training.local_sgd import (
@@ -129,7 +131,7 @@ def fit(name: str = "lenet", local: Local = PLAIN, seed: int = 3, **more):
     settings = dict(lr=local.lr, precision="fp32", indices=INDICES, seed=seed) | more
     loss, num_skipped = run(model, local, **settings)
     assert num_skipped == 0
-    return model, loss
+    return model, float(loss)
 
 
 def run(model, local, lr, precision="fp32", seed=3, indices=INDICES, pictures=None, **more):
@@ -150,16 +152,16 @@ def plain_loop(module: nn.Module, local: Local, lr: float, seed: int, indices=IN
         fused=False,
         foreach=False,
     )
-    generator, losses = torch.Generator().manual_seed(seed), []
-    while True:
-        order = indices[torch.randperm(len(indices), generator=generator)]
+    losses = []
+    for epoch in count():
+        order = indices[Draws.from_seed(seed, CPU).at(epoch).order(len(indices))]
         batches = list(order.split(local.batch_size))
         if len(batches[-1]) == 1 and len(batches) > 1:
             batches[-2:] = [torch.cat(batches[-2:])]
         for batch in batches:
             if len(losses) == (local.steps or local.epochs * len(batches)):
                 return sum(losses) / len(losses)
-            images, labels = PICTURES.train_batch(batch, torch.Generator())
+            images, labels = PICTURES.train_batch(batch, None)
             module.train().zero_grad()
             loss = cross_entropy(module(images), labels)
             loss.backward()
@@ -198,10 +200,15 @@ def test_training_equals_a_plain_loop(name, changes):
     expected = torch.cat([p.detach().flatten() for p in module.parameters()])
     torch.testing.assert_close(model.read_parameters(), expected, rtol=1e-5, atol=1e-6)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
-    assert isinstance(loss, float)
     buffers = [b.flatten().float() for b in module.buffers()]
     if buffers:
         torch.testing.assert_close(model.read_buffers(), torch.cat(buffers), rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_stays_on_the_device_and_no_step_is_skipped_without_fp16():
+    loss, num_skipped = run(flat_model(), PLAIN, 0.1)
+    assert loss.shape == () and isinstance(loss, torch.Tensor)
+    assert type(num_skipped) is int and num_skipped == 0
 
 
 def test_clipping_does_something():
@@ -228,14 +235,9 @@ def test_the_result_depends_on_the_seed_and_not_on_what_happened_before(name):
 
 
 @pytest.mark.parametrize("name", ["cnn", "lenet"])
-@pytest.mark.parametrize("stop", [lambda: False, lambda: True])
-def test_the_global_random_state_is_left_as_it_was(name, stop):
-    torch.manual_seed(1)
+def test_nothing_is_drawn_from_the_global_generator(name):
     before = torch.get_rng_state()
-    try:
-        fit(name, stop=stop)
-    except Interrupted:
-        pass
+    fit(name)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -284,21 +286,24 @@ def test_each_rank_of_a_team_draws_dropout_masks_of_its_own():
     assert all(torch.equal(a, b) for a, b in zip(alone, first, strict=True))
 
 
-def test_shuffles_come_from_the_clients_own_generator():
-    """Dropout draws between two epochs must not change which batches the second one has."""
-    batches = []
+def two_epochs() -> list[torch.Tensor]:
+    """The batches that the client with the seed 3 trains."""
+    draws = Draws.from_seed(3, CPU)
+    return [b for epoch in range(2) for b in INDICES[draws.at(epoch).order(22)].split(8)]
+
+
+def test_each_epoch_is_shuffled_anew_and_each_step_draws_anew():
+    batches, keys = [], []
 
     class Recorder:
-        def train_batch(self, indices, generator):
-            batches.append(indices)
-            return PICTURES.train_batch(indices, generator)
+        def train_batch(self, indices, draws):
+            batches.append(indices.tolist())
+            keys.append(int(draws.key))
+            return PICTURES.train_batch(indices, draws)
 
-    model = flat_model("cnn")
-    run(model, replace(PLAIN, epochs=2), 0.1, pictures=Recorder())
-    generator = torch.Generator().manual_seed(3)
-    orders = [INDICES[torch.randperm(22, generator=generator)] for _ in range(2)]
-    expected = [batch for order in orders for batch in order.split(8)]
-    assert [b.tolist() for b in batches] == [b.tolist() for b in expected]
+    run(flat_model("cnn"), replace(PLAIN, epochs=2), 0.1, pictures=Recorder())
+    assert batches == [batch.tolist() for batch in two_epochs()]
+    assert batches[:3] != batches[3:] and len(set(keys)) == 6
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation():
@@ -306,7 +311,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation():
     _, total = evaluate(flat_model("cnn"), PICTURES, "fp32", "test", 0, 17)
     assert model.network.training
     with torch.no_grad():
-        images, labels = PICTURES.train_batch(INDICES, torch.Generator())
+        images, labels = PICTURES.train_batch(INDICES, None)
         assert loss != pytest.approx(float(cross_entropy(model.network.eval()(images), labels)))
     again = evaluate(flat_model("cnn"), PICTURES, "fp32", "test", 0, 17)
     assert again[1] == total and not model.network.training
@@ -418,11 +423,10 @@ def test_the_loss_gradient_is_that_of_autograd_and_leaves_nothing_behind(name):
     assert torch.equal(gradient, again)
     if name == "cnn":  # dropout: nothing to compare with
         return
-    module, generator = network(name).train(), torch.Generator().manual_seed(3)
-    order = [INDICES[torch.randperm(22, generator=generator)] for _ in range(2)]
-    batches = [*order[0].split(8), *order[1].split(8)][:4]
+    module = network(name).train()
+    batches = two_epochs()[:4]
     for batch in batches:
-        images, labels = PICTURES.train_batch(batch, torch.Generator())
+        images, labels = PICTURES.train_batch(batch, None)
         cross_entropy(module(images), labels, reduction="sum").backward()
     expected = torch.cat([p.grad.flatten() for p in module.parameters()]) / (8 + 8 + 6 + 8)
     torch.testing.assert_close(model.compact(gradient), expected, rtol=1e-4, atol=1e-6)

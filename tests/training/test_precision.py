@@ -7,7 +7,7 @@ import torch
 from helpers.noise import CPU, PICTURES, flat_model
 
 from config import Local
-from training import precision
+from training import precision, timing
 from training.precision import choose_precision, computes_in_bf16, probe_precision
 
 LOCAL = Local(epochs=9, batch_size=32, lr=0.1, momentum=0.0, weight_decay=0.0)
@@ -21,14 +21,15 @@ class FakeDevice:
 
     def __init__(self, monkeypatch, has_bf16: bool = True, **seconds_per_example: float):
         self.now, self.steps, self.seconds = 0.0, [], seconds_per_example
-        monkeypatch.setattr(precision, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(precision, "train_client", self.train_client)
+        monkeypatch.setattr(timing, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(timing, "train_client", self.train_client)
         monkeypatch.setattr(precision, "computes_in_bf16", lambda _: has_bf16)
 
     def train_client(self, engine, pictures, indices, local, lr, seed):
         assert local.steps == 1 and local.batch_size == len(indices)
         self.now += self.seconds[engine.precision] * len(indices)
         self.steps.append((engine.precision, len(indices)))
+        return 0.0, 0
 
 
 def test_bf16_is_chosen_where_it_is_clearly_faster():
@@ -74,7 +75,7 @@ def test_slow_steps_are_timed_twice_each(monkeypatch):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_the_probe_trains_for_real(monkeypatch, batch_size):
-    monkeypatch.setattr(precision, "PROBE_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "PROBE_SECONDS", 0.0)
     seconds = probe_precision(flat_model(), PICTURES, replace(LOCAL, batch_size=batch_size))
     assert 0 < min(seconds.values()) and max(seconds.values()) < 10
 

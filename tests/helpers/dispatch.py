@@ -1,0 +1,50 @@
+"""Modes that see every operation that torch does, those of autograd and vmap included."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# The device would have to be waited for: the host asks for a value, or for a size that hangs on it.
+WAITS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique"}
+WAITS |= {"scalar_tensor"}  # a number in the place of a tensor, which is copied to the device
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where the host waits for the device, or copies something to it or from it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        assert name not in WAITS, f"{name} waits for the device"
+        if name == "_to_copy" and kwargs.get("device"):
+            assert kwargs["device"] == args[0].device, "a copy to another device"
+        if name.startswith("index"):
+            indices = [leaf for leaf in tree_leaves(args[1:]) if torch.is_tensor(leaf)]
+            assert all(leaf.dtype != torch.bool for leaf in indices), "an unknown number of entries"
+        return func(*args, **kwargs)
+
+
+class Addresses(TorchDispatchMode):
+    """Notes the memory that operations touch and that they have not made themselves: `outside`."""
+
+    def __init__(self):
+        super().__init__()
+        self.outside: set[int] = set()
+        self.made: dict[int, torch.Tensor] = {}  # held, so that no address is used again
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.outside |= {
+            address for address, _ in memory((args, kwargs)) if address not in self.made
+        }
+        result = func(*args, **(kwargs or {}))
+        for address, tensor in memory(result):
+            if address not in self.outside:
+                self.made[address] = tensor
+        return result
+
+
+def memory(tree) -> Iterator[tuple[int, torch.Tensor]]:
+    for leaf in tree_leaves(tree):
+        if torch.is_tensor(leaf) and leaf.untyped_storage().nbytes():
+            yield leaf.untyped_storage().data_ptr(), leaf

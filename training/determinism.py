@@ -1,0 +1,55 @@
+"""`deterministic: auto`: kernels that give equal bits twice, if they cost little on this GPU.
+
+On a CPU torch's kernels give equal bits for an equal number of threads, and nothing changes.
+"""
+
+import os
+
+import torch
+
+from config import Local
+from data import Pictures
+from distributed import Team
+from training.flat_model import FlatModel
+from training.graph_engine import make_engine
+from training.timing import seconds_of_a_step, take_turns
+
+LARGEST_COST = 1.1  # deterministic kernels may take this many times the others' time
+
+
+def use_deterministic_kernels(device: torch.device, wanted: bool) -> None:
+    """Choose among a GPU's kernels, for the whole process; before the first step on the device.
+
+    An operation without a deterministic kernel warns: torch says so of max pooling, whose kernel
+    is one for windows that do not overlap.
+    """
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its start
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs passes over the memory
+    torch.backends.cudnn.deterministic = wanted
+
+
+def probe_determinism(
+    model: FlatModel, pictures: Pictures, local: Local, precision: str
+) -> dict[str, float]:
+    """Seconds of one training step with deterministic kernels, "true", and with any, "false".
+
+    {} on a CPU. The probe trains the model, and leaves the kernels as it last tried them.
+    """
+    if model.device.type != "cuda":
+        return {}
+    size = min(local.batch_size, pictures.num_train)
+    engines = {name: make_engine(model, local, precision, Team()) for name in ("true", "false")}
+
+    def seconds(name: str) -> float:
+        use_deterministic_kernels(model.device, name == "true")
+        return seconds_of_a_step(engines[name], pictures, size)
+
+    return take_turns({name: lambda n=name: seconds(n) for name in engines})
+
+
+def choose_determinism(seconds: dict[str, float]) -> bool:
+    """True unless deterministic kernels cost too much."""
+    return not seconds or seconds["true"] < LARGEST_COST * seconds["false"]
