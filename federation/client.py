@@ -32,7 +32,7 @@ from training.local_sgd import Interrupted, batch_sizes, local_lr, loss_gradient
 
 
 class Clients:
-    """The clients that live on this rank, trained one after the other in one network.
+    """The clients that live on this rank, trained one after the other in one network, or in lanes.
 
     pictures_of: the int64 indices of each client's pictures; team: the ranks that train a client
     together, whose leader keeps the states and encodes (uplink); make_engine: builds what trains in
@@ -303,7 +303,7 @@ class Clients:
         return self.stop_requested and self.team.size == 1
 
     def _team_stops(self) -> bool:
-        if self.team.size == 1:
+        if self.team.size == 1:  # no waiting for the device
             return self.stop_requested
         asked = torch.tensor(float(self.stop_requested), device=self.model.device)
         self.team.sum_(asked)

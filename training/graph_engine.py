@@ -27,7 +27,8 @@ def make_engine(model: FlatModel, local: Local, precision: str, team: Team) -> E
 class GraphEngine(Engine):
     """Engine.train_batch() on tensors that stay where they are, recorded and replayed.
 
-    record: how a step is recorded; None: as the device does it.
+    It takes no other correction than a Correction, whose tensors it can copy. record: how a step is
+    recorded; None: as the device does it.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.dispatch import NoWaiting
 from helpers.runs import PLAIN, kinds, make_federation, make_plain_federation
 
 from algorithms import ALGORITHMS, step_length
@@ -402,11 +403,12 @@ def test_clients_in_lanes_learn_what_they_learn_one_by_one(tmp_path, words):
         clients.receive(broadcast, 1)
         clients.pictures_of[0] = clients.pictures_of[0][:0]
         done = {}
-        for update in clients.train([0, 1, 3], 1, broadcast):
-            is_missing = update.report.failure == "it has no examples"
-            assert is_missing == (update.report.client == 0) == (update.update is None)
-            vectors = (update.update, update.buffers, update.norm, update.besides)
-            done[update.report.client] = [None if v is None else v.clone() for v in vectors]
+        with NoWaiting():  # for the device of training
+            for update in clients.train([0, 1, 3], 1, broadcast):
+                is_missing = update.report.failure == "it has no examples"
+                assert is_missing == (update.report.client == 0) == (update.update is None)
+                vectors = (update.update, update.buffers, update.norm, update.besides)
+                done[update.report.client] = [None if v is None else v.clone() for v in vectors]
         learned.append(done)
     for other in learned[1:]:
         for client, vectors in learned[0].items():

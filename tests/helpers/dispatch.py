@@ -1,4 +1,4 @@
-"""Modes that see every operation that torch does, those of autograd and vmap included."""
+"""Modes that see every operation of torch, those of autograd and vmap included; a fake graph."""
 
 from collections.abc import Iterator
 
@@ -17,8 +17,10 @@ class NoWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
         assert name not in WAITS, f"{name} waits for the device"
-        if name == "_to_copy" and kwargs.get("device"):
-            assert kwargs["device"] == args[0].device, "a copy to another device"
+        devices = {leaf.device for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
+        assert len(devices) < 2, f"{name} mixes devices"
+        if kwargs.get("device") not in (None, *devices) and devices:
+            assert kwargs.get("non_blocking"), f"{name} copies to another device and waits"
         if name.startswith("index"):
             indices = [leaf for leaf in tree_leaves(args[1:]) if torch.is_tensor(leaf)]
             assert all(leaf.dtype != torch.bool for leaf in indices), "an unknown number of entries"
@@ -48,3 +50,27 @@ def memory(tree) -> Iterator[tuple[int, torch.Tensor]]:
     for leaf in tree_leaves(tree):
         if torch.is_tensor(leaf) and leaf.untyped_storage().nbytes():
             yield leaf.untyped_storage().data_ptr(), leaf
+
+
+class StandIn:
+    """Records a step as a CUDA graph does: runs it some times, then replays the same closure.
+
+    Attribute `touched`: for each recording, the outside addresses of each replay.
+    """
+
+    def __init__(self):
+        self.touched: list[list[set[int]]] = []
+
+    def __call__(self, step):
+        for _ in range(4):
+            step()
+        replays: list[set[int]] = []
+        self.touched.append(replays)
+
+        def replay():
+            with Addresses() as mode:
+                result = step()
+            replays.append(mode.outside)
+            return result
+
+        return replay

@@ -11,7 +11,7 @@ from training.flat_model import FlatModel
 CPU = torch.device("cpu")
 
 
-def make_pictures(padding: int = 0, flip: bool = False) -> Pictures:
+def make_pictures(padding: int = 0, flip: bool = False, device: torch.device = CPU) -> Pictures:
     """43 pictures to train on and 17 to test on; no augmentation unless asked for."""
     generator = torch.Generator().manual_seed(0)
 
@@ -20,7 +20,7 @@ def make_pictures(padding: int = 0, flip: bool = False) -> Pictures:
         return images, torch.randint(3, (count,), generator=generator)
 
     fields = (*noise(43), *noise(17), ("a", "b", "c"), "0" * 64)
-    return Pictures(Dataset("noise", *fields), CPU, padding, flip)
+    return Pictures(Dataset("noise", *fields), device, padding, flip)
 
 
 PICTURES = make_pictures()
