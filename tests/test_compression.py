@@ -501,3 +501,31 @@ def test_add_to_adds_in_place_with_a_weight(indices):
     assert vector.tolist() == [1.0, 2.5, 1.0, -2.0]
     assert decoded.dense().tolist() == [0.0, 1.0, 0.0, -2.0]
     assert values.tolist() == decoded.values.tolist()
+
+
+# --- on another device ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("selected", [True, False])
+def test_what_has_arrived_on_another_device_adds_up_as_on_the_cpu(selected):
+    """There its parts are tensors, as they may be on a CPU too."""
+    indices = np.array([1, 4, 5]) if selected else None
+    values = np.array([0.5, -2.0, 3.0] if selected else np.arange(7.0), np.float32)
+    arrays = Decoded(7, indices, values)
+    there = None if indices is None else torch.from_numpy(indices)
+    tensors = Decoded(7, there, torch.from_numpy(values))
+    one, other = torch.linspace(0, 1, 7), torch.linspace(0, 1, 7)
+    arrays.add_to(one, 0.3)
+    tensors.add_to(other, 0.3)
+    torch.testing.assert_close(other, one, rtol=1e-6, atol=0)
+    assert torch.equal(tensors.dense(), arrays.dense())
+    assert arrays.to(torch.device("cpu")) is arrays
+
+
+def test_positions_may_be_selected_as_a_tensor_or_as_an_array():
+    vector = torch.arange(len(VECTOR), dtype=torch.float32)
+    payloads = [
+        bytes(encode(vector, LAYOUT, "int8", lambda *_, c=chosen: c)[0])
+        for chosen in (np.array([1, 3]), torch.tensor([1, 3]))
+    ]
+    assert payloads[0] == payloads[1]
