@@ -18,9 +18,9 @@ from config import Config
 from data import Pictures
 from distributed import Team
 from federation.agreement import Agreement
-from federation.client_store import ClientStore, State
+from federation.client_store import OWED, ClientStore, State
 from federation.messages import Broadcast, Report
-from federation.uplink import OWED, LocalUpdate, Uplink
+from federation.uplink import LocalUpdate, Uplink
 from pruning import snip_scores
 from training.choices import Choices
 from training.correction import Correction

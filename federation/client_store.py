@@ -33,7 +33,7 @@ class State(TypedDict, total=False):
     norm: Tensor  # FedBN: the weights of its own norm layers, then all buffers
 
 
-OVER_COORDINATES = ("residual", "velocity", "algorithm")  # what a mask takes weights from
+OWED = ("residual", "velocity")  # what error feedback keeps
 NUM_THREADS = 32
 Key = tuple[int, int]  # a client and the version of its state
 
@@ -105,8 +105,8 @@ class ClientStore:
     def get(self, client: int) -> State:
         """The client's state, to be read and not written; empty if it has none.
 
-        It holds zeros for the weights that do not exist now. A weight that left and came back while
-        the client was away stays as it was, because the client has never heard of it.
+        Nothing is owed of weights that do not exist now. Of one that left and came back while the
+        client was away, all is owed that was: the client has never heard of it.
         """
         if client not in self.versions:
             return {}
@@ -115,7 +115,7 @@ class ClientStore:
             return state
         return state | {
             key: state[key].masked_fill(self.pruned.to(state[key].device), 0.0)
-            for key in OVER_COORDINATES
+            for key in OWED
             if key in state
         }
 

@@ -95,7 +95,7 @@ class Changes:
         self.sent = None
 
     def forget(self, left: Tensor) -> None:
-        """The weights at these positions, int64, have left the mask; both ends drop them.
+        """The mask has changed; both ends drop the entries at these positions, int64.
 
         An up-to-date client goes on with the next change. The earlier ones are of no more use.
         """

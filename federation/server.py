@@ -240,6 +240,8 @@ class Server:
 
     def _apply(self, update: Tensor, buffers: Tensor) -> None:
         self.buffers = buffers
+        if self.pruned is not None:  # where FedDyn's vector would go on to move weights
+            update.masked_fill_(self.pruned, 0.0)
         self.parameters.grad = update.neg_()
         self.optimizer.step()
         if self.scheduler:
@@ -277,17 +279,20 @@ class Server:
         self._use_mask(pruning.keep_mask(scores.cpu(), density, shapes))
 
     def _use_mask(self, kept: np.ndarray) -> None:
-        """From now on only these weights exist: all who hold a vector over them are told."""
+        """From now on only these weights exist: all who hold a vector over them are told.
+
+        The algorithm's vector stays as it is, and so does what the clients keep for theirs. If both
+        ends forgot, SCAFFOLD's c would no longer be the mean of the c_i, since a client that was
+        away cannot know which weights left and came back.
+        """
         before = self.mask.positions()
         left = torch.from_numpy(self.agreement.use_mask(kept)).to(self.device)
         self.history.record_change(before, kept)
         self.pruned = self._pruned()
-        for link in self.downlinks.values():
-            link.forget(left)
+        for kind, link in self.downlinks.items():
+            link.forget(left if kind == "model" else left[:0])
         forget(self.optimizer, left)
         self.parameters.data.index_fill_(0, left, 0.0)
-        if self.vector is not None:
-            self.vector.index_fill_(0, left, 0.0)
 
     def _pruned(self) -> Tensor | None:
         """Which weights do not exist, bool [num_parameters]; None means that all of them do."""

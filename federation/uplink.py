@@ -12,10 +12,8 @@ from compression import Decoded, Memory, NotFinite, all_finite, new_memory, to_h
 from config import Config
 from federation.agreement import Agreement
 from federation.channel import Select, error_feedback
-from federation.client_store import ClientStore, State
+from federation.client_store import OWED, ClientStore, State
 from federation.messages import SERVER, Buffer, Report
-
-OWED = ("residual", "velocity")  # the fields of a State that error feedback keeps
 
 
 @dataclass

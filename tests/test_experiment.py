@@ -48,8 +48,8 @@ STORE = "federation.client_store.ClientStore."
 
 # Where a kill may fall: (what to break, which call of it is the last, settings)
 KILLS = {
-    "in round 1, before any checkpoint": ("federation.client.Clients.train", 2),
-    "between two checkpoints": ("federation.client.Clients.train", 8),
+    "in round 1, before any checkpoint": ("federation.client.Clients._begin", 2),
+    "between two checkpoints": ("federation.client.Clients._begin", 8),
     "while a client's state goes to the disk": ("federation.client_store.write_tensors", 3),
     "before the round is logged": ("run_folder.RunFolder.append", 3),
     "before the clients' states are saved": (STORE + "save", 1),

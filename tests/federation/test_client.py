@@ -80,7 +80,7 @@ class RemoteClient:
             if kind == "mask_change":
                 kept = np.setxor1d(self.agreement.mask.positions(), kept)
             left = self.agreement.use_mask(kept)
-            vectors = (self.received.get("model"), self.owed, self.kept)
+            vectors = (self.received.get("model"), self.owed)
             for vector in (some for some in vectors if some is not None):
                 vector[left] = 0
         elif kind.endswith("_change"):

@@ -96,7 +96,6 @@ WORDS = {
     "dense": ["pruning.method=none", "uplink.values=fp32", "uplink.error_feedback=false"],
     "SCAFFOLD": ["local.algorithm=SCAFFOLD", "uplink.values=qsgd4"],
     "norms": ["model.name=resnet18", "model.width=0.0625", "model.norm_policy=local"],
-    "SNIP": ["pruning.mask.method=snip", "pruning.mask.density=0.3"],
     "dynamic": ["pruning.mask.method=dynamic", "pruning.mask.every=2"],
 }
 

@@ -122,7 +122,8 @@ def test_batchnorm_buffers_are_averaged_and_counted(tmp_path):
             assert (one.server.buffers[start:stop] > 0).all()
 
 
-@pytest.mark.parametrize("optimizer", [pytest.param("FedAdam", marks=pytest.mark.slow), "FedYogi"])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["FedAdam", "FedYogi"])
 def test_500_rounds_of_an_adaptive_server_keep_variances_positive(tmp_path, optimizer):
     """With BatchNorm, top-k and error feedback: what breaks where buffers are stepped by Adam."""
     one = make_plain_federation(
