@@ -3,347 +3,154 @@
 A round samples a cohort, broadcasts the model as a payload, trains each client from what that
 payload decodes to, prunes and encodes what the clients learned, decodes and averages the payloads
 in client order, lets the server's optimizer step, and evaluates.
+
+The server may begin with more clients than it needs and keep the fastest, or wait until a deadline
+(Bonawitz et al. 2019, arXiv 1902.01046). What the others learned is lost, but for what they owe.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
-from compression import Decoded, Memory
-from config import Config
+from compression import Decoded
+from config import Config, ConfigError
 from distributed import Ranks
-from federation.cohort import Placement, sample_cohort
-from federation.exchange import Exchange
-from federation.ledger import LedgerRow, ledger_row
+from federation.cohort import sample_cohort
+from federation.federation import Encode, Federation
+from federation.ledger import LedgerRow
 from federation.messages import Broadcast, Report, pack_reports, unpack_reports
-from federation.pipeline import Pipeline, num_coding_threads
 from federation.server import Average
-from federation.setup import (
-    build_model,
-    load_data,
-    make_clients,
-    make_pictures,
-    make_server,
-    make_store,
-    partition,
-)
-from network.clock import Device, Link, client_timeline
-from training.choices import Choices
-from training.evaluation import SHARED, evaluate_models
-from training.local_sgd import Interrupted, batch_sizes, local_lr
-from training.memory import memory_governed_by
+from training.local_sgd import Interrupted
 
-Encode = Callable[[Memory], Report]  # encodes what a client has learned, on any thread
+Arrival = tuple[Report, dict[str, Decoded]]
 
 
-@dataclass
-class Progress:
-    """How far a run is; a checkpoint holds it."""
+class Synchronous(Federation):
+    """Everything that a run holds in memory, and its rounds."""
 
-    round_number: int = 0  # rounds completed
-    wall_seconds: float = 0.0
-    simulated_seconds: float = 0.0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    num_failed: int = 0  # updates that could not be used
-    empty_rounds: int = 0  # the last so many rounds in a row had no update that could be used
-    last_failure: str = ""  # why the last one could not be used
-    evaluations: list[dict[str, float | None]] = field(default_factory=list)  # oldest first
-
-
-class Federation:
-    """Everything that a run holds in memory, and its rounds. Every rank has one.
-
-    states_folder: where clients' states go that do not fit into memory.
-    """
-
-    def __init__(self, config: Config, ranks: Ranks, states_folder: Path):
-        self.config, self.ranks = config, ranks
-        if ranks.use_deepspeed:
-            from training.deepspeed_engine import read_config
-
-            ranks.on_all_ranks(lambda: read_config(config))  # a mistake in it is answered now
-        self.dataset = ranks.on_all_ranks(lambda: load_data(config), main_first=True)
-        self.pictures = ranks.on_all_ranks(
-            lambda: make_pictures(config, self.dataset, ranks.device)
-        )
-        self.shards = ranks.on_all_ranks(lambda: partition(config, self.dataset))
-        labels, num_classes = self.dataset.train_labels.numpy(), self.pictures.num_classes
-        self.labels_per_client = np.array(
-            [np.bincount(labels[indices], minlength=num_classes) for indices in self.shards]
-        )
-        self.candidates = [client for client, indices in enumerate(self.shards) if len(indices)]
-        self.model = ranks.on_all_ranks(lambda: build_model(config, self.pictures, ranks.device))
-        num_examples = list(map(len, self.shards))
-        self.server = ranks.on_all_ranks(lambda: make_server(config, self.model, num_examples))
-        self.versions: dict[int, int] = {}  # client: version of its saved state, of all ranks
-        self.placement = Placement(ranks, [])
-        store = make_store(config, states_folder, ranks.device)
-        self.clients = make_clients(config, self.model, self.pictures, self.shards, store, ranks)
-        self.pipeline = Pipeline(ranks.device, num_coding_threads(ranks.device))
-        self.exchange = Exchange(ranks, sums=config.distributed.exchange == "allreduce")
-        network = config.network
-        self.link = Link(network.uplink_mbps, network.downlink_mbps, network.latency_ms)
-        self.device = Device(network.ms_per_example)
-        self.progress = Progress()
-        self.received = 0  # bytes that collectives had brought to this rank up to the last round
+    def __init__(self, config: Config, ranks: Ranks, *rest: Any):
+        super().__init__(config, ranks, *rest)
+        schedule = config.schedule
+        self.waits_for_all = schedule.over_selection == 1 and schedule.deadline_seconds is None
         self.earlier: list[Report] = []  # of round 0, until they are recorded with round 1
-
-    # --- a round ----------------------------------------------------------------------------------
+        self._check_deadline()
 
     def run_round(self) -> tuple[dict[str, Any], list[LedgerRow]]:
-        """Do the next round. Raises Interrupted, and then the round never happened.
-
-        Returns its row of rounds.jsonl and its rows of the ledger.
-        """
         begin, round_number = time.perf_counter(), self.progress.round_number + 1
         cohort = sample_cohort(self.config, self.candidates, round_number)
         if self.server.mask.awaits_scores:
             self._choose_mask(cohort)
         broadcast = self.server.broadcast(round_number, cohort).to(self.ranks.device)
         self.clients.receive(broadcast, round_number)
+        self._place(cohort)
         trained = self._train(cohort, round_number, broadcast)
-        average = self._collect(cohort, round_number, broadcast, trained)
+        average, rows = self._average(cohort, round_number, broadcast, trained)
         averaged = self.server.step(average, round_number)
         self.clients.store.commit()
         self.server.commit(round_number, cohort)
         scores = self._evaluate(round_number, cohort)
-        return self._record(round_number, begin, average.reports, averaged, scores)
+        return self._record(round_number, begin, average.reports, averaged, scores, rows)
 
-    def _train(
-        self, cohort: list[int], round_number: int, broadcast: Broadcast
-    ) -> Iterator[Encode]:
-        """Train this rank's clients; of each return what encodes the update."""
-        clients = self.clients
-        with memory_governed_by("local.batch_size"):
-            for update in clients.train(self._own(cohort), round_number, broadcast):
-                yield partial(clients.uplink.encode, update, round_number)
-
-    def _score(self, cohort: list[int], broadcast: Broadcast) -> Iterator[Encode]:
-        """The same for the scores of the weights."""
-        for client in self._own(cohort):
-            scored = self.clients.score(client, broadcast)
-            yield partial(self.clients.uplink.encode_scores, *scored)
-
-    def _own(self, cohort: list[int]) -> list[int]:
-        """The clients that this rank's team trains, once they have been placed."""
-        return list(filter(self.placement.is_here, cohort))
-
-    def _collect(
-        self,
-        cohort: list[int],
-        round_number: int,
-        broadcast: Broadcast,
-        trained: Iterator[Encode],
-    ) -> Average:
-        """Let the cohort work, and average what it sends in client order. Raises Interrupted.
-
-        trained: trains a client and returns what encodes it, and so on; it has not begun yet.
-        """
-        clients, average = self.clients, self.server.new_average(cohort)
-        costs = {client: float(self.num_trained(client)) for client in cohort}
-        self.placement.place(costs, clients.store)
-        self.pipeline.clear()
+    def _average(
+        self, cohort: list[int], round_number: int, broadcast: Broadcast, trained: Iterator[Encode]
+    ) -> tuple[Average, list[LedgerRow]]:
+        """Let the cohort work, and average what arrives in time. Raises Interrupted."""
+        average, uplink = self.server.new_average(cohort), self.clients.uplink
         try:
-            for report, arrived in self._arrivals(trained, average, round_number):
+            keep = not self.waits_for_all
+            arrivals = self._arrivals(trained, average, round_number, keep)
+            arrivals = (self._with_messages(*arrival, broadcast) for arrival in arrivals)
+            rows = None
+            if keep:
+                arrivals, rows = self._on_time(list(arrivals), round_number)
+            for report, arrived in arrivals:
                 average.add(report, arrived)
-                clients.uplink.owe_refused(report, round_number)
-                report.messages = [*broadcast.messages[report.client], *report.messages]
-                report.messages = report.without_payloads().messages
+                uplink.owe_refused(report, round_number)
         except Interrupted:
-            clients.store.discard()
+            self.clients.store.discard()
             raise
         self.exchange.add_up(average)
-        return average
+        return average, rows or self._play(average.reports, round_number)[0]
 
-    def _arrivals(
-        self, trained: Iterator[Encode], average: Average, round_number: int
-    ) -> Iterator[tuple[Report, dict[str, Decoded]]]:
-        """The reports of all ranks' clients in client order, and what each one decodes to.
-
-        With one rank a report is passed on as it comes, so that its payloads need not be kept;
-        lanes train the clients in another order.
-        """
-
-        def decoded(report: Report) -> tuple[Report, dict[str, Decoded]]:
-            return report, average.decode(report, round_number)
-
-        if self.ranks.size == 1:
-            jobs = (lambda memory, e=encode: decoded(e(memory)) for encode in trained)
-            in_order = self.clients.num_lanes == 1
-            arrivals = self.pipeline.run(jobs, keep=not in_order)
-            yield from arrivals if in_order else sorted(arrivals, key=lambda pair: pair[0].client)
-            return
-        leads = self.ranks.team.is_leader
-        own = (report for report in self.pipeline.run(trained, keep=True) if leads)
-        reports = self.exchange.gather(own)
-        jobs = (lambda _, r=report: decoded(r) for report in reports)
-        yield from self.pipeline.run(jobs, keep=True)
+    def _with_messages(
+        self, report: Report, arrived: dict[str, Decoded], broadcast: Broadcast
+    ) -> Arrival:
+        """The same with the messages that brought the model; the payloads are of no more use."""
+        messages = [*broadcast.messages[report.client], *report.messages]
+        report.messages = messages
+        report.messages = report.without_payloads().messages
+        return report, arrived
 
     def _choose_mask(self, cohort: list[int]) -> None:
         """Before round 1 its cohort scores the weights: in the ledger this is round 0."""
         broadcast = self.server.broadcast(0, cohort).to(self.ranks.device)
-        average = self._collect(cohort, 0, broadcast, self._score(cohort, broadcast))
+        self._place(cohort)
+        average = self.server.new_average(cohort)
+        for arrival in self._arrivals(self._score(cohort, broadcast), average, 0):
+            average.add(*self._with_messages(*arrival, broadcast))
+        self.exchange.add_up(average)
         self.server.choose_mask(average)
         self.earlier = average.reports
 
-    def num_trained(self, client: int) -> int:
-        """How many examples a client computes gradients of in a round."""
-        num_examples = len(self.shards[client])
-        before = num_examples if self.server.algorithm.takes_full_gradient else 0
-        return before + sum(batch_sizes(self.config.local, num_examples))
+    # --- on the simulated clock -------------------------------------------------------------------
 
-    def _evaluate(self, round_number: int, cohort: list[int]) -> dict[str, float | None]:
-        """Scores of the model, or of the cohort's models with their own norm layers, if due."""
-        evaluation = self.config.evaluation
-        if round_number % evaluation.every and round_number != self.config.rounds:
-            return {"test_accuracy": None, "test_loss": None}
-        server, clients = self.server, self.clients
-        with memory_governed_by("evaluation.batch_size"):
-            scores = evaluate_models(
-                [SHARED] if clients.own_positions is None else cohort,
-                lambda c: clients.load(
-                    server.parameters.data, server.buffers, clients.store.get(c)
-                ),
-                self.model,
-                self.pictures,
-                clients.choices.precision,
-                evaluation.batch_size,
-                self.ranks,
-                self.placement.holds_state,
-                self.labels_per_client,
-            )
-        self.progress.evaluations.append(scores)
-        return scores
-
-    # --- what is written down ---------------------------------------------------------------------
-
-    def _record(
-        self,
-        round_number: int,
-        begin: float,
-        reports: list[Report],
-        averaged: list[int],
-        scores: dict[str, float | None],
-    ) -> tuple[dict[str, Any], list[LedgerRow]]:
-        """Move the clocks on; return the row of rounds.jsonl and a ledger row for each message."""
-        progress = self.progress
-        rows, lasted = self._ledger_rows(round_number, reports)
-        progress.round_number = round_number
-        progress.simulated_seconds += lasted
-        up = sum(row.bytes for row in rows if row.direction == "up")
-        down = sum(row.bytes for row in rows if row.direction == "down")
-        progress.bytes_up += up
-        progress.bytes_down += down
-        losses = [report.loss for report in reports if report.client in averaged]
-        loss = sum(losses) / max(1, len(losses))
-        failures = {str(report.client): report.failure for report in reports if report.failure}
-        progress.num_failed += len(failures)
-        progress.empty_rounds = 0 if averaged else progress.empty_rounds + 1
-        for client, reason in failures.items():
-            progress.last_failure = f"client {client}: {reason}"
-        wall = time.perf_counter() - begin
-        progress.wall_seconds += wall
-        row = {
-            "round": round_number,
-            "num_clients": len(averaged),
-            "num_failed": len(reports) - len(averaged),
-            "num_skipped_steps": sum(report.num_skipped_steps for report in reports),
-            "failures": failures,
-            "lr": local_lr(self.config.local, round_number, self.config.rounds),
-            "train_loss": loss if losses and np.isfinite(loss) else None,
-            **scores,
-            "bytes_up": up,
-            "bytes_down": down,
-            "bytes_between_ranks": self.ranks.bytes_received - self.received,
-            "simulated_seconds": lasted,
-            "wall_seconds": wall,
-        }
-        self.received = self.ranks.bytes_received
-        return row, rows
-
-    def _ledger_rows(
-        self, round_number: int, reports: list[Report]
-    ) -> tuple[list[LedgerRow], float]:
-        """The messages of a round and of what came before it; how long all of it lasted."""
-        rows, lasted = [], 0.0
-        earlier = {report.client: report for report in self.earlier}
-        self.earlier = []
+    def _play(
+        self, reports: list[Report], round_number: int
+    ) -> tuple[list[LedgerRow], list[int]]:
+        """Let the round pass; return a row for each message, and who was done in time."""
+        schedule, earlier = self.config.schedule, {r.client: r for r in self.earlier}
+        wanted = self.config.clients.per_round
+        deadline = {}
+        if schedule.deadline_seconds is not None:
+            deadline = {"stop_at": self.clock.now + schedule.deadline_seconds}
         for report in reports:
             parts = [(round_number, report)]
             if report.client in earlier:
                 parts.insert(0, (0, earlier[report.client]))
-            now = 0.0
-            for part_number, part in parts:
-                messages = [(message.direction, message.num_bytes) for message in part.messages]
-                computing = self._computing_seconds(part, part_number)
-                times, seconds = client_timeline(messages, self.link, computing)
-                for message, (start, length) in zip(part.messages, times, strict=True):
-                    start += self.progress.simulated_seconds + now
-                    rows.append(ledger_row(message, part_number, start, length))
-                now += seconds
-            lasted = max(lasted, now)
-        return rows, lasted
+            chain = [(number, part, self._computing_seconds(part, number)) for number, part in parts]
+            self.clock.start(chain, **deadline)
+        self.earlier, done = [], []
+        while end := self.clock.advance():
+            if end.is_complete:
+                done.append(end.client)
+            if len(done) == wanted:  # nobody waits for the others
+                for client in self.clock.simulation.under_way:
+                    self.clock.stop(client)
+        return self.clock.take_rows(), done
 
-    def _computing_seconds(self, report: Report, round_number: int) -> float:
-        """How long a client computes: it trains, and looks at gradients for the mask."""
-        num_examples = self.num_trained(report.client) if round_number > 0 else 0
-        if any(message.kind in ("scores", "growth") for message in report.messages):
-            batch = min(self.config.local.batch_size, report.num_examples)
-            num_examples += self.config.pruning.mask.batches * batch
-        return self.device.seconds(num_examples)
+    def _on_time(
+        self, arrivals: list[Arrival], round_number: int
+    ) -> tuple[list[Arrival], list[LedgerRow]]:
+        """Those arrivals, in which late clients have sent nothing; and the ledger's rows."""
+        rows, done = self._play([report for report, _ in arrivals], round_number)
+        for number, (report, _) in enumerate(arrivals):
+            if report.client not in done:
+                report.is_late, report.failure = True, report.failure or "it was late"
+                arrivals[number] = report, {}
+        return arrivals, rows
+
+    def _check_deadline(self) -> None:
+        """Raises ConfigError if nobody can meet the deadline, even without a byte to send up."""
+        deadline = self.config.schedule.deadline_seconds
+        if deadline is None:
+            return
+        broadcast = self.server.broadcast(1, self.candidates[:1])
+        size = sum(message.num_bytes for message in broadcast.messages[self.candidates[0]])
+        soonest = min(
+            self.clock.seconds_alone(client, size, self.num_trained(client))
+            for client in self.candidates
+        )
+        if soonest > deadline:
+            raise ConfigError(
+                f"schedule.deadline_seconds: {deadline} s are too few for every client; the fastest "
+                f"one receives the model and trains within {soonest:.1f} s"
+            )
 
     # --- checkpoints ------------------------------------------------------------------------------
 
-    @property
-    def is_done(self) -> bool:
-        return self.progress.round_number == self.config.rounds
-
-    @property
-    def keeps_states(self) -> bool:
-        """Whether clients' states are a result: FedBN's norm layers are."""
-        return self.clients.own_positions is not None
-
     def state(self) -> dict[str, Any]:
-        """What a checkpoint of the last completed round holds, with the clients' states on disk.
-
-        Called by all ranks. A finished run needs no states unless they are a result.
-        """
-        needs_none = self.is_done and not self.keeps_states
-        changed = {} if needs_none else self.clients.store.save()
-        for part in self.ranks.gather_json(changed):
-            self.versions |= {int(client): version for client, version in part.items()}
-        hashes = self.ranks.gather_json(self.server.sha256())
-        if len(set(hashes)) > 1:
-            raise RuntimeError(
-                f"the ranks' models differ after round {self.progress.round_number}: {hashes}"
-            )
-        return self.server.state() | {
-            "choices": vars(self.clients.choices),
-            "clients": {} if needs_none else self.versions,
-            "clients_mask": self.clients.mask.state(),
-            "mask_round": self.clients.store.mask_round,
-            "progress": vars(self.progress),
-            "earlier": b"".join(pack_reports(self.earlier)).hex(),
-        }
+        return super().state() | {"earlier": b"".join(pack_reports(self.earlier)).hex()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.clients.choices = Choices(**state["choices"])
-        self.progress = Progress(**state["progress"])
+        super().load(state)
         self.earlier = unpack_reports(memoryview(bytes.fromhex(state["earlier"])))
-        self.server.load(state)
-        self.versions = state["clients"]
-        self.placement = Placement(self.ranks, list(self.versions))
-        self.clients.store.versions = self._versions_here()
-        self.clients.load_mask(state["clients_mask"], state["mask_round"])
-
-    def _versions_here(self) -> dict[int, int]:
-        """The versions of the states that this rank holds, of those that a checkpoint names."""
-        holds = self.placement.holds_state
-        return {client: version for client, version in self.versions.items() if holds(client)}

@@ -1,0 +1,294 @@
+"""What every schedule has: both ends, the ranks, the simulated clock, scores, logs, checkpoints.
+
+A schedule is a subclass in a file of its own. Its run_round() says who trains when and from which
+model.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compression import Decoded, Memory
+from config import Config
+from distributed import Ranks
+from federation.cohort import Placement, sample_cohort
+from federation.exchange import Exchange
+from federation.ledger import LedgerRow, ledger_row
+from federation.messages import Broadcast, Report, pack_reports, unpack_reports
+from federation.pipeline import Pipeline, num_coding_threads
+from federation.server import Average
+from federation.setup import (
+    build_model,
+    load_data,
+    make_clients,
+    make_pictures,
+    make_server,
+    make_store,
+    partition,
+)
+from network.clock import Device, Link, client_timeline
+from training.choices import Choices
+from training.evaluation import SHARED, evaluate_models
+from training.local_sgd import Interrupted, batch_sizes, local_lr
+from training.memory import memory_governed_by
+
+Encode = Callable[[Memory], Report]  # encodes what a client has learned, on any thread
+
+
+@dataclass
+class Progress:
+    """How far a run is; a checkpoint holds it."""
+
+    round_number: int = 0  # rounds completed
+    wall_seconds: float = 0.0
+    simulated_seconds: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    num_failed: int = 0  # updates that could not be used
+    num_late: int = 0  # updates for which the server did not wait
+    empty_rounds: int = 0  # the last so many rounds in a row had no update that could be used
+    last_failure: str = ""  # why the last one could not be used
+    evaluations: list[dict[str, float | None]] = field(default_factory=list)  # oldest first
+
+
+class Federation:
+    """Everything that a run holds in memory. Every rank has one.
+
+    states_folder: where clients' states go that do not fit into memory.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, states_folder: Path):
+        self.config, self.ranks = config, ranks
+        if ranks.use_deepspeed:
+            from training.deepspeed_engine import read_config
+
+            ranks.on_all_ranks(lambda: read_config(config))  # a mistake in it is answered now
+        self.dataset = ranks.on_all_ranks(lambda: load_data(config), main_first=True)
+        self.pictures = ranks.on_all_ranks(
+            lambda: make_pictures(config, self.dataset, ranks.device)
+        )
+        self.shards = ranks.on_all_ranks(lambda: partition(config, self.dataset))
+        labels, num_classes = self.dataset.train_labels.numpy(), self.pictures.num_classes
+        self.labels_per_client = np.array(
+            [np.bincount(labels[indices], minlength=num_classes) for indices in self.shards]
+        )
+        self.candidates = [client for client, indices in enumerate(self.shards) if len(indices)]
+        self.model = ranks.on_all_ranks(lambda: build_model(config, self.pictures, ranks.device))
+        num_examples = list(map(len, self.shards))
+        self.server = ranks.on_all_ranks(lambda: make_server(config, self.model, num_examples))
+        self.versions: dict[int, int] = {}  # client: version of its saved state, of all ranks
+        self.placement = Placement(ranks, [])
+        store = make_store(config, states_folder, ranks.device)
+        self.clients = make_clients(config, self.model, self.pictures, self.shards, store, ranks)
+        self.pipeline = Pipeline(ranks.device, num_coding_threads(ranks.device))
+        self.exchange = Exchange(ranks, sums=config.distributed.exchange == "allreduce")
+        self.clock = ranks.on_all_ranks(lambda: make_clock(config))
+        self.progress = Progress()
+        self.received = 0  # bytes that collectives had brought to this rank up to the last round
+
+    # --- the parts of a round ---------------------------------------------------------------------
+
+    def run_round(self) -> tuple[dict[str, Any], list[LedgerRow]]:
+        """Do the next round. Raises Interrupted, and then the round never happened.
+
+        Returns its row of rounds.jsonl and its rows of the ledger.
+        """
+        raise NotImplementedError
+
+    def _train(
+        self, cohort: list[int], round_number: int, broadcast: Broadcast
+    ) -> Iterator[Encode]:
+        """Train this rank's clients; of each return what encodes the update."""
+        clients = self.clients
+        with memory_governed_by("local.batch_size"):
+            for update in clients.train(self._own(cohort), round_number, broadcast):
+                yield partial(clients.uplink.encode, update, round_number)
+
+    def _score(self, cohort: list[int], broadcast: Broadcast) -> Iterator[Encode]:
+        """The same for the scores of the weights."""
+        for client in self._own(cohort):
+            scored = self.clients.score(client, broadcast)
+            yield partial(self.clients.uplink.encode_scores, *scored)
+
+    def _own(self, cohort: list[int]) -> list[int]:
+        """The clients that this rank's team trains, once they have been placed."""
+        return list(filter(self.placement.is_here, cohort))
+
+    def _place(self, cohort: list[int]) -> None:
+        """Decide which rank trains whom, by the work that each client has."""
+        costs = {client: float(self.num_trained(client)) for client in cohort}
+        self.placement.place(costs, self.clients.store)
+
+    def _arrivals(
+        self, trained: Iterator[Encode], average: Average, round_number: int, keep: bool = False
+    ) -> Iterator[tuple[Report, dict[str, Decoded]]]:
+        """The reports of all ranks' clients in client order, and what each one decodes to.
+
+        trained: trains a client and returns what encodes it, and so on; it has not begun yet. With
+        one rank a report is passed on as it comes, so that its payloads need not be kept unless
+        `keep` says so, or lanes train the clients in another order. Raises Interrupted.
+        """
+
+        def decoded(report: Report) -> tuple[Report, dict[str, Decoded]]:
+            return report, average.decode(report, round_number)
+
+        self.pipeline.clear()
+        if self.ranks.size == 1:
+            jobs = (lambda memory, e=encode: decoded(e(memory)) for encode in trained)
+            in_order = self.clients.num_lanes == 1
+            arrivals = self.pipeline.run(jobs, keep=keep or not in_order)
+            yield from arrivals if in_order else sorted(arrivals, key=lambda pair: pair[0].client)
+            return
+        leads = self.ranks.team.is_leader
+        own = (report for report in self.pipeline.run(trained, keep=True) if leads)
+        reports = self.exchange.gather(own)
+        jobs = (lambda _, r=report: decoded(r) for report in reports)
+        yield from self.pipeline.run(jobs, keep=True)
+
+    def num_trained(self, client: int) -> int:
+        """How many examples a client computes gradients of in a round."""
+        num_examples = len(self.shards[client])
+        before = num_examples if self.server.algorithm.takes_full_gradient else 0
+        return before + sum(batch_sizes(self.config.local, num_examples))
+
+    def _evaluate(self, round_number: int, cohort: list[int]) -> dict[str, float | None]:
+        """Scores of the model, or of the cohort's models with their own norm layers, if due."""
+        evaluation = self.config.evaluation
+        if round_number % evaluation.every and round_number != self.config.rounds:
+            return {"test_accuracy": None, "test_loss": None}
+        server, clients = self.server, self.clients
+        with memory_governed_by("evaluation.batch_size"):
+            scores = evaluate_models(
+                [SHARED] if clients.own_positions is None else cohort,
+                lambda c: clients.load(
+                    server.parameters.data, server.buffers, clients.store.get(c)
+                ),
+                self.model,
+                self.pictures,
+                clients.choices.precision,
+                evaluation.batch_size,
+                self.ranks,
+                self.placement.holds_state,
+                self.labels_per_client,
+            )
+        self.progress.evaluations.append(scores)
+        return scores
+
+    # --- what is written down ---------------------------------------------------------------------
+
+    def _record(
+        self,
+        round_number: int,
+        begin: float,
+        reports: list[Report],
+        averaged: list[int],
+        scores: dict[str, float | None],
+        rows: list[LedgerRow],
+    ) -> tuple[dict[str, Any], list[LedgerRow]]:
+        """Move the progress on; return the row of rounds.jsonl, and the rows of the ledger.
+
+        begin: when the round began on the wall's clock; the simulated clock stands at its end.
+        """
+        progress = self.progress
+        lasted = self.clock.now - progress.simulated_seconds
+        progress.round_number, progress.simulated_seconds = round_number, self.clock.now
+        up = sum(row.bytes for row in rows if row.direction == "up")
+        down = sum(row.bytes for row in rows if row.direction == "down")
+        progress.bytes_up += up
+        progress.bytes_down += down
+        losses = [report.loss for report in reports if report.client in averaged]
+        loss = sum(losses) / max(1, len(losses))
+        late = [report.client for report in reports if report.is_late]
+        failures = {
+            str(report.client): report.failure
+            for report in reports
+            if report.failure and not report.is_late
+        }
+        progress.num_failed += len(failures)
+        progress.num_late += len(late)
+        progress.empty_rounds = 0 if averaged else progress.empty_rounds + 1
+        for client, reason in failures.items():
+            progress.last_failure = f"client {client}: {reason}"
+        wall = time.perf_counter() - begin
+        progress.wall_seconds += wall
+        row = {
+            "round": round_number,
+            "num_clients": len(averaged),
+            "num_failed": len(failures),
+            "num_late": len(late),
+            "num_skipped_steps": sum(report.num_skipped_steps for report in reports),
+            "failures": failures,
+            "lr": local_lr(self.config.local, round_number, self.config.rounds),
+            "train_loss": loss if losses and np.isfinite(loss) else None,
+            **scores,
+            "bytes_up": up,
+            "bytes_down": down,
+            "bytes_between_ranks": self.ranks.bytes_received - self.received,
+            "simulated_seconds": lasted,
+            "wall_seconds": wall,
+        }
+        self.received = self.ranks.bytes_received
+        return row, rows
+
+    def _computing_seconds(self, report: Report, round_number: int) -> float:
+        """How long a client computes: it trains, and looks at gradients for the mask."""
+        num_examples = self.num_trained(report.client) if round_number > 0 else 0
+        if any(message.kind in ("scores", "growth") for message in report.messages):
+            batch = min(self.config.local.batch_size, report.num_examples)
+            num_examples += self.config.pruning.mask.batches * batch
+        return self.clock.computing_seconds(report.client, num_examples)
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    @property
+    def is_done(self) -> bool:
+        return self.progress.round_number == self.config.rounds
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether clients' states are a result: FedBN's norm layers are."""
+        return self.clients.own_positions is not None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint of the last completed round holds, with the clients' states on disk.
+
+        Called by all ranks. A finished run needs no states unless they are a result.
+        """
+        needs_none = self.is_done and not self.keeps_states
+        changed = {} if needs_none else self.clients.store.save()
+        for part in self.ranks.gather_json(changed):
+            self.versions |= {int(client): version for client, version in part.items()}
+        hashes = self.ranks.gather_json(self.server.sha256())
+        if len(set(hashes)) > 1:
+            raise RuntimeError(
+                f"the ranks' models differ after round {self.progress.round_number}: {hashes}"
+            )
+        return self.server.state() | {
+            "choices": vars(self.clients.choices),
+            "clients": {} if needs_none else self.versions,
+            "clients_mask": self.clients.mask.state(),
+            "mask_round": self.clients.store.mask_round,
+            "progress": vars(self.progress),
+            "clock": self.clock.state(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.clients.choices = Choices(**state["choices"])
+        self.progress = Progress(**state["progress"])
+        self.clock.load(state["clock"])
+        self.server.load(state)
+        self.versions = state["clients"]
+        self.placement = Placement(self.ranks, list(self.versions))
+        self.clients.store.versions = self._versions_here()
+        self.clients.load_mask(state["clients_mask"], state["mask_round"])
+
+    def _versions_here(self) -> dict[int, int]:
+        """The versions of the states that this rank holds, of those that a checkpoint names."""
+        holds = self.placement.holds_state
+        return {client: version for client, version in self.versions.items() if holds(client)}
