@@ -15,7 +15,8 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from config import NEUTRAL, Config, ConfigError, Selection, from_here
+from config import NEUTRAL, Config, ConfigError, Network, Selection, from_here
+from network.profiles import DEVICES, LINKS
 from training.deepspeed_file import read_deepspeed_file
 from typed_yaml import Settings
 
@@ -87,6 +88,7 @@ def load_config(path: Path, overrides: list[str]) -> Config:
     for key, message in contradictions(config):
         raise ConfigError(f"{settings.place(key)}: {key}: {message}")
     read_deepspeed_file(config)  # for its errors; a DeepSpeed engine reads it again
+    _read_network_files(config, settings)
     return config
 
 
@@ -194,6 +196,7 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         )
     if config.server.scheduler_options and not config.server.scheduler:
         yield "server.scheduler_options", "given without server.scheduler"
+    yield from _network_contradictions(config.network)
 
 
 def _lane_contradictions(config: Config) -> Iterator[tuple[str, str]]:
@@ -227,3 +230,44 @@ def _selection_contradictions(section: str, selection: Selection) -> Iterator[tu
                 yield f"{section}.{key}", f"method {selection.method} has no density"
     if selection.method == "threshold" and selection.relative and selection.threshold >= 1:
         yield f"{section}.threshold", "nothing is above the largest: relative needs one below 1"
+
+
+def _network_contradictions(network: Network) -> Iterator[tuple[str, str]]:
+    for key, profiles in (("links", LINKS), ("devices", DEVICES)):
+        for message in _wrong_shares(getattr(network, key), list(profiles)):
+            yield f"network.{key}", message
+        if getattr(network, key) and network.clients_file:
+            yield f"network.{key}", "clients_file says this already; give one of the two"
+    if network.spread and network.clients_file:
+        yield "network.spread", "clients_file says this already; give one of the two"
+    if (network.availability.name == "trace") != bool(network.availability.file):
+        yield "network.availability.file", "goes with availability.name: trace; give both or none"
+
+
+def _wrong_shares(shares: dict[str, Any], profiles: list[str]) -> Iterator[str]:
+    """What is wrong with the shares of a mixture of profiles."""
+    for name, share in shares.items():
+        if name not in profiles:
+            near = difflib.get_close_matches(name, profiles, 1) or profiles
+            yield f"there is no profile {name!r}; did you mean {' or '.join(near)}?"
+        elif type(share) not in (int, float) or not 0 <= share <= 1:
+            yield f"{name}: {share!r} is not a share, a number from 0 to 1"
+    if shares and all(type(share) in (int, float) for share in shares.values()):
+        if not math.isclose(sum(shares.values()), 1, abs_tol=1e-6):
+            yield f"the shares sum to {sum(shares.values()):g}, not to 1"
+
+
+def _read_network_files(config: Config, settings: Settings) -> None:
+    """Read what the network's files say, for their errors. Raises ConfigError."""
+    from network.availability import make_availability
+    from network.population import make_population  # numpy takes a while: all else is checked
+
+    network, num_clients = config.network, config.clients.total
+    try:
+        make_population(network, num_clients, config.seed, from_here)
+        make_availability(network.availability, num_clients, config.seed, from_here)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    except OSError as error:
+        place = settings.place("network")
+        raise ConfigError(f"{place}: {error.filename}: cannot be read: {error.strerror}") from None

@@ -190,13 +190,38 @@ class Server:
 
 
 @dataclass(frozen=True)
+class Availability:
+    """When clients are there, and how many of them drop out in the middle of a round."""
+
+    name: str = one_of("always", "diurnal", "trace")
+    period_hours: float = between(24.0, 0.0, open_low=True)  # diurnal: of a client's on and off
+    share: float = between(0.5, 0.0, 1.0, open_low=True)  # diurnal: of the period that it is there
+    file: str = path_to("")  # trace: a CSV file of client,from,to in seconds
+    dropout: float = between(0.0, 0.0, 1.0)  # probability that a client drops out of a round
+
+
+@dataclass(frozen=True)
 class Network:
-    """The simulated link and device of every client; only simulated_seconds depends on it."""
+    """The simulated links and devices, see docs/network.md. A client without a profile has the
+    figures below; one with a profile of a link or a device has those of network/profiles.py."""
 
     uplink_mbps: float = between(10.0, 0.0, open_low=True)  # 10^6 bits per second
     downlink_mbps: float = between(50.0, 0.0, open_low=True)
-    latency_ms: float = between(50.0, 0.0)  # once per message
-    ms_per_example: float = between(5.0, 0.0)  # training time of one example on the device
+    latency_ms: float = between(50.0, 0.0)  # one way, once per message
+    jitter_ms: float = between(0.0, 0.0)  # standard deviation of a message's latency
+    loss: float = between(0.0, 0.0, 0.99)  # share of packets that are lost
+    ms_per_example: float = between(5.0, 0.0)  # training time of one example; a phone's
+    memory_gib: float | None = between(None, 0.0, open_low=True)  # of a device; null: enough
+    spread: float = between(0.0, 0.0)  # standard deviation of ln(bandwidth) and of ln(speed)
+    links: dict[str, Any] = field(default_factory=dict)  # shares of profiles: {4g: 1}
+    devices: dict[str, Any] = field(default_factory=dict)  # likewise: {phone: 0.9, laptop: 0.1}
+    clients_file: str = path_to("")  # a CSV file with a row for each client, in place of the above
+    uplink_trace: str = path_to("")  # packets' times in ms, in place of everybody's uplink_mbps
+    downlink_trace: str = path_to("")
+    server_egress_mbps: float | None = between(None, 0.0, open_low=True)  # null: unlimited
+    server_ingress_mbps: float | None = between(None, 0.0, open_low=True)
+    overlap: bool = False  # what is coded of an update is sent while the rest is coded
+    availability: Availability = field(default_factory=Availability)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,343 @@
+"""The event clock: what many clients' downloads, training and uploads take, all at once.
+
+A client works through a chain of stages. A message first takes the link's latency; then it is a
+flow, and the flows that are under way in a direction share the server's bandwidth max-min fair:
+none can have more unless one with no more than it gets less (Bertsekas and Gallager 1992, 6.5.2).
+No flow is faster than its client's own link. Time jumps from event to event, and between two
+events every rate is constant.
+"""
+
+import heapq
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from network.draws import normal, uniform
+from network.population import Population
+from network.trace import STEP_MS, Trace
+
+# A full Ethernet frame has 1514 bytes. The headers of Ethernet, IP and TCP, with its time stamps,
+# take 66 of them, so that this share of a link's bandwidth carries payload.
+PAYLOAD_SHARE = 1448 / 1514
+# Mathis, Semke, Mahdavi and Ott (1997): with a share p of packets lost and a round trip of RTT
+# seconds, TCP sends C / sqrt(p) packets in RTT at most; C = sqrt(3/2) if each is acknowledged.
+MATHIS = math.sqrt(3 / 2)
+
+
+class Stage(NamedTuple):
+    """A part of a client's chain."""
+
+    kind: str  # down (to the client), compute, or up (to the server)
+    num_bytes: int = 0  # of a message's payload
+    # How long computing takes. Of a message: it is coded meanwhile, for so long, and each part is
+    # sent as soon as it is coded, so that the flow is never faster than the coding.
+    seconds: float = 0.0
+
+
+class Span(NamedTuple):
+    """A stage that is over; times are seconds of simulated time."""
+
+    client: int
+    stage: int  # its place in the chain, from 0
+    kind: str
+    start: float  # of a message: of its latency
+    end: float
+    num_bytes: int  # of the payload that had arrived by the end
+
+
+class End(NamedTuple):
+    """A client's chain is over, either completed or stopped."""
+
+    time: float
+    client: int
+    is_complete: bool
+
+
+@dataclass(eq=False)
+class _Chain:
+    stages: Sequence[Stage]
+    place: int = -1  # of the stage under way; -1: the chain has not begun
+    begun: float = 0.0  # when that stage began
+    timer: int = -1  # number of the timer that it waits for; a message waits for its latency
+    stop_timer: int = -1
+
+
+class Simulation:
+    """egress_mbps, ingress_mbps: bandwidth out of the server and into it; None: unlimited."""
+
+    def __init__(
+        self,
+        population: Population,
+        egress_mbps: float | None = None,
+        ingress_mbps: float | None = None,
+        seed: int = 0,
+    ):
+        self.population, self.seed = population, seed
+        self.now = 0.0  # simulated seconds
+        self.spans: list[Span] = []  # in the order in which they ended; may be emptied
+        self._chains: dict[int, _Chain] = {}
+        self._timers: list[tuple[float, bool, int, int]] = []  # heap: time, stops, number, client
+        self._num_timers = 0
+        self._num_messages: Counter[int] = Counter()  # by client: each has a jitter of its own
+        self._pipes = {
+            "down": _Pipe(egress_mbps, population.downlink_trace),
+            "up": _Pipe(ingress_mbps, population.uplink_trace),
+        }
+
+    @property
+    def under_way(self) -> list[int]:
+        """The clients whose chains have been started and are not over, in the order of starting."""
+        return list(self._chains)
+
+    def start(
+        self,
+        client: int,
+        stages: Sequence[Stage],
+        at: float | None = None,
+        stop_at: float = math.inf,
+    ) -> None:
+        """Start a client's chain at a time from now on, and stop it at another if it still runs.
+
+        Raises ValueError: the client has a chain already, or the times go back.
+        """
+        at = self.now if at is None else at
+        if client in self._chains:
+            raise ValueError(f"client {client} is under way; stop its chain before the next one")
+        if not self.now <= at <= stop_at:
+            raise ValueError(f"times go back: now {self.now} s, start {at} s, stop {stop_at} s")
+        chain = self._chains[client] = _Chain(stages, begun=at)
+        chain.timer = self._set_timer(at, client)
+        if stop_at < math.inf:
+            chain.stop_timer = self._set_timer(stop_at, client, stops=True)
+
+    def advance(self, until: float = math.inf) -> End | None:
+        """Let time pass until a chain is over.
+
+        None: nothing is under way any more, or no chain is over at `until`, where time then stands.
+        """
+        while self._chains:
+            pipe = min(self._pipes.values(), key=_Pipe.next_event)
+            timer = self._next_timer()
+            time = min(pipe.next_event(), timer)
+            if time > until:
+                break
+            self.now = time
+            if pipe.next_event() <= timer:
+                client = pipe.pass_event()
+                end = None if client is None else self._end_stage(client)
+            else:
+                _, stops, _, client = heapq.heappop(self._timers)
+                end = self.stop(client) if stops else self._after_waiting(client)
+            if end:
+                return end
+        if until < math.inf:
+            self.now = max(self.now, until)
+        return None
+
+    def stop(self, client: int) -> End:
+        """End a chain now: its span says how many bytes of the message under way have arrived."""
+        chain = self._chains[client]
+        if chain.place >= 0:
+            stage, arrived = chain.stages[chain.place], 0
+            if chain.timer < 0:  # a flow
+                left = self._pipes[stage.kind].remove(client, self.now)
+                arrived = stage.num_bytes - math.ceil(left)
+            self._add_span(client, chain, arrived)
+        del self._chains[client]
+        return End(self.now, client, is_complete=False)
+
+    def seconds_alone(self, client: int, stages: Sequence[Stage]) -> float:
+        """How long the chain would take if nobody else were there, without jitter or traces."""
+        return sum(
+            stage.seconds
+            if stage.kind == "compute"
+            else self.population.latency_ms[client] / 1e3
+            + stage.num_bytes
+            / min(self._pipes[stage.kind].capacity, self._fastest(client, stage, traced=False))
+            for stage in stages
+        )
+
+    # --- a chain, stage by stage ------------------------------------------------------------------
+
+    def _after_waiting(self, client: int) -> End | None:
+        """The timer of a chain has run down: of its start, of computing or of a latency."""
+        chain = self._chains[client]
+        chain.timer = -1
+        if chain.place < 0:
+            return self._begin_stage(client)
+        stage = chain.stages[chain.place]
+        if stage.kind == "compute":
+            return self._end_stage(client)
+        pipe = self._pipes[stage.kind]
+        pipe.add(
+            client,
+            self.now,
+            stage.num_bytes,
+            self._fastest(client, stage, traced=pipe.trace is not None),
+            self._first_step(client, pipe.trace),
+        )
+        return None
+
+    def _begin_stage(self, client: int) -> End | None:
+        chain = self._chains[client]
+        chain.place, chain.begun = chain.place + 1, self.now
+        if chain.place == len(chain.stages):
+            del self._chains[client]
+            return End(self.now, client, is_complete=True)
+        stage = chain.stages[chain.place]
+        waits = stage.seconds if stage.kind == "compute" else self._latency(client)
+        chain.timer = self._set_timer(self.now + waits, client)
+        return None
+
+    def _end_stage(self, client: int) -> End | None:
+        chain = self._chains[client]
+        self._add_span(client, chain, chain.stages[chain.place].num_bytes)
+        return self._begin_stage(client)
+
+    def _add_span(self, client: int, chain: _Chain, num_bytes: int) -> None:
+        kind = chain.stages[chain.place].kind
+        span = Span(client, chain.place, kind, chain.begun, self.now, num_bytes)
+        self.spans.append(span)
+
+    # --- a client's link --------------------------------------------------------------------------
+
+    def _latency(self, client: int) -> float:
+        """The seconds before this message flows: never below 0, each message with its own draw."""
+        latency, jitter = self.population.latency_ms[client], self.population.jitter_ms[client]
+        if jitter:
+            message = self._num_messages[client]
+            self._num_messages[client] += 1
+            latency += jitter * float(normal(self.seed, "jitter", client, message))
+        return max(0.0, float(latency)) / 1e3
+
+    def _fastest(self, client: int, stage: Stage, traced: bool) -> float:
+        """Bytes of payload per second that the client's link, its losses and its coding allow."""
+        people = self.population
+        mbps = (people.uplink_mbps if stage.kind == "up" else people.downlink_mbps)[client]
+        rate = math.inf if traced else payload_rate(mbps)
+        round_trip = 2 * people.latency_ms[client] / 1e3
+        if people.loss[client] * round_trip > 0:
+            rate = min(rate, 1448 * MATHIS / (round_trip * math.sqrt(people.loss[client])))
+        if stage.seconds and stage.num_bytes:
+            rate = min(rate, stage.num_bytes / stage.seconds)
+        return float(rate)
+
+    def _first_step(self, client: int, trace: Trace | None) -> int:
+        """Where in a trace the client is at time 0: clients are spread over all of it."""
+        if trace is None:
+            return 0
+        return int(uniform(self.population.seed, "trace", client) * trace.num_steps)
+
+    # --- timers -----------------------------------------------------------------------------------
+
+    def _set_timer(self, time: float, client: int, stops: bool = False) -> int:
+        self._num_timers += 1
+        heapq.heappush(self._timers, (time, stops, self._num_timers, client))
+        return self._num_timers
+
+    def _next_timer(self) -> float:
+        """When the first timer runs down that somebody still waits for."""
+        while self._timers:
+            time, stops, number, client = self._timers[0]
+            chain = self._chains.get(client)
+            if chain and number == (chain.stop_timer if stops else chain.timer):
+                return time
+            heapq.heappop(self._timers)
+        return math.inf
+
+
+class _Pipe:
+    """The flows of one direction, and how they share the server's bandwidth."""
+
+    def __init__(self, mbps: float | None, trace: Trace | None):
+        self.capacity = math.inf if mbps is None else payload_rate(mbps)  # bytes per second
+        self.trace = trace
+        self.now = 0.0  # up to when `left` is told
+        self.clients = np.zeros(0, np.int64)
+        self.left = np.zeros(0)  # bytes that have not arrived
+        self.fastest = np.zeros(0)  # bytes per second that each client can do
+        self.first_steps = np.zeros(0, np.int64)  # of the trace, at time 0
+        self.rates = np.zeros(0)
+        self._next: tuple[float, int | None] | None = None  # None: to be found anew
+
+    def add(self, client: int, time: float, num_bytes: int, fastest: float, first_step: int):
+        self._move(time)
+        self.clients = np.append(self.clients, client)
+        self.left = np.append(self.left, float(num_bytes))
+        self.fastest = np.append(self.fastest, fastest)
+        self.first_steps = np.append(self.first_steps, first_step)
+
+    def remove(self, client: int, time: float) -> float:
+        """Take a flow out; return how many bytes had not arrived."""
+        self._move(time)
+        return self._delete(int(np.flatnonzero(self.clients == client)[0]))
+
+    def next_event(self) -> float:
+        """When a flow ends or a trace's rates change, if no flow comes or goes before."""
+        if self._next is None:
+            self._next = self._find_next()
+        return self._next[0]
+
+    def pass_event(self) -> int | None:
+        """Let that event happen; return the client whose flow has ended, if one has."""
+        self.next_event()
+        time, place = self._next
+        self._move(time)
+        if place is None:
+            return None
+        client = int(self.clients[place])
+        self._delete(place)
+        return client
+
+    def _find_next(self) -> tuple[float, int | None]:
+        if not len(self.clients):
+            return math.inf, None
+        fastest, changes = self.fastest, math.inf
+        if self.trace:
+            step = math.floor(1e3 * self.now / STEP_MS + 1e-6)
+            carried = payload_rate(self.trace.mbps(self.first_steps + step))
+            fastest, changes = np.minimum(fastest, carried), (step + 1) * STEP_MS / 1e3
+        self.rates = max_min_fair(fastest, self.capacity)
+        lasting = np.where(self.left > 0, math.inf, 0.0)
+        np.divide(self.left, self.rates, out=lasting, where=self.rates > 0)
+        place = int(np.argmin(lasting))
+        end = self.now + float(lasting[place])
+        return (end, place) if end <= changes else (changes, None)
+
+    def _move(self, time: float) -> None:
+        """Let the flows go on until then, at the rates that they have."""
+        if time > self.now:
+            self.next_event()
+            if len(self.clients):
+                self.left = np.maximum(0.0, self.left - self.rates * (time - self.now))
+            self.now = time
+        self._next = None
+
+    def _delete(self, place: int) -> float:
+        left = float(self.left[place])
+        for name in ("clients", "left", "fastest", "first_steps"):
+            setattr(self, name, np.delete(getattr(self, name), place))
+        return left
+
+
+def payload_rate(mbps: float | np.ndarray) -> float | np.ndarray:
+    """Bytes of payload per second of a link of so many 10^6 bits per second."""
+    return PAYLOAD_SHARE * mbps * 1e6 / 8
+
+
+def max_min_fair(fastest: np.ndarray, capacity: float) -> np.ndarray:
+    """Rates (flows) that share the capacity: each its own fastest, or the level that is left.
+
+    With the flows sorted by what they can do, the level at flow k is what the slower ones leave,
+    divided among k and all that are faster; the first flow that can do more than its level sets it.
+    """
+    if fastest.sum() <= capacity:
+        return fastest
+    ordered = np.sort(fastest)
+    taken = np.concatenate([[0.0], np.cumsum(ordered[:-1])])
+    levels = (capacity - taken) / np.arange(len(ordered), 0, -1)
+    return np.minimum(fastest, levels[np.argmax(levels <= ordered)])
