@@ -95,7 +95,7 @@ class Clients:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class LrSchedule:
     name: str = one_of("constant", "cosine", "exponential", "step")
     gamma: float = between(0.1, 0.0, 1.0, open_low=True)  # factor of exponential and step
     milestones: list[int] = each_between(1)  # rounds after which step applies gamma
@@ -112,7 +112,7 @@ class Local:
     batch_size: int = between(64, 1)
     optimizer: str = one_of("SGD")
     lr: float = between(0.05, 0.0, open_low=True)
-    lr_schedule: Schedule = field(default_factory=Schedule)
+    lr_schedule: LrSchedule = field(default_factory=LrSchedule)
     momentum: float = between(0.9, 0.0, 1.0)
     nesterov: bool = False
     weight_decay: float = between(5e-4, 0.0)
@@ -225,6 +225,15 @@ class Network:
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """For whom the server waits before it steps."""
+
+    name: str = one_of("synchronous")
+    over_selection: float = between(1.0, 1.0)  # so many times per_round begin; the fastest count
+    deadline_seconds: float | None = between(None, 0.0, open_low=True)  # of a round; null: none
+
+
+@dataclass(frozen=True)
 class Distributed:
     """How the processes of a run work together, see docs/ranks.md."""
 
@@ -268,6 +277,7 @@ class Config:
     downlink: Downlink = field(default_factory=Downlink)
     server: Server = field(default_factory=Server)
     network: Network = field(default_factory=Network)
+    schedule: Schedule = field(default_factory=Schedule)
     distributed: Distributed = field(default_factory=Distributed)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -4,11 +4,16 @@ It turns what clients report into chains of stages for network/simulation.py, an
 them into rows of the ledger.
 """
 
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
+
+from config import ConfigError
 from federation.ledger import LedgerRow, ledger_row
 from federation.messages import Message, Report
+from network.availability import Always, dropouts
 from network.population import Population
 from network.simulation import End, Simulation, Stage
 
@@ -16,10 +21,20 @@ Part = tuple[int, Report, float]  # round, what was sent in it, seconds of compu
 
 
 class Clock:
-    """population: every client's link and device; simulation: of these clients."""
+    """population: every client's link and device; simulation: of these clients.
 
-    def __init__(self, population: Population, simulation: Simulation):
+    availability: when each client is there; dropout: the probability that one drops out of a round.
+    """
+
+    def __init__(
+        self,
+        population: Population,
+        simulation: Simulation,
+        availability: Always,
+        dropout: float,
+    ):
         self.population, self.simulation = population, simulation
+        self.availability, self.dropout = availability, dropout
         # By client and place in its chain: the round and the message.
         self.messages: dict[int, list[tuple[int, Message] | None]] = {}
 
@@ -32,10 +47,26 @@ class Clock:
         """How long a client's device trains on so many examples."""
         return num_examples * float(self.population.ms_per_example[client]) / 1e3
 
-    def start(self, parts: list[Part], **when: float) -> None:
+    @property
+    def all_stay(self) -> bool:
+        """Whether nobody ever leaves before it is done."""
+        return type(self.availability) is Always and not self.dropout
+
+    def who_is_there(self, clients: list[int]) -> list[int]:
+        """Those of the clients that are there now; if none is, time passes until one comes."""
+        table = np.array(clients)
+        coming = self.availability.comes(table, self.now)
+        first = float(coming.min())
+        if math.isinf(first):
+            raise ConfigError("network.availability: no client ever comes again; lower rounds")
+        if first > self.now:
+            self.simulation.advance(until=first)
+        return table[coming <= self.now].tolist()
+
+    def start(self, parts: list[Part], deadline: float = math.inf) -> None:
         """A client starts now: in each part it receives, computes, and sends.
 
-        when: as in Simulation.start().
+        It stops at the deadline, a simulated time, and when it leaves or drops out.
         """
         stages, messages = [], []
         for round_number, report, seconds in parts:
@@ -43,15 +74,25 @@ class Clock:
             downs = [m for m in report.messages if m.direction == "down"]
             ups = [m for m in report.messages if m.direction == "up"]
             stages += [*map(_stage, downs), computes, *map(_stage, ups)]
-            messages += [(round_number, m) for m in downs] + [None]
-            messages += [(round_number, m) for m in ups]
+            noted = [(round_number, replace(m, payload=None)) for m in (*downs, *ups)]
+            messages += [*noted[: len(downs)], None, *noted[len(downs) :]]
         client = parts[-1][1].client
         self.messages[client] = messages
-        self.simulation.start(client, stages, **when)
+        stops = min(deadline, self._leaves(client, parts[-1][0], stages))
+        self.simulation.start(client, stages, stop_at=stops)
 
-    def advance(self, **until: float) -> End | None:
+    def _leaves(self, client: int, round_number: int, stages: list[Stage]) -> float:
+        """When the client would leave, whether it is done or not; inf if it stays."""
+        who = np.array([client])
+        leaves = float(self.availability.leaves(who, self.now)[0])
+        share = float(dropouts(self.dropout, self.simulation.seed, round_number, who)[0])
+        if math.isinf(share):
+            return leaves
+        return min(leaves, self.now + share * self.simulation.seconds_alone(client, stages))
+
+    def advance(self) -> End | None:
         """Let time pass until a client is done; None if nobody is under way any more."""
-        return self.simulation.advance(**until)
+        return self.simulation.advance()
 
     def stop(self, client: int) -> None:
         """Nobody waits for this client any more: what it sends is cut off."""
@@ -69,19 +110,30 @@ class Clock:
                 continue
             round_number, message = entry
             if span.num_bytes < message.num_bytes:
-                message = replace(
-                    message, num_bytes=span.num_bytes, num_values=0, dense_values=0
-                )
+                message = replace(message, num_bytes=span.num_bytes, num_values=0, dense_values=0)
             rows.append(ledger_row(message, round_number, span.start, span.end - span.start))
         self.simulation.spans.clear()
         return rows
 
+    def seconds_alone(self, client: int, num_bytes: int, num_examples: int) -> float:
+        """How long the client takes to receive so many bytes and to train, if it is alone."""
+        computes = Stage("compute", seconds=self.computing_seconds(client, num_examples))
+        return self.simulation.seconds_alone(client, [Stage("down", num_bytes), computes])
+
     def state(self) -> dict[str, Any]:
-        """For a checkpoint in which nobody is under way: plain values."""
-        return self.simulation.state()
+        """For a checkpoint: plain values."""
+        messages = {
+            client: [entry and (entry[0], asdict(entry[1])) for entry in self.messages[client]]
+            for client in self.simulation.under_way
+        }
+        return {"simulation": self.simulation.state(), "messages": messages}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.simulation.load(state)
+        self.simulation.load(state["simulation"])
+        self.messages = {
+            client: [entry and (entry[0], Message(**entry[1])) for entry in entries]
+            for client, entries in state["messages"].items()
+        }
 
 
 def _stage(message: Message) -> Stage:

@@ -1,5 +1,7 @@
 """Who takes part in a round, and which ranks train whom."""
 
+import math
+
 import numpy as np
 
 from config import Config
@@ -8,12 +10,14 @@ from federation.client_store import ClientStore
 
 
 def sample_cohort(config: Config, candidates: list[int], round_number: int) -> list[int]:
-    """clients.per_round different candidates, ascending, drawn from the seed and the round.
+    """The clients that begin a round, ascending, drawn from the seed and the round.
 
+    They are clients.per_round, or schedule.over_selection times as many where there are.
     candidates: the clients that have examples, ascending; the others could only fail.
     """
+    wanted = math.ceil(config.clients.per_round * config.schedule.over_selection)
     rng = np.random.default_rng(config.seed_for("cohort", round_number))
-    chosen = rng.choice(len(candidates), config.clients.per_round, replace=False)
+    chosen = rng.choice(len(candidates), min(wanted, len(candidates)), replace=False)
     return [candidates[index] for index in sorted(chosen.tolist())]
 
 

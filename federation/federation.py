@@ -16,25 +16,25 @@ import numpy as np
 from compression import Decoded, Memory
 from config import Config
 from distributed import Ranks
-from federation.cohort import Placement, sample_cohort
+from federation.cohort import Placement
 from federation.exchange import Exchange
-from federation.ledger import LedgerRow, ledger_row
-from federation.messages import Broadcast, Report, pack_reports, unpack_reports
+from federation.ledger import LedgerRow
+from federation.messages import Broadcast, Report
 from federation.pipeline import Pipeline, num_coding_threads
 from federation.server import Average
 from federation.setup import (
     build_model,
     load_data,
     make_clients,
+    make_clock,
     make_pictures,
     make_server,
     make_store,
     partition,
 )
-from network.clock import Device, Link, client_timeline
 from training.choices import Choices
 from training.evaluation import SHARED, evaluate_models
-from training.local_sgd import Interrupted, batch_sizes, local_lr
+from training.local_sgd import batch_sizes, local_lr
 from training.memory import memory_governed_by
 
 Encode = Callable[[Memory], Report]  # encodes what a client has learned, on any thread

@@ -37,6 +37,7 @@ class Report:
     step_length: float = 0.0  # see algorithms.py
     num_skipped_steps: int = 0  # steps that fp16 left out because a gradient overflowed
     failure: str = ""  # why the client is left out of the average; empty if it is not
+    is_late: bool = False  # whether it is left out because the server did not wait for it
     messages: list[Message] = field(default_factory=list)
 
     def fail(self, reason: str) -> None:

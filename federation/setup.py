@@ -12,7 +12,11 @@ from distributed import Ranks
 from federation.agreement import Agreement
 from federation.client import Clients
 from federation.client_store import ClientStore
+from federation.clock import Clock
 from federation.server import Server
+from network.availability import make_availability
+from network.population import make_population
+from network.simulation import Simulation
 from training.flat_model import FlatModel
 
 
@@ -100,6 +104,21 @@ def make_store(config: Config, folder: Path, device: torch.device) -> ClientStor
     """What the clients of this rank keep; folder: of what does not fit into memory."""
     budget = config.clients.state_memory_gib * 2**30
     return ClientStore(folder, budget, has_gpu=device.type == "cuda")
+
+
+def make_clock(config: Config) -> Clock:
+    """The simulated clock, with every client's link and device. Raises ConfigError."""
+    network = config.network
+    try:
+        population = make_population(network, config.clients.total, config.seed, from_here)
+        availability = make_availability(
+            network.availability, config.clients.total, config.seed, from_here
+        )
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"network: {error}") from None
+    limits = network.server_egress_mbps, network.server_ingress_mbps
+    simulation = Simulation(population, *limits, config.seed)
+    return Clock(population, simulation, availability, network.availability.dropout)
 
 
 def make_clients(

@@ -8,6 +8,7 @@ The server may begin with more clients than it needs and keep the fastest, or wa
 (Bonawitz et al. 2019, arXiv 1902.01046). What the others learned is lost, but for what they owe.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -31,13 +32,15 @@ class Synchronous(Federation):
     def __init__(self, config: Config, ranks: Ranks, *rest: Any):
         super().__init__(config, ranks, *rest)
         schedule = config.schedule
-        self.waits_for_all = schedule.over_selection == 1 and schedule.deadline_seconds is None
+        waits = schedule.over_selection == 1 and schedule.deadline_seconds is None
+        self.waits_for_all = waits and self.clock.all_stay
         self.earlier: list[Report] = []  # of round 0, until they are recorded with round 1
         self._check_deadline()
 
     def run_round(self) -> tuple[dict[str, Any], list[LedgerRow]]:
         begin, round_number = time.perf_counter(), self.progress.round_number + 1
-        cohort = sample_cohort(self.config, self.candidates, round_number)
+        there = self.clock.who_is_there(self.candidates)
+        cohort = sample_cohort(self.config, there, round_number)
         if self.server.mask.awaits_scores:
             self._choose_mask(cohort)
         broadcast = self.server.broadcast(round_number, cohort).to(self.ranks.device)
@@ -94,21 +97,19 @@ class Synchronous(Federation):
 
     # --- on the simulated clock -------------------------------------------------------------------
 
-    def _play(
-        self, reports: list[Report], round_number: int
-    ) -> tuple[list[LedgerRow], list[int]]:
+    def _play(self, reports: list[Report], round_number: int) -> tuple[list[LedgerRow], list[int]]:
         """Let the round pass; return a row for each message, and who was done in time."""
         schedule, earlier = self.config.schedule, {r.client: r for r in self.earlier}
         wanted = self.config.clients.per_round
-        deadline = {}
+        deadline = math.inf
         if schedule.deadline_seconds is not None:
-            deadline = {"stop_at": self.clock.now + schedule.deadline_seconds}
+            deadline = self.clock.now + schedule.deadline_seconds
         for report in reports:
             parts = [(round_number, report)]
             if report.client in earlier:
                 parts.insert(0, (0, earlier[report.client]))
-            chain = [(number, part, self._computing_seconds(part, number)) for number, part in parts]
-            self.clock.start(chain, **deadline)
+            timed = [(n, part, self._computing_seconds(part, n)) for n, part in parts]
+            self.clock.start(timed, deadline)
         self.earlier, done = [], []
         while end := self.clock.advance():
             if end.is_complete:
@@ -142,8 +143,8 @@ class Synchronous(Federation):
         )
         if soonest > deadline:
             raise ConfigError(
-                f"schedule.deadline_seconds: {deadline} s are too few for every client; the fastest "
-                f"one receives the model and trains within {soonest:.1f} s"
+                f"schedule.deadline_seconds: {deadline} s are too few for every client; the "
+                f"fastest one receives the model and trains within {soonest:.1f} s"
             )
 
     # --- checkpoints ------------------------------------------------------------------------------

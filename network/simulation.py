@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,6 +64,9 @@ class _Chain:
     begun: float = 0.0  # when that stage began
     timer: int = -1  # number of the timer that it waits for; a message waits for its latency
     stop_timer: int = -1
+
+
+_POSITION = ("place", "begun", "timer", "stop_timer")  # of a chain: all but its stages
 
 
 class Simulation:
@@ -161,6 +164,39 @@ class Simulation:
             for stage in stages
         )
 
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """All that moves, as plain values from which load() goes on to the bit."""
+        chains = {
+            client: [*(getattr(chain, name) for name in _POSITION), [*map(tuple, chain.stages)]]
+            for client, chain in self._chains.items()
+        }
+        return {
+            "now": self.now,
+            "spans": [tuple(span) for span in self.spans],
+            "chains": chains,
+            "timers": list(self._timers),
+            "num_timers": self._num_timers,
+            "num_messages": dict(self._num_messages),
+            "pipes": {kind: pipe.state() for kind, pipe in self._pipes.items()},
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what state() returned, in a simulation of the same clients."""
+        self.now = state["now"]
+        self.spans = [Span(*span) for span in state["spans"]]
+        self._chains = {}
+        for client, (*position, stages) in state["chains"].items():
+            chain = _Chain([Stage(*stage) for stage in stages])
+            vars(chain).update(zip(_POSITION, position, strict=True))
+            self._chains[client] = chain
+        self._timers = [tuple(timer) for timer in state["timers"]]
+        self._num_timers = state["num_timers"]
+        self._num_messages = Counter(state["num_messages"])
+        for kind, pipe in self._pipes.items():
+            pipe.load(state["pipes"][kind])
+
     # --- a chain, stage by stage ------------------------------------------------------------------
 
     def _after_waiting(self, client: int) -> End | None:
@@ -250,6 +286,9 @@ class Simulation:
         return math.inf
 
 
+_FLOWS = ("clients", "left", "fastest", "first_steps")  # the columns of a pipe
+
+
 class _Pipe:
     """The flows of one direction, and how they share the server's bandwidth."""
 
@@ -293,6 +332,14 @@ class _Pipe:
         self._delete(place)
         return client
 
+    def state(self) -> dict[str, Any]:
+        return {"now": self.now} | {name: getattr(self, name).tolist() for name in _FLOWS}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.now, self._next = state["now"], None
+        for name in _FLOWS:
+            setattr(self, name, np.array(state[name], getattr(self, name).dtype))
+
     def _find_next(self) -> tuple[float, int | None]:
         if not len(self.clients):
             return math.inf, None
@@ -319,7 +366,7 @@ class _Pipe:
 
     def _delete(self, place: int) -> float:
         left = float(self.left[place])
-        for name in ("clients", "left", "fastest", "first_steps"):
+        for name in _FLOWS:
             setattr(self, name, np.delete(getattr(self, name), place))
         return left
 

@@ -9,7 +9,7 @@ from algorithms import ALGORITHMS, SCAFFOLD, FedAvg, FedCM, FedDyn, FedNova, Fed
 from compression import Decoded
 from federation import client
 from federation.server import Average
-from federation.synchronous import Federation
+from federation.synchronous import Synchronous
 
 # --- step_length ----------------------------------------------------------------------------------
 
@@ -222,7 +222,7 @@ def test_the_order_of_clients_does_not_matter(tmp_path, monkeypatch, name):
     for label, backwards in (("there", False), ("back", True)):
         one = make_plain_federation(tmp_path, f"local.algorithm={name}", name=label)
         if backwards:
-            monkeypatch.setattr(Federation, "_own", lambda self, cohort: cohort[::-1])
+            monkeypatch.setattr(Synchronous, "_own", lambda self, cohort: cohort[::-1])
         for _ in range(2):
             one.run_round()
         ends.append(one.server.parameters.detach())

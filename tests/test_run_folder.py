@@ -7,7 +7,7 @@ import torch
 from helpers.runs import REPOSITORY, TINY, summary
 
 from command_line import load_config
-from federation.synchronous import Federation
+from federation.synchronous import Synchronous
 from run_folder import RunFolder
 
 
@@ -32,9 +32,9 @@ def test_resume_never_starts_again(run, monkeypatch):
         with pytest.raises(Killed):
             run()
     seen = []
-    original = Federation.run_round
+    original = Synchronous.run_round
     monkeypatch.setattr(
-        Federation,
+        Synchronous,
         "run_round",
         lambda self: seen.append(self.progress.round_number) or original(self),
     )
@@ -57,14 +57,14 @@ def test_two_processes_do_not_share_a_run_folder(tmp_path, run, capsys):
 
 def stop_after(monkeypatch, rounds: int) -> None:
     """Let runs end on the spot after so many rounds."""
-    original = Federation.run_round
+    original = Synchronous.run_round
 
     def run_round(self):
         if self.progress.round_number == rounds:
             raise Killed
         return original(self)
 
-    monkeypatch.setattr(Federation, "run_round", run_round)
+    monkeypatch.setattr(Synchronous, "run_round", run_round)
 
 
 @pytest.fixture

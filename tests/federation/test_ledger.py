@@ -64,7 +64,7 @@ def test_a_row_says_when_its_message_was_on_the_way(run):
         client = row["sender"] if row["direction"] == "up" else row["receiver"]
         start, seconds = float(row["start"]), float(row["seconds"])
         mbps = 1 if row["direction"] == "up" else 2
-        assert seconds == pytest.approx(1 + 8 * int(row["bytes"]) / (mbps * 1e6))
+        assert seconds == pytest.approx(1 + 8 * int(row["bytes"]) * 1514 / 1448 / (mbps * 1e6))
         if row["direction"] == "down":
             began = max((end for key, end in ends.items() if key[0] == "1"), default=0.0)
             assert start == pytest.approx(began if row["round"] == "2" else 0.0)

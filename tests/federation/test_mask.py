@@ -15,7 +15,7 @@ from config import Config, Mask, Pruning
 from federation import client
 from federation.mask import SharedMask
 from federation.server import Average, Server
-from federation.synchronous import Federation
+from federation.synchronous import Synchronous
 from layout import Layout
 from wire.container import PayloadError
 from wire.positions import unpack_positions
@@ -219,16 +219,16 @@ def test_a_killed_run_resumes_to_the_same_end(run, monkeypatch, method, last_cal
 
 def test_an_interrupt_between_scoring_and_round_1_loses_nothing(run, monkeypatch):
     _, whole = run(*SETTINGS["snip"], name="whole")
-    original = Federation._choose_mask
+    original = Synchronous._choose_mask
 
     def stop_after(self, cohort):
         original(self, cohort)
         self.clients.stop_requested = True
 
     with monkeypatch.context() as patch:
-        patch.setattr(Federation, "_choose_mask", stop_after)
+        patch.setattr(Synchronous, "_choose_mask", stop_after)
         assert run(*SETTINGS["snip"], name="stopped")[0] == 130
-    monkeypatch.setattr(Federation, "_choose_mask", None)  # the mask is in the checkpoint
+    monkeypatch.setattr(Synchronous, "_choose_mask", None)  # the mask is in the checkpoint
     status, stopped = run(*SETTINGS["snip"], name="stopped")
     assert status == 0
     assert summary(stopped)["model_sha256"] == summary(whole)["model_sha256"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.runs import rounds, summary
 
-from federation import synchronous
+from federation import federation
 from federation.pipeline import Pipeline
 
 CPU = torch.device("cpu")
@@ -104,7 +104,7 @@ WORDS = {
 def test_a_run_with_threads_is_the_run_without(run, monkeypatch, case):
     found = []
     for num_threads in (0, 3):
-        monkeypatch.setattr(synchronous, "num_coding_threads", lambda _, n=num_threads: n)
+        monkeypatch.setattr(federation, "num_coding_threads", lambda _, n=num_threads: n)
         status, folder = run(
             *WORDS[case], "clients.total=6", "clients.per_round=6", name=f"t{num_threads}"
         )

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
 
 from cnn_model import Dropout
-from config import Local, Schedule
+from config import Local, LrSchedule
 from distributed import Team
 from training.draws import Draws
 from training.engines import TorchEngine
@@ -34,28 +34,28 @@ FOUR_BATCHES = replace(PLAIN, steps=4)
 # --- schedules and batches ------------------------------------------------------------------------
 
 
-def rates(schedule: Schedule, rounds: int) -> list[float]:
+def rates(schedule: LrSchedule, rounds: int) -> list[float]:
     return [local_lr(Local(lr=0.4, lr_schedule=schedule), r, rounds) for r in range(1, rounds + 1)]
 
 
 def test_local_lr_by_hand():
-    assert rates(Schedule(), 3) == [0.4, 0.4, 0.4]
-    assert rates(Schedule(name="exponential", gamma=0.5), 4) == [0.4, 0.2, 0.1, 0.05]
+    assert rates(LrSchedule(), 3) == [0.4, 0.4, 0.4]
+    assert rates(LrSchedule(name="exponential", gamma=0.5), 4) == [0.4, 0.2, 0.1, 0.05]
     # a milestone m counts completed rounds, as in torch: round m + 1 is the first at the lower rate
-    step = rates(Schedule(name="step", gamma=0.5, milestones=[1, 3]), 5)
+    step = rates(LrSchedule(name="step", gamma=0.5, milestones=[1, 3]), 5)
     assert step == [0.4, 0.2, 0.2, 0.1, 0.1]
     half = 0.5 * math.sqrt(0.5)
     expected = [0.4, 0.4 * (0.5 + half), 0.2, 0.4 * (0.5 - half)]
-    assert rates(Schedule(name="cosine"), 4) == pytest.approx(expected)
+    assert rates(LrSchedule(name="cosine"), 4) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
     ("schedule", "theirs"),
     [
-        (Schedule(name="cosine"), lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=20)),
-        (Schedule(name="exponential", gamma=0.9), lambda o: lr_scheduler.ExponentialLR(o, 0.9)),
+        (LrSchedule(name="cosine"), lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=20)),
+        (LrSchedule(name="exponential", gamma=0.9), lambda o: lr_scheduler.ExponentialLR(o, 0.9)),
         (
-            Schedule(name="step", gamma=0.2, milestones=[5, 6, 15]),
+            LrSchedule(name="step", gamma=0.2, milestones=[5, 6, 15]),
             lambda o: lr_scheduler.MultiStepLR(o, [5, 6, 15], 0.2),
         ),
     ],

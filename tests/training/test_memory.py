@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from config import ConfigError
-from federation import client, synchronous
+from federation import client, federation
 from training.memory import memory_governed_by
 
 CUDA = (
@@ -42,7 +42,7 @@ def test_other_errors_pass():
     ("place", "function", "key"),
     [
         (client, "train_client", "local.batch_size"),
-        (synchronous, "evaluate_models", "evaluation.batch_size"),
+        (federation, "evaluate_models", "evaluation.batch_size"),
     ],
 )
 def test_a_run_ends_with_one_line(run, monkeypatch, capsys, place, function, key):
