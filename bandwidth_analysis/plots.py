@@ -1,4 +1,4 @@
-"""Draw the plots: accuracy by round and by megabyte, bytes per round, labels per client.
+"""Draw the plots: accuracy by round and by megabyte, bytes per round, clients' labels and pictures.
 
 Each function in PLOTS draws one plot as a Figure; render() turns it into a PNG file.
 """
@@ -160,12 +160,34 @@ def labels_per_client(runs: list[Run]) -> Figure:
     return figure
 
 
+def sample_pictures(runs: list[Run]) -> Figure:
+    """Draw pictures of some clients with the clients' labels, a sheet for each run that has them.
+
+    Where a client's label is not the server's, it is coloured and stands before the server's.
+    """
+    shown = [(run, label) for run, label in zip(runs, run_labels(runs), strict=True) if run.samples]
+    num_rows = [len(np.unique(run.samples.client)) for run, _ in shown]
+    figure = _figure(runs, height=0.6 * len(shown) + 1.05 * sum(num_rows))
+    grid = figure.add_gridspec(len(shown), 1, height_ratios=num_rows)
+    for position, (run, label) in enumerate(shown):
+        axes = figure.add_subplot(grid[position])
+        _draw_samples(axes, run)
+        axes.set_title(_plain(f"Pictures by client: {label}", 80))
+    return figure
+
+
 PLOTS = {
     "accuracy_vs_rounds": accuracy_vs_rounds,
     "accuracy_vs_megabytes": accuracy_vs_megabytes,
     "bytes_per_round": bytes_per_round,
     "labels_per_client": labels_per_client,
 }
+
+
+def plots_of(runs: list[Run]) -> dict[str, Callable[[list[Run]], Figure]]:
+    """Return PLOTS and, if a run has sample pictures, the plot that shows them."""
+    has_samples = any(run.samples for run in runs)
+    return PLOTS | ({"sample_pictures": sample_pictures} if has_samples else {})
 
 
 def _figure(runs: list[Run], height: float) -> Figure:
@@ -318,3 +340,27 @@ def _draw_partition(axes: Axes, run: Run) -> None:
         axes.set_yticks(range(num_classes), names)
     else:
         _count_on(axes.yaxis)
+
+
+def _draw_samples(axes: Axes, run: Run) -> None:
+    """Draw the sample pictures of one run, a row for each client."""
+    samples = run.samples
+    clients, rows = np.unique(samples.client, return_inverse=True)
+    columns = np.arange(len(rows)) - np.searchsorted(rows, rows)  # those of a client are neighbours
+    names = [_cut(_drawable(name), 10) for name in run.class_names]
+    for image, row, column, label, kind in zip(
+        samples.images, rows, columns, samples.labels, samples.classes, strict=True
+    ):
+        extent = (column - 0.38, column + 0.38, row + 0.38, row - 0.38)
+        axes.imshow(image, extent=extent, interpolation="nearest")
+        is_own = label != kind
+        text = f"{names[label]} ({names[kind]})" if is_own else names[label]
+        colour = COLOURS[1] if is_own else GREY
+        axes.text(column, row + 0.42, text, ha="center", va="top", fontsize=6.5, color=colour)
+    sizes = run.labels_per_client[clients].sum(axis=1)
+    labels = [f"{client}\n({size:,})" for client, size in zip(clients, sizes, strict=True)]
+    axes.set_yticks(range(len(clients)), labels)
+    axes.set(xticks=[], ylabel="Client (and its pictures)")
+    axes.set(xlim=(-0.5, columns.max() + 0.5), ylim=(len(clients) - 0.35, -0.5), aspect="equal")
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
