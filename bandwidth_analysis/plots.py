@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
+from typing import Any
 
 import matplotlib.style
 import numpy as np
@@ -149,7 +150,7 @@ def bytes_per_round(runs: list[Run]) -> Figure:
 
 def labels_per_client(runs: list[Run]) -> Figure:
     """Draw the training pictures by class and client, a heat map for each distinct partition."""
-    partitions = _labels_by_partition(runs)
+    partitions = _alike(runs, _partition)
     num_columns = 1 if len(partitions) <= 3 else 2
     num_rows = -(-len(partitions) // num_columns)
     figure = _figure(runs, height=0.6 + 2.8 * num_rows)
@@ -161,18 +162,18 @@ def labels_per_client(runs: list[Run]) -> Figure:
 
 
 def sample_pictures(runs: list[Run]) -> Figure:
-    """Draw pictures of some clients with the clients' labels, a sheet for each run that has them.
+    """Draw pictures of some clients with the clients' labels, a sheet for each distinct set.
 
     Where a client's label is not the server's, it is coloured and stands before the server's.
     """
-    shown = [(run, label) for run, label in zip(runs, run_labels(runs), strict=True) if run.samples]
+    shown = _alike(runs, _samples)
     num_rows = [len(np.unique(run.samples.client)) for run, _ in shown]
     figure = _figure(runs, height=0.6 * len(shown) + 1.05 * sum(num_rows))
     grid = figure.add_gridspec(len(shown), 1, height_ratios=num_rows)
-    for position, (run, label) in enumerate(shown):
+    for position, (run, labels) in enumerate(shown):
         axes = figure.add_subplot(grid[position])
         _draw_samples(axes, run)
-        axes.set_title(_plain(f"Pictures by client: {label}", 80))
+        axes.set_title(_plain(f"Pictures by client: {', '.join(labels)}", 80))
     return figure
 
 
@@ -303,13 +304,26 @@ def _scale(axis: Axis, values: np.ndarray, formatter: Formatter) -> None:
     axis.set_major_formatter(formatter)
 
 
-def _labels_by_partition(runs: list[Run]) -> list[tuple[Run, list[str]]]:
-    """Return for each distinct partition a run that has it, and the labels of all such runs."""
-    partitions: dict[tuple, tuple[Run, list[str]]] = {}
+def _alike(runs: list[Run], content: Callable[[Run], Any]) -> list[tuple[Run, list[str]]]:
+    """Return for each distinct content a run that has it, and the labels of all such runs.
+
+    Runs whose content is None are left out.
+    """
+    alike: dict[Any, tuple[Run, list[str]]] = {}
     for run, label in zip(runs, run_labels(runs), strict=True):
-        key = (run.labels_per_client.shape, run.labels_per_client.tobytes(), *run.class_names)
-        partitions.setdefault(key, (run, []))[1].append(label)
-    return list(partitions.values())
+        if (key := content(run)) is not None:
+            alike.setdefault(key, (run, []))[1].append(label)
+    return list(alike.values())
+
+
+def _partition(run: Run) -> tuple:
+    return run.labels_per_client.shape, run.labels_per_client.tobytes(), *run.class_names
+
+
+def _samples(run: Run) -> tuple | None:
+    if run.samples is None:
+        return None
+    return tuple(array.tobytes() for array in vars(run.samples).values()) + _partition(run)
 
 
 def _draw_partition(axes: Axes, run: Run) -> None:

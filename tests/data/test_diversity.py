@@ -6,7 +6,7 @@ import torch
 from helpers.pictures import noise as noise_set
 
 from data import DataError, Dataset, diversify, partition_labels, skew_quantities
-from data.diversity import CHUNK, blurred, draw_camera, draw_names
+from data.diversity import CHUNK, Camera, blurred, draw_camera, draw_names
 
 GREY = 100
 STRENGTHS = {"noise": 0.1, "blur": 1.0, "brightness": 1.0, "colour": 0.5, "relabelled": 0.5}
@@ -137,7 +137,7 @@ def test_gains_are_those_of_the_stops():
 def test_white_is_the_most_that_is_recorded():
     images = np.full((1, 2, 2, 3), 200, np.uint8)
     camera = draw_camera(np.random.default_rng(0), 0, 0, 0, 0)
-    brighter = type(camera)(np.array([2, 1, 0.001], np.float32), 0.0, 0.0)
+    brighter = Camera(np.array([2, 1, 0.001], np.float32), 0.0, 0.0)
     assert brighter.take(images, np.random.default_rng(0))[0, 0, 0].tolist() == [255, 200, 0]
     assert np.array_equal(camera.take(images, np.random.default_rng(0)), images)
 
