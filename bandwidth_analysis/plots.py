@@ -168,7 +168,7 @@ def sample_pictures(runs: list[Run]) -> Figure:
     """
     shown = _alike(runs, _samples)
     num_rows = [len(np.unique(run.samples.client)) for run, _ in shown]
-    figure = _figure(runs, height=0.6 * len(shown) + 1.05 * sum(num_rows))
+    figure = _figure(runs, height=0.5 * len(shown) + 0.93 * sum(num_rows))
     grid = figure.add_gridspec(len(shown), 1, height_ratios=num_rows)
     for position, (run, labels) in enumerate(shown):
         axes = figure.add_subplot(grid[position])
@@ -374,7 +374,10 @@ def _draw_samples(axes: Axes, run: Run) -> None:
     sizes = run.labels_per_client[clients].sum(axis=1)
     labels = [f"{client}\n({size:,})" for client, size in zip(clients, sizes, strict=True)]
     axes.set_yticks(range(len(clients)), labels)
-    axes.set(xticks=[], ylabel="Client (and its pictures)")
+    is_any_own = (samples.labels != samples.classes).any()
+    note = "Coloured: the client's label (and the server's)" if is_any_own else ""
+    axes.set(xticks=[], xlabel=note, ylabel="Client (and its pictures)")
     axes.set(xlim=(-0.5, columns.max() + 0.5), ylim=(len(clients) - 0.35, -0.5), aspect="equal")
+    axes.tick_params(length=0)
     axes.grid(False)
     axes.spines[:].set_visible(False)

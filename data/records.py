@@ -43,15 +43,20 @@ def save_samples(path: Path, clients: list[np.ndarray], seen: Dataset, dataset: 
 
     seen: the data set as its clients see it, see diversify(). dataset: as the server sees it.
 
-    Up to NUM_SAMPLED clients, and up to as many pictures of each, are spread evenly over all.
-    Pictures larger than LARGEST_SIDE are thinned out. The file holds a row for each picture in
+    Up to NUM_SAMPLED clients, and up to as many pictures of each, are spread evenly over all. If
+    some clients have labels of their own, one of them is among those chosen. Of pictures larger
+    than LARGEST_SIDE only every second, third, ... row and column is kept. The file holds a row for
+    each picture in
         client, int64 [S]: its number; in order;
         images, uint8 [S, H, W, 3];
         labels, int64 [S]: the client's label;
         classes, int64 [S]: the server's label.
     """
+    is_own = seen.train_labels.numpy() != dataset.train_labels.numpy()
     holders = np.array([client for client, indices in enumerate(clients) if len(indices)])
-    chosen = {int(client): _spread(clients[client]) for client in _spread(holders)}
+    relabelled = [is_own[clients[client]].any() for client in holders]
+    holders = holders[np.argsort(relabelled, kind="stable")]  # the last one is always chosen
+    chosen = {int(client): _spread(clients[client]) for client in sorted(_spread(holders))}
     indices = np.concatenate(list(chosen.values()))
     step = -(-max(seen.train_images.shape[1:3]) // LARGEST_SIDE)
     _write(

@@ -84,6 +84,7 @@ def test_sample_pictures_stand_with_their_clients_labels(tmp_path):
     [axes] = figure.axes
     assert axes.get_title() == "Pictures by client: topk-s0, same-s0"
     assert [text.get_text() for text in axes.texts] == ["dog (cat)", "dog", "ship"]
+    assert axes.get_xlabel() == "Coloured: the client's label (and the server's)"
     assert [text.get_color() == plots.COLOURS[1] for text in axes.texts] == [True, False, False]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0\n(3)", "1\n(12)"]
     corners = np.array([image.get_extent() for image in axes.images])  # left, right, bottom, top

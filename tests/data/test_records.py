@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -93,3 +94,16 @@ def test_samples_stay_small(tmp_path):
     arrays = read(tmp_path / "samples.npz")
     assert arrays["images"].shape == (64, 44, 24, 3)  # every third row and column
     assert len(np.unique(arrays["client"])) == 8 and arrays["client"][-1] == 19
+
+
+@pytest.mark.parametrize("own", [0, 5, 19])
+def test_a_client_with_labels_of_its_own_is_among_the_samples(tmp_path, own):
+    data = noise(num_train=200)
+    clients = np.array_split(np.arange(200), 20)
+    labels = data.train_labels.clone()
+    labels[clients[own]] = (labels[clients[own]] + 1) % 4
+    save_samples(tmp_path / "samples.npz", clients, replace(data, train_labels=labels), data)
+    arrays = read(tmp_path / "samples.npz")
+    assert len(np.unique(arrays["client"])) == 8 and (np.diff(arrays["client"]) >= 0).all()
+    is_own = arrays["labels"] != arrays["classes"]
+    assert np.unique(arrays["client"][is_own]).tolist() == [own]
