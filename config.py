@@ -63,6 +63,21 @@ class Partition:
 
 
 @dataclass(frozen=True)
+class Diversity:
+    """What differs between clients besides their labels, see data/diversity.py; 0 is off.
+
+    Each client draws its own strength of noise, blur, brightness and colour, up to the value here.
+    """
+
+    quantity: float = between(0.0, 0.0, 5.0)  # a client keeps exp(-quantity |z|) of its pictures
+    noise: float = between(0.0, 0.0, 1.0)  # deviation, as a share of the range black to white
+    blur: float = between(0.0, 0.0, 10.0)  # deviation in pixels
+    brightness: float = between(0.0, 0.0, 8.0)  # stops (factors of 2) brighter or darker
+    colour: float = between(0.0, 0.0, 8.0)  # the same, for each colour channel by itself
+    relabelled: float = between(0.0, 0.0, 1.0)  # share of clients that permute the classes' labels
+
+
+@dataclass(frozen=True)
 class Data:
     name: str = "cifar10"  # cifar10, digits, imagefolder, or a Hugging Face data set
     root: str = path_to("data")  # the folder or zip file that holds it
@@ -72,6 +87,7 @@ class Data:
     crop: int | None = between(None, 8)  # side of the crop, a central one in tests; null: whole
     validation: float = between(0.0, 0.0, 0.5)  # share of the training pictures, to tune on
     partition: Partition = field(default_factory=Partition)
+    diversity: Diversity = field(default_factory=Diversity)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from typing import Any
 from tqdm import tqdm
 
 from bandwidth_analysis import read_run, write_plots
-from config import Config, ConfigError
-from data import DataError, save_partition
+from config import Config, ConfigError, Diversity
+from data import DataError, save_partition, save_samples
 from distributed import RankLost, Ranks
 from federation.federation import Federation
 from federation.ledger import LedgerRow
@@ -178,7 +178,10 @@ def resolve_auto(federation: Federation, recorded: dict[str, str]) -> None:
 
 
 def record_environment(federation: Federation, folder: RunFolder) -> None:
-    """Write environment.json and partition.npz; refuse to resume on other data."""
+    """Write environment.json, partition.npz and, of diverse clients, samples.npz.
+
+    Raises RunFolderError: a run cannot resume on other data.
+    """
     dataset = federation.dataset
     facts = {
         "dataset": {
@@ -199,6 +202,10 @@ def record_environment(federation: Federation, folder: RunFolder) -> None:
         if before and before.get(key) != value:
             raise RunFolderError(f"{folder.path}: cannot resume, {key} is not what it was")
     folder.write_environment(**facts)
+    if federation.config.data.diversity != Diversity():
+        save_samples(
+            folder.path / "samples.npz", federation.shards, federation.client_data, dataset
+        )
 
 
 def finish(federation: Federation, folder: RunFolder) -> None:

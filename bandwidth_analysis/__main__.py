@@ -4,8 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from bandwidth_analysis.errors import AnalysisError, printable
 from bandwidth_analysis.plot_files import write_plots
-from bandwidth_analysis.runs import AnalysisError, printable, read_run
+from bandwidth_analysis.runs import read_run
 from bandwidth_analysis.table import comparison_table
 
 COMPARISON = "comparison"  # the folder, next to the first run, for the plots of several runs

@@ -8,7 +8,8 @@ backend, fonts or settings) raises AnalysisError, which the run reports without 
 import shlex
 from pathlib import Path
 
-from bandwidth_analysis.runs import AnalysisError, Run
+from bandwidth_analysis.errors import AnalysisError
+from bandwidth_analysis.runs import Run
 
 
 def write_plots(runs: list[Run], folder: Path) -> list[Path]:
@@ -38,11 +39,11 @@ def write_plots(runs: list[Run], folder: Path) -> list[Path]:
 def _draw(runs: list[Run]) -> tuple[dict[str, bytes], dict[str, Exception]]:
     """Return the PNG file of each plot by name, and the errors of the plots that failed."""
     try:
-        from bandwidth_analysis.plots import PLOTS, render
+        from bandwidth_analysis.plots import plots_of, render
     except Exception as error:  # matplotlib also reads its settings when it is imported
         return {}, {"plots": error}
     pictures, failures = {}, {}
-    for name, draw in PLOTS.items():
+    for name, draw in plots_of(runs).items():
         try:
             pictures[name] = render(draw, runs)
         except Exception as error:  # matplotlib raises many kinds, for fonts, sizes and so on

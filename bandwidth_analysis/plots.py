@@ -1,4 +1,4 @@
-"""Draw the plots: accuracy by round and by megabyte, bytes per round, labels per client.
+"""Draw the plots: accuracy by round and by megabyte, bytes per round, clients' labels and pictures.
 
 Each function in PLOTS draws one plot as a Figure; render() turns it into a PNG file.
 """
@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
+from typing import Any
 
 import matplotlib.style
 import numpy as np
@@ -149,7 +150,7 @@ def bytes_per_round(runs: list[Run]) -> Figure:
 
 def labels_per_client(runs: list[Run]) -> Figure:
     """Draw the training pictures by class and client, a heat map for each distinct partition."""
-    partitions = _labels_by_partition(runs)
+    partitions = _alike(runs, _partition)
     num_columns = 1 if len(partitions) <= 3 else 2
     num_rows = -(-len(partitions) // num_columns)
     figure = _figure(runs, height=0.6 + 2.8 * num_rows)
@@ -160,12 +161,34 @@ def labels_per_client(runs: list[Run]) -> Figure:
     return figure
 
 
+def sample_pictures(runs: list[Run]) -> Figure:
+    """Draw pictures of some clients with the clients' labels, a sheet for each distinct set.
+
+    Where a client's label is not the server's, it is coloured and stands before the server's.
+    """
+    shown = _alike(runs, _samples)
+    num_rows = [len(np.unique(run.samples.client)) for run, _ in shown]
+    figure = _figure(runs, height=0.5 * len(shown) + 0.93 * sum(num_rows))
+    grid = figure.add_gridspec(len(shown), 1, height_ratios=num_rows)
+    for position, (run, labels) in enumerate(shown):
+        axes = figure.add_subplot(grid[position])
+        _draw_samples(axes, run)
+        axes.set_title(_plain(f"Pictures by client: {', '.join(labels)}", 80))
+    return figure
+
+
 PLOTS = {
     "accuracy_vs_rounds": accuracy_vs_rounds,
     "accuracy_vs_megabytes": accuracy_vs_megabytes,
     "bytes_per_round": bytes_per_round,
     "labels_per_client": labels_per_client,
 }
+
+
+def plots_of(runs: list[Run]) -> dict[str, Callable[[list[Run]], Figure]]:
+    """Return PLOTS and, if a run has sample pictures, the plot that shows them."""
+    has_samples = any(run.samples for run in runs)
+    return PLOTS | ({"sample_pictures": sample_pictures} if has_samples else {})
 
 
 def _figure(runs: list[Run], height: float) -> Figure:
@@ -281,13 +304,26 @@ def _scale(axis: Axis, values: np.ndarray, formatter: Formatter) -> None:
     axis.set_major_formatter(formatter)
 
 
-def _labels_by_partition(runs: list[Run]) -> list[tuple[Run, list[str]]]:
-    """Return for each distinct partition a run that has it, and the labels of all such runs."""
-    partitions: dict[tuple, tuple[Run, list[str]]] = {}
+def _alike(runs: list[Run], content: Callable[[Run], Any]) -> list[tuple[Run, list[str]]]:
+    """Return for each distinct content a run that has it, and the labels of all such runs.
+
+    Runs whose content is None are left out.
+    """
+    alike: dict[Any, tuple[Run, list[str]]] = {}
     for run, label in zip(runs, run_labels(runs), strict=True):
-        key = (run.labels_per_client.shape, run.labels_per_client.tobytes(), *run.class_names)
-        partitions.setdefault(key, (run, []))[1].append(label)
-    return list(partitions.values())
+        if (key := content(run)) is not None:
+            alike.setdefault(key, (run, []))[1].append(label)
+    return list(alike.values())
+
+
+def _partition(run: Run) -> tuple:
+    return run.labels_per_client.shape, run.labels_per_client.tobytes(), *run.class_names
+
+
+def _samples(run: Run) -> tuple | None:
+    if run.samples is None:
+        return None
+    return tuple(array.tobytes() for array in vars(run.samples).values()) + _partition(run)
 
 
 def _draw_partition(axes: Axes, run: Run) -> None:
@@ -318,3 +354,30 @@ def _draw_partition(axes: Axes, run: Run) -> None:
         axes.set_yticks(range(num_classes), names)
     else:
         _count_on(axes.yaxis)
+
+
+def _draw_samples(axes: Axes, run: Run) -> None:
+    """Draw the sample pictures of one run, a row for each client."""
+    samples = run.samples
+    clients, rows = np.unique(samples.client, return_inverse=True)
+    columns = np.arange(len(rows)) - np.searchsorted(rows, rows)  # those of a client are neighbours
+    names = [_cut(_drawable(name), 10) for name in run.class_names]
+    for image, row, column, label, kind in zip(
+        samples.images, rows, columns, samples.labels, samples.classes, strict=True
+    ):
+        extent = (column - 0.38, column + 0.38, row + 0.38, row - 0.38)
+        axes.imshow(image, extent=extent, interpolation="nearest")
+        is_own = label != kind
+        text = f"{names[label]} ({names[kind]})" if is_own else names[label]
+        colour = COLOURS[1] if is_own else GREY
+        axes.text(column, row + 0.42, text, ha="center", va="top", fontsize=6.5, color=colour)
+    sizes = run.labels_per_client[clients].sum(axis=1)
+    labels = [f"{client}\n({size:,})" for client, size in zip(clients, sizes, strict=True)]
+    axes.set_yticks(range(len(clients)), labels)
+    is_any_own = (samples.labels != samples.classes).any()
+    note = "Coloured: the client's label (and the server's)" if is_any_own else ""
+    axes.set(xticks=[], xlabel=note, ylabel="Client (and its pictures)")
+    axes.set(xlim=(-0.5, columns.max() + 0.5), ylim=(len(clients) - 0.35, -0.5), aspect="equal")
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)

@@ -15,31 +15,15 @@ from typing import Any, TextIO
 import numpy as np
 import yaml
 
+from bandwidth_analysis.errors import REPAIR, AnalysisError, printable
+from bandwidth_analysis.samples import Samples, read_samples
+
 # The columns of the ledger that are read, wherever they stand, and numpy's types for them.
 LEDGER_FIELDS = {"round": "i8", "direction": "U5", "bytes": "i8", "dense_bytes": "i8"}
 NUMBER = (int, float)
 NUMBER_OR_NULL = (int, float, type(None))
 MEAN_OVER = 5  # evaluations to average for a run without a summary; evaluation.last in the config
 DATASET_NAMES = {"cifar10": "CIFAR-10", "digits": "scikit-learn's digits"}
-REPAIR = "restore the file or repeat the run"
-
-
-class AnalysisError(Exception):
-    """A run folder cannot be read, or plots cannot be drawn or written.
-
-    The message is one line that says what is wrong and what to do.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(printable(message))
-
-
-def printable(text: str) -> str:
-    """Escape what cannot be printed, such as line ends and bytes that are not UTF-8."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +47,7 @@ class Run:
     wall_seconds: float
     labels_per_client: np.ndarray  # int64 [num_clients, num_classes]
     class_names: list[str]  # num_classes names
+    samples: Samples | None  # of the clients' pictures, from a run with data.diversity
 
     @property
     def num_rounds(self) -> int:
@@ -102,6 +87,7 @@ def read_run(folder: Path) -> Run:
         **_read_outcome(folder / "summary.json", rows, ledger, finished),
         labels_per_client=labels_per_client,
         class_names=class_names,
+        samples=read_samples(folder / "samples.npz", *labels_per_client.shape),
     )
 
 

@@ -7,15 +7,12 @@ and takes time in proportion to clients x pictures.
 """
 
 import difflib
-import hashlib
 import inspect
-import os
 import reprlib
 import textwrap
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -342,37 +339,3 @@ def _check_clients(clients: list[np.ndarray], num_examples: int, name: str) -> N
         )
     if num_left_out:
         say(f"note: partition {name} leaves {num_left_out} of {num_examples} examples out")
-
-
-def save_partition(
-    path: Path, clients: list[np.ndarray], labels: np.ndarray, class_names: Sequence[str]
-) -> str:
-    """Write the split to the .npz file `path`, whole or not at all; return its SHA-256 in hex.
-
-    The file holds the arrays
-        indices, int64 [N]: the examples of client 0, then those of client 1, and so on;
-        offsets, int64 [clients + 1]: where in `indices` each client begins;
-        labels_per_client, int64 [clients, classes]: how many examples of each class it has;
-        class_names, strings [classes].
-    The hash is of offsets and indices as little-endian int64, not of the file.
-    """
-    indices = np.concatenate(clients).astype("<i8")
-    offsets = np.cumsum([0, *map(len, clients)]).astype("<i8")
-    counts = [np.bincount(labels[part], minlength=len(class_names)) for part in clients]
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(
-                file,
-                indices=indices,
-                offsets=offsets,
-                labels_per_client=np.array(counts, np.int64),
-                class_names=np.array(class_names, np.str_),
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return hashlib.sha256(offsets.tobytes() + indices.tobytes()).hexdigest()

@@ -24,6 +24,7 @@ from federation.pipeline import Pipeline, num_coding_threads
 from federation.server import Average
 from federation.setup import (
     build_model,
+    client_data,
     load_data,
     make_clients,
     make_clock,
@@ -69,10 +70,13 @@ class Federation:
 
             ranks.on_all_ranks(lambda: read_config(config))  # a mistake in it is answered now
         self.dataset = ranks.on_all_ranks(lambda: load_data(config), main_first=True)
-        self.pictures = ranks.on_all_ranks(
-            lambda: make_pictures(config, self.dataset, ranks.device)
-        )
         self.shards = ranks.on_all_ranks(lambda: partition(config, self.dataset))
+        self.client_data = ranks.on_all_ranks(
+            lambda: client_data(config, self.dataset, self.shards)
+        )
+        self.pictures = ranks.on_all_ranks(
+            lambda: make_pictures(config, self.client_data, ranks.device)
+        )
         labels, num_classes = self.dataset.train_labels.numpy(), self.pictures.num_classes
         self.labels_per_client = np.array(
             [np.bincount(labels[indices], minlength=num_classes) for indices in self.shards]

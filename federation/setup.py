@@ -1,5 +1,6 @@
 """From a config to what a federation consists of: data, shards, network, both ends."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,15 @@ import torch
 
 from cnn_model import build_network
 from config import Config, ConfigError, from_here
-from data import Dataset, Pictures, hold_out, load_dataset, partition_labels
+from data import (
+    Dataset,
+    Pictures,
+    diversify,
+    hold_out,
+    load_dataset,
+    partition_labels,
+    skew_quantities,
+)
 from distributed import Ranks
 from federation.agreement import Agreement
 from federation.client import Clients
@@ -52,6 +61,7 @@ def partition(config: Config, dataset: Dataset) -> list[np.ndarray]:
         config.data.partition.args,
         config.seed_for("partition"),
     )
+    clients = skew_quantities(clients, config.data.diversity.quantity, config.seed_for("quantity"))
     num_candidates = sum(len(indices) > 0 for indices in clients)
     if num_candidates < config.clients.per_round:
         raise ConfigError(
@@ -67,6 +77,13 @@ def partition(config: Config, dataset: Dataset) -> list[np.ndarray]:
             f"use group(2)"
         )
     return clients
+
+
+def client_data(config: Config, dataset: Dataset, shards: list[np.ndarray]) -> Dataset:
+    """The data set with the pictures and labels that the clients train on."""
+    settings = asdict(config.data.diversity)
+    del settings["quantity"]  # which partition() has applied
+    return diversify(dataset, shards, config.seed_for("diversity"), **settings)
 
 
 def build_model(config: Config, pictures: Pictures, device: torch.device) -> FlatModel:

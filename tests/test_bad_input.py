@@ -48,6 +48,9 @@ CASES = {
         ],
         "data.partition",
     ),
+    "a diversity out of range": (["data.diversity.noise=1.5"], "data.diversity.noise: 1.5 is out"),
+    "a diversity that is not a number": (["data.diversity.blur=nan"], "data.diversity.blur: nan"),
+    "a misspelt diversity": (["data.diversity.color=1"], "did you mean 'colour'?"),
     "batches of one with BatchNorm": (
         ["model.name=resnet18", "model.width=0.1", "local.batch_size=1"],
         "use group(2)",

@@ -76,6 +76,32 @@ def test_runs_of_one_partition_share_a_panel(tmp_path):
     ]
 
 
+def test_sample_pictures_stand_with_their_clients_labels(tmp_path):
+    run = read_run(write_run(tmp_path, has_samples=True))
+    other = read_run(write_run(tmp_path, "other"))
+    with plots.style():
+        figure = plots.sample_pictures([other, run, replace(run, name="same")])
+    [axes] = figure.axes
+    assert axes.get_title() == "Pictures by client: topk-s0, same-s0"
+    assert [text.get_text() for text in axes.texts] == ["dog (cat)", "dog", "ship"]
+    assert axes.get_xlabel() == "Coloured: the client's label (and the server's)"
+    assert [text.get_color() == plots.COLOURS[1] for text in axes.texts] == [True, False, False]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0\n(3)", "1\n(12)"]
+    corners = np.array([image.get_extent() for image in axes.images])  # left, right, bottom, top
+    assert np.allclose(corners.reshape(3, 2, 2).mean(axis=2), [(0, 0), (0, 1), (1, 1)])
+    for image, picture in zip(axes.images, run.samples.images, strict=True):
+        assert np.array_equal(image.get_array(), picture)
+
+
+def test_a_run_without_samples_has_no_such_plot(tmp_path):
+    without = read_run(write_run(tmp_path))
+    assert plots.plots_of([without]) == plots.PLOTS
+    run = read_run(write_run(tmp_path, "diverse", has_samples=True))
+    paths = write_plots([without, run], tmp_path / "plots")
+    assert [path.name for path in paths] == [*PLOT_NAMES, "sample_pictures.png"]
+    assert matplotlib.image.imread(paths[-1]).shape[1] == 1200
+
+
 # --- names that are hard to draw ------------------------------------------------------------------
 
 HARD_NAMES = {

@@ -1,7 +1,5 @@
 """data/partition.py."""
 
-import errno
-import hashlib
 import inspect
 import random
 
@@ -11,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import DataError, partition, partition_labels, save_partition
+from data import DataError, partition, partition_labels
 
 LABELS = np.repeat(np.arange(10), 100)  # sorted by class, as data sets come
 
@@ -338,49 +336,3 @@ def test_clients_without_examples_are_counted_on_stderr(capsys):
     said = capsys.readouterr().err
     assert f"leaves {num_empty} of 50 clients without examples" in said
     assert "use a larger alpha" in said
-
-
-# --- save_partition -------------------------------------------------------------------------------
-
-
-def test_a_saved_split_can_be_read_back_and_its_sum_is_of_the_split_alone(tmp_path):
-    clients = split("inner_dirichlet", alpha=0.1)
-    names = tuple("abcdefghij")
-    digest = save_partition(tmp_path / "partition.npz", clients, LABELS, names)
-    assert digest == save_partition(tmp_path / "other.npz", clients, LABELS, ["?"] * 10)
-    assert digest != save_partition(tmp_path / "other.npz", clients[::-1], LABELS, names)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.npz", "partition.npz"]
-    with np.load(tmp_path / "partition.npz") as saved:
-        indices, offsets = saved["indices"], saved["offsets"]
-        assert saved["class_names"].tolist() == list(names)
-        assert np.array_equal(saved["labels_per_client"], count_classes(clients))
-        assert saved["labels_per_client"].dtype == np.int64
-    assert indices.dtype == offsets.dtype == np.int64 and len(offsets) == 11
-    assert all(map(np.array_equal, np.split(indices, offsets[1:-1]), clients))
-    content = offsets.astype("<i8").tobytes() + indices.astype("<i8").tobytes()
-    assert digest == hashlib.sha256(content).hexdigest()
-
-
-def test_a_split_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
-    path = tmp_path / "partition.npz"
-    path.write_bytes(b"of before")
-
-    def fill_the_disk(file, **arrays):
-        file.write(b"half of it")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(np, "savez", fill_the_disk)
-    with pytest.raises(OSError, match="No space left"):
-        save_partition(path, split("iid"), LABELS, "abcdefghij")
-    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"of before"]
-
-
-@pytest.mark.parametrize(
-    "name", ["\udcff", "caf\xe9", "\U0001f408", "$\\frac{", "two\nlines", "x" * 999]
-)
-def test_any_class_name_can_be_saved(tmp_path, name):
-    clients = split("iid")
-    names = [name, *"bcdefghij"]
-    save_partition(tmp_path / "partition.npz", clients, LABELS, names)
-    with np.load(tmp_path / "partition.npz", allow_pickle=False) as saved:
-        assert saved["class_names"].tolist() == names

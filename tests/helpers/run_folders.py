@@ -41,6 +41,7 @@ def write_run(
     fallback: str = "",
     num_clients: int = 2,
     class_names: tuple = ("cat", "dog", "ship"),
+    has_samples: bool = False,  # a picture of client 0 that calls its cat a dog, two of client 1
 ) -> Path:
     """A run folder in which two clients a round send an update and receive a model of 2 MB."""
     folder = parent / f"{name}-s{seed}"
@@ -66,6 +67,14 @@ def write_run(
         labels_per_client=np.arange(3 * num_clients).reshape(num_clients, 3) + seed,
         class_names=np.array(class_names),
     )
+    if has_samples:
+        np.savez(
+            folder / "samples.npz",
+            client=[0, 1, 1],
+            images=np.arange(3 * 2 * 2 * 3, dtype=np.uint8).reshape(3, 2, 2, 3),
+            labels=[1, 1, 2],
+            classes=[0, 1, 2],
+        )
     if finished:
         summary = {
             "rounds_completed": len(rows),
