@@ -226,6 +226,7 @@ def finish(federation: Federation, folder: RunFolder) -> None:
         **more,  # of clients, and on the validation pictures
         **folder.ledger_totals(),
         "num_failed": progress.num_failed,
+        "num_late": progress.num_late,
         "empty_rounds": progress.empty_rounds,
         "wall_seconds": progress.wall_seconds,
         "simulated_seconds": progress.simulated_seconds,

@@ -56,6 +56,20 @@ class Progress:
     last_failure: str = ""  # why the last one could not be used
     evaluations: list[dict[str, float | None]] = field(default_factory=list)  # oldest first
 
+    def add_bytes(self, rows: list[LedgerRow]) -> tuple[int, int]:
+        """Count a round's messages; return its bytes up and down."""
+        up = sum(row.bytes for row in rows if row.direction == "up")
+        down = sum(row.bytes for row in rows if row.direction == "down")
+        self.bytes_up += up
+        self.bytes_down += down
+        return up, down
+
+    def add_failures(self, failures: dict[str, str]) -> None:
+        """failures: by client, why its update could not be used."""
+        self.num_failed += len(failures)
+        for client, reason in failures.items():
+            self.last_failure = f"client {client}: {reason}"
+
 
 class Federation:
     """Everything that a run holds in memory. Every rank has one.
@@ -69,6 +83,22 @@ class Federation:
             from training.deepspeed_engine import read_config
 
             ranks.on_all_ranks(lambda: read_config(config))  # a mistake in it is answered now
+        self._load_data()
+        self.model = ranks.on_all_ranks(lambda: build_model(config, self.pictures, ranks.device))
+        num_examples = list(map(len, self.shards))
+        self.server = ranks.on_all_ranks(lambda: make_server(config, self.model, num_examples))
+        self.versions: dict[int, int] = {}  # client: version of its saved state, of all ranks
+        self.placement = Placement(ranks, [])
+        store = make_store(config, states_folder, ranks.device)
+        self.clients = make_clients(config, self.model, self.pictures, self.shards, store, ranks)
+        self.pipeline = Pipeline(ranks.device, num_coding_threads(ranks.device))
+        self.exchange = Exchange(ranks, sums=config.distributed.exchange == "allreduce")
+        self.clock = ranks.on_all_ranks(lambda: make_clock(config))
+        self.progress = Progress()
+        self.received = 0  # bytes that collectives had brought to this rank up to the last round
+
+    def _load_data(self) -> None:
+        config, ranks = self.config, self.ranks
         self.dataset = ranks.on_all_ranks(lambda: load_data(config), main_first=True)
         self.shards = ranks.on_all_ranks(lambda: partition(config, self.dataset))
         self.client_data = ranks.on_all_ranks(
@@ -82,18 +112,6 @@ class Federation:
             [np.bincount(labels[indices], minlength=num_classes) for indices in self.shards]
         )
         self.candidates = [client for client, indices in enumerate(self.shards) if len(indices)]
-        self.model = ranks.on_all_ranks(lambda: build_model(config, self.pictures, ranks.device))
-        num_examples = list(map(len, self.shards))
-        self.server = ranks.on_all_ranks(lambda: make_server(config, self.model, num_examples))
-        self.versions: dict[int, int] = {}  # client: version of its saved state, of all ranks
-        self.placement = Placement(ranks, [])
-        store = make_store(config, states_folder, ranks.device)
-        self.clients = make_clients(config, self.model, self.pictures, self.shards, store, ranks)
-        self.pipeline = Pipeline(ranks.device, num_coding_threads(ranks.device))
-        self.exchange = Exchange(ranks, sums=config.distributed.exchange == "allreduce")
-        self.clock = ranks.on_all_ranks(lambda: make_clock(config))
-        self.progress = Progress()
-        self.received = 0  # bytes that collectives had brought to this rank up to the last round
 
     # --- the parts of a round ---------------------------------------------------------------------
 
@@ -198,13 +216,9 @@ class Federation:
 
         begin: when the round began on the wall's clock; the simulated clock stands at its end.
         """
-        progress = self.progress
-        lasted = self.clock.now - progress.simulated_seconds
+        progress, lasted = self.progress, self.clock.now - self.progress.simulated_seconds
         progress.round_number, progress.simulated_seconds = round_number, self.clock.now
-        up = sum(row.bytes for row in rows if row.direction == "up")
-        down = sum(row.bytes for row in rows if row.direction == "down")
-        progress.bytes_up += up
-        progress.bytes_down += down
+        up, down = progress.add_bytes(rows)
         losses = [report.loss for report in reports if report.client in averaged]
         loss = sum(losses) / max(1, len(losses))
         late = [report.client for report in reports if report.is_late]
@@ -213,11 +227,9 @@ class Federation:
             for report in reports
             if report.failure and not report.is_late
         }
-        progress.num_failed += len(failures)
+        progress.add_failures(failures)
         progress.num_late += len(late)
         progress.empty_rounds = 0 if averaged else progress.empty_rounds + 1
-        for client, reason in failures.items():
-            progress.last_failure = f"client {client}: {reason}"
         wall = time.perf_counter() - begin
         progress.wall_seconds += wall
         row = {

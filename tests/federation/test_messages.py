@@ -35,7 +35,14 @@ def reports(draw):
         messages.append(message if travels else replace(message, payload=None))
     floats = st.floats(allow_nan=False)
     return Report(
-        client, draw(counts), draw(floats), draw(floats), draw(counts), draw(st.text()), messages
+        client,
+        draw(counts),
+        draw(floats),
+        draw(floats),
+        draw(counts),
+        draw(st.text()),
+        draw(st.booleans()),
+        messages,
     )
 
 

@@ -289,7 +289,7 @@ def test_a_server_goes_on_from_its_state_as_if_nothing_had_happened(tmp_path, al
 
 @pytest.mark.parametrize("optimizer", ["FedAvgM", "FedYogi", "FedAdam"])
 def test_a_weight_that_left_the_mask_comes_back_without_a_past(optimizer):
-    """Neither its value nor the algorithm's vector nor the optimizer's memory is there any more."""
+    """Neither its value nor the optimizer's memory is there any more."""
     server = make_server(masked(optimizer=optimizer), LAYOUT, SIZES)
     a_round(server, 1, [0, 1])
     gone = server.mask.kept[::2]
@@ -298,7 +298,7 @@ def test_a_weight_that_left_the_mask_comes_back_without_a_past(optimizer):
     others = np.setdiff1d(server.mask.kept, gone)
     [memory] = server.optimizer.state_dict()["state"].values()
     moments = [v for v in memory.values() if isinstance(v, torch.Tensor) and len(v.shape)]
-    zeros = [server.parameters.data, server.vector, server.downlinks["model"].shared, moments[0]]
+    zeros = [server.parameters.data, server.downlinks["model"].shared, moments[0]]
     assert not any(some[gone].any() for some in zeros)
     for some in (*zeros, *moments):  # second moments begin at v0
         assert len(some[gone].unique()) == 1 and len(some[others].unique()) > 1
