@@ -15,7 +15,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from config import NEUTRAL, Config, ConfigError, Network, Selection, from_here
+from config import NEUTRAL, Config, ConfigError, Network, Schedule, Selection, from_here
 from network.profiles import DEVICES, LINKS
 from training.deepspeed_file import read_deepspeed_file
 from typed_yaml import Settings
@@ -197,6 +197,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     if config.server.scheduler_options and not config.server.scheduler:
         yield "server.scheduler_options", "given without server.scheduler"
     yield from _network_contradictions(config.network)
+    if config.schedule.name != "synchronous":
+        yield from _asynchronous_contradictions(config)
 
 
 def _lane_contradictions(config: Config) -> Iterator[tuple[str, str]]:
@@ -230,6 +232,24 @@ def _selection_contradictions(section: str, selection: Selection) -> Iterator[tu
                 yield f"{section}.{key}", f"method {selection.method} has no density"
     if selection.method == "threshold" and selection.relative and selection.threshold >= 1:
         yield f"{section}.threshold", "nothing is above the largest: relative needs one below 1"
+
+
+def _asynchronous_contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """What needs all clients of a round to begin with the same model."""
+    schedule, name = config.schedule, config.schedule.name
+    for key in ("over_selection", "deadline_seconds"):
+        if getattr(schedule, key) != getattr(Schedule(), key):
+            yield f"schedule.{key}", f"{name} waits for no round; use schedule.name: synchronous"
+    if (schedule.concurrency or 1) > config.clients.total:
+        yield "schedule.concurrency", f"more than clients.total={config.clients.total} clients"
+    if config.pruning.mask.method != "none":
+        yield "pruning.mask.method", f"a mask changes between rounds, and {name} has none"
+    if config.downlink.mode != "model":
+        yield "downlink.mode", f"with {name} clients begin at any time; use downlink.mode: model"
+    if config.local.algorithm not in ("FedAvg", "FedProx"):
+        yield "local.algorithm", f"{name} takes FedAvg and FedProx"
+    if config.distributed.exchange != "gather":
+        yield "distributed.exchange", f"{name} keeps payloads until they arrive; use gather"
 
 
 def _network_contradictions(network: Network) -> Iterator[tuple[str, str]]:

@@ -244,9 +244,13 @@ class Network:
 class Schedule:
     """For whom the server waits before it steps."""
 
-    name: str = one_of("synchronous")
+    name: str = one_of("synchronous", "fedbuff", "fedasync")
     over_selection: float = between(1.0, 1.0)  # so many times per_round begin; the fastest count
     deadline_seconds: float | None = between(None, 0.0, open_low=True)  # of a round; null: none
+    concurrency: int | None = between(None, 1)  # asynchronous: under way at once; null: per_round
+    buffer: int = between(10, 1)  # fedbuff: how many updates make a step
+    staleness_power: float = between(0.5, 0.0)  # a of the weight (1 + s)^-a of an old update
+    mixing: float = between(0.6, 0.0, 1.0, open_low=True)  # fedasync: alpha, a fresh model's share
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from data import DataError, save_partition, save_samples
 from distributed import RankLost, Ranks
 from federation.federation import Federation
 from federation.ledger import LedgerRow
-from federation.synchronous import Synchronous
+from federation.schedules import make_schedule
 from run_folder import RunFolder, RunFolderError
 from training.choices import Choices
 from training.determinism import use_deterministic_kernels
@@ -107,7 +107,7 @@ def start(config: Config, ranks: Ranks, folder: RunFolder) -> Federation:
     """
     if summary := ranks.on_all_ranks(lambda: folder.refuse_other_runs(config)):
         raise RunFinished(folder.path, summary)
-    federation = Synchronous(config, ranks, folder.clients)
+    federation = make_schedule(config, ranks, folder.clients)
     ranks.on_all_ranks(lambda: folder.claim(config) if ranks.is_main else None, main_first=True)
     if state := ranks.on_all_ranks(folder.checkpoint):
         federation.load(state)
@@ -264,7 +264,7 @@ def plan(config: Config, ranks: Ranks) -> int:
         evaluation=replace(config.evaluation, every=config.rounds + 1),
     )
     with tempfile.TemporaryDirectory() as states:
-        federation = Synchronous(quick, ranks, Path(states))
+        federation = make_schedule(quick, ranks, Path(states))
         seconds = probe_precision(federation.model, federation.pictures, config.local)
         seconds = ranks.gather_json(seconds)[0]
         precision = config.precision if config.precision != "auto" else choose_precision(seconds)

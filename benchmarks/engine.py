@@ -35,7 +35,7 @@ from distributed import Ranks
 from experiment import resolve_auto
 from federation.cohort import sample_cohort
 from federation.federation import Federation
-from federation.synchronous import Synchronous
+from federation.schedules import make_schedule
 from training.draws import Draws
 from training.engines import autocast
 from training.local_sgd import batch_sizes, local_lr
@@ -116,7 +116,7 @@ class BareLoop:
 
 def measure(config: Config, rounds: int) -> dict[str, float]:
     """Median seconds of a round of ours and of the bare loop, and the median of their ratios."""
-    federation = Synchronous(config, Ranks(config), Path(config.output_dir) / "states")
+    federation = make_schedule(config, Ranks(config), Path(config.output_dir) / "states")
     resolve_auto(federation, {})
     bare, device = BareLoop(federation), federation.ranks.device
     seconds: dict[str, list[float]] = {"ours": [], "bare": []}

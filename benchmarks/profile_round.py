@@ -37,7 +37,7 @@ from distributed import Ranks
 from experiment import resolve_auto
 from federation.channel import Channel
 from federation.federation import Federation
-from federation.synchronous import Synchronous
+from federation.schedules import make_schedule
 
 WARM_UP = 2  # rounds
 BINS = 1000  # of the picture, from left to right
@@ -149,7 +149,7 @@ def main() -> None:
         fixed = [f"data.root={args.root}", f"output_dir={output}", "trackers=[]"]
         fixed += ["rounds=1000000", "evaluation.every=999999"]  # the round has no evaluation
         config = load_config(args.config, [*fixed, *args.overrides])
-        federation = Synchronous(config, Ranks(config), Path(output) / "states")
+        federation = make_schedule(config, Ranks(config), Path(output) / "states")
         resolve_auto(federation, {})
         for _ in range(WARM_UP):
             federation.run_round()

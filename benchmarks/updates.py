@@ -30,7 +30,7 @@ from command_line import load_config
 from distributed import Ranks
 from federation.channel import Channel
 from federation.federation import Federation
-from federation.synchronous import Synchronous
+from federation.schedules import make_schedule
 from layout import Layout
 
 CACHE = Path.home() / ".cache/federated-bytes/updates"
@@ -105,7 +105,7 @@ def make_updates(name: str, root: str, folder: Path) -> tuple:
         fixed = [f"data.root={root}", f"output_dir={output}", "trackers=[]"]
         fixed += ["evaluation.every=999999", "checkpoint.every=999999"]
         settings = load_config(Path(config), settings + fixed)
-        federation = Synchronous(settings, Ranks(settings), Path(output) / "states")
+        federation = make_schedule(settings, Ranks(settings), Path(output) / "states")
         moment_of = {round_number: moment for moment, round_number in moments.items()}
         for round_number, vectors in rounds(federation, max(moment_of)):
             if round_number in moment_of:

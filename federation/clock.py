@@ -53,14 +53,18 @@ class Clock:
         return type(self.availability) is Always and not self.dropout
 
     def who_is_there(self, clients: list[int]) -> list[int]:
-        """Those of the clients that are there now; if none is, time passes until one comes."""
-        table = np.array(clients)
+        """Those of the clients that are there now.
+
+        If none is, and nobody is under way, time passes until one comes. Raises ConfigError if
+        none ever does.
+        """
+        table = np.array(clients, np.int64)
         coming = self.availability.comes(table, self.now)
-        first = float(coming.min())
-        if math.isinf(first):
-            raise ConfigError("network.availability: no client ever comes again; lower rounds")
-        if first > self.now:
-            self.simulation.advance(until=first)
+        if not self.simulation.under_way:
+            first = float(coming.min(initial=math.inf))
+            if math.isinf(first):
+                raise ConfigError("network.availability: no client ever comes again; lower rounds")
+            self.simulation.advance(until=max(first, self.now))
         return table[coming <= self.now].tolist()
 
     def start(self, parts: list[Part], deadline: float = math.inf) -> None:
@@ -93,6 +97,13 @@ class Clock:
     def advance(self) -> End | None:
         """Let time pass until a client is done; None if nobody is under way any more."""
         return self.simulation.advance()
+
+    def advance_together(self) -> list[End]:
+        """Let time pass until a client is done; all that are done at that moment, by client."""
+        ends = [self.simulation.advance()]
+        while end := self.simulation.advance(until=self.now):
+            ends.append(end)
+        return sorted(filter(None, ends), key=lambda end: end.client)
 
     def stop(self, client: int) -> None:
         """Nobody waits for this client any more: what it sends is cut off."""

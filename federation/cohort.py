@@ -9,16 +9,23 @@ from distributed import Ranks, place
 from federation.client_store import ClientStore
 
 
-def sample_cohort(config: Config, candidates: list[int], round_number: int) -> list[int]:
-    """The clients that begin a round, ascending, drawn from the seed and the round.
+def sample(candidates: list[int], wanted: int, seed: int) -> list[int]:
+    """So many different candidates, ascending, or all of them if there are fewer.
 
-    They are clients.per_round, or schedule.over_selection times as many where there are.
-    candidates: the clients that have examples, ascending; the others could only fail.
+    candidates: clients that are there and have examples, ascending; the others could only fail.
     """
-    wanted = math.ceil(config.clients.per_round * config.schedule.over_selection)
-    rng = np.random.default_rng(config.seed_for("cohort", round_number))
+    rng = np.random.default_rng(seed)
     chosen = rng.choice(len(candidates), min(wanted, len(candidates)), replace=False)
     return [candidates[index] for index in sorted(chosen.tolist())]
+
+
+def sample_cohort(config: Config, candidates: list[int], round_number: int) -> list[int]:
+    """The clients that begin a synchronous round: clients.per_round or, with over-selection, more.
+
+    candidates: as in sample().
+    """
+    wanted = math.ceil(config.clients.per_round * config.schedule.over_selection)
+    return sample(candidates, wanted, config.seed_for("cohort", round_number))
 
 
 class Placement:

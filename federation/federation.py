@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from compression import Decoded, Memory
+from compression import Memory
 from config import Config
 from distributed import Ranks
 from federation.cohort import Placement
@@ -21,7 +21,6 @@ from federation.exchange import Exchange
 from federation.ledger import LedgerRow
 from federation.messages import Broadcast, Report
 from federation.pipeline import Pipeline, num_coding_threads
-from federation.server import Average
 from federation.setup import (
     build_model,
     client_data,
@@ -38,6 +37,7 @@ from training.evaluation import SHARED, evaluate_models
 from training.local_sgd import batch_sizes, local_lr
 from training.memory import memory_governed_by
 
+T = TypeVar("T")
 Encode = Callable[[Memory], Report]  # encodes what a client has learned, on any thread
 
 
@@ -147,21 +147,22 @@ class Federation:
         self.placement.place(costs, self.clients.store)
 
     def _arrivals(
-        self, trained: Iterator[Encode], average: Average, round_number: int, keep: bool = False
-    ) -> Iterator[tuple[Report, dict[str, Decoded]]]:
-        """The reports of all ranks' clients in client order, and what each one decodes to.
+        self, trained: Iterator[Encode], then: Callable[[Report], T], keep: bool = False
+    ) -> Iterator[tuple[Report, T]]:
+        """The reports of all ranks' clients in client order, and what `then` makes of each.
 
-        trained: trains a client and returns what encodes it, and so on; it has not begun yet. With
-        one rank a report is passed on as it comes, so that its payloads need not be kept unless
-        `keep` says so, or lanes train the clients in another order. Raises Interrupted.
+        trained: trains a client and returns what encodes it, and so on; it has not begun yet. then:
+        work for any thread, such as decoding. With one rank a report is passed on as it comes, so
+        that its payloads need not be kept unless `keep` says so, or lanes train the clients in
+        another order. Raises Interrupted.
         """
 
-        def decoded(report: Report) -> tuple[Report, dict[str, Decoded]]:
-            return report, average.decode(report, round_number)
+        def with_more(report: Report) -> tuple[Report, T]:
+            return report, then(report)
 
         self.pipeline.clear()
         if self.ranks.size == 1:
-            jobs = (lambda memory, e=encode: decoded(e(memory)) for encode in trained)
+            jobs = (lambda memory, e=encode: with_more(e(memory)) for encode in trained)
             in_order = self.clients.num_lanes == 1
             arrivals = self.pipeline.run(jobs, keep=keep or not in_order)
             yield from arrivals if in_order else sorted(arrivals, key=lambda pair: pair[0].client)
@@ -169,8 +170,7 @@ class Federation:
         leads = self.ranks.team.is_leader
         own = (report for report in self.pipeline.run(trained, keep=True) if leads)
         reports = self.exchange.gather(own)
-        jobs = (lambda _, r=report: decoded(r) for report in reports)
-        yield from self.pipeline.run(jobs, keep=True)
+        yield from self.pipeline.run((lambda _, r=r: with_more(r) for r in reports), keep=True)
 
     def num_trained(self, client: int) -> int:
         """How many examples a client computes gradients of in a round."""
@@ -211,10 +211,12 @@ class Federation:
         averaged: list[int],
         scores: dict[str, float | None],
         rows: list[LedgerRow],
+        **more: Any,
     ) -> tuple[dict[str, Any], list[LedgerRow]]:
         """Move the progress on; return the row of rounds.jsonl, and the rows of the ledger.
 
         begin: when the round began on the wall's clock; the simulated clock stands at its end.
+        more: columns of the schedule's own.
         """
         progress, lasted = self.progress, self.clock.now - self.progress.simulated_seconds
         progress.round_number, progress.simulated_seconds = round_number, self.clock.now
@@ -242,6 +244,7 @@ class Federation:
             "lr": local_lr(self.config.local, round_number, self.config.rounds),
             "train_loss": loss if losses and np.isfinite(loss) else None,
             **scores,
+            **more,
             "bytes_up": up,
             "bytes_down": down,
             "bytes_between_ranks": self.ranks.bytes_received - self.received,

@@ -63,13 +63,14 @@ class Average:
             arrived["squared_norm"] = Decoded(1, None, np.array([square], np.float32))
         return {kind: part.to(self.counters.device) for kind, part in arrived.items()}
 
-    def add(self, report: Report, arrived: dict[str, Decoded]) -> None:
-        """Add what a client sent, as decode() returned it."""
+    def add(self, report: Report, arrived: dict[str, Decoded], discount: float = 1.0) -> None:
+        """Add what a client sent, as decode() returned it; a discount makes its update smaller."""
         self.reports.append(report)
         for kind, part in arrived.items():
             if kind not in self.sums:
                 self.sums[kind] = torch.zeros(part.size, device=self.counters.device)
-            part.add_to(self.sums[kind], self.weights[report.client] / max(self.total, 1))
+            weight = self.weights[report.client] / max(self.total, 1)
+            part.add_to(self.sums[kind], weight * discount if kind == "update" else weight)
         if "buffers" in arrived:
             self.counters = torch.maximum(self.counters, arrived["buffers"].dense())
 

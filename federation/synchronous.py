@@ -61,7 +61,7 @@ class Synchronous(Federation):
         average, uplink = self.server.new_average(cohort), self.clients.uplink
         try:
             keep = not self.waits_for_all
-            arrivals = self._arrivals(trained, average, round_number, keep)
+            arrivals = self._arrivals(trained, lambda r: average.decode(r, round_number), keep)
             arrivals = (self._with_messages(*arrival, broadcast) for arrival in arrivals)
             rows = None
             if keep:
@@ -89,7 +89,8 @@ class Synchronous(Federation):
         broadcast = self.server.broadcast(0, cohort).to(self.ranks.device)
         self._place(cohort)
         average = self.server.new_average(cohort)
-        for arrival in self._arrivals(self._score(cohort, broadcast), average, 0):
+        scored = self._score(cohort, broadcast)
+        for arrival in self._arrivals(scored, lambda report: average.decode(report, 0)):
             average.add(*self._with_messages(*arrival, broadcast))
         self.exchange.add_up(average)
         self.server.choose_mask(average)

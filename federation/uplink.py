@@ -81,6 +81,16 @@ class Uplink:
             channel.decode(sent, round_number, client).to(residual.device).add_to(residual)
         self.store.stage(client, state, round_number)
 
+    def owe_lost(self, client: int, sent: Buffer, sent_in: int, round_number: int) -> None:
+        """An update that was sent in an earlier round never arrived: it is owed again."""
+        state = self.store.get(client)
+        if not self.feedback or "residual" not in state:
+            return
+        residual = state["residual"].clone()
+        decoded = self.agreement.channel("up", "update").decode(sent, sent_in, client)
+        decoded.to(residual.device).add_to(residual)
+        self.store.stage(client, state | {"residual": residual}, round_number)
+
     def encode_scores(
         self, report: Report, scores: Tensor | None, memory: Memory = new_memory
     ) -> Report:

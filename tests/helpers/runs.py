@@ -60,12 +60,12 @@ def make_federation(folder, *overrides, name="tiny"):
     """What a tiny run holds in memory before its first round."""
     from command_line import load_config
     from distributed import Ranks
-    from federation.synchronous import Synchronous
+    from federation.schedules import make_schedule
 
     fixed = [*TINY, f"output_dir={folder}", f"name={name}", *overrides]
     config = load_config(REPOSITORY / "configs/default.yaml", fixed)
     config.run_folder.mkdir(parents=True)
-    return Synchronous(config, Ranks(config), config.run_folder / "clients")
+    return make_schedule(config, Ranks(config), config.run_folder / "clients")
 
 
 def ledger(folder):

@@ -1,0 +1,20 @@
+"""The schedules by name: a new one is a subclass of Federation in a file of its own, and a line."""
+
+from pathlib import Path
+
+from config import Config
+from distributed import Ranks
+from federation.buffered import FedAsync, FedBuff
+from federation.federation import Federation
+from federation.synchronous import Synchronous
+
+SCHEDULES: dict[str, type[Federation]] = {
+    "synchronous": Synchronous,
+    "fedbuff": FedBuff,
+    "fedasync": FedAsync,
+}
+
+
+def make_schedule(config: Config, ranks: Ranks, states_folder: Path) -> Federation:
+    """The schedule that the config names, with all that it holds. Raises ConfigError, DataError."""
+    return SCHEDULES[config.schedule.name](config, ranks, states_folder)
