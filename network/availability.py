@@ -15,6 +15,7 @@ import numpy as np
 from network.draws import uniform
 from network.table import read_table
 
+LATEST = 10**12  # milliseconds of a trace; (client, time) is then one number of 63 bits
 SOON = 1e-9  # a client that comes within this part of its period is there: times are rounded
 
 
@@ -118,8 +119,8 @@ def read_intervals(path: Path, num_clients: int) -> list[tuple[int, int, int]]:
             raise ValueError(f"{place}: {','.join(row.values())!r} is not three numbers") from None
         if not 0 <= client < num_clients:
             raise ValueError(f"{place}: no client {client}: clients.total={num_clients}")
-        if not ends.get(client, 0) <= start < end:
-            raise ValueError(f"{place}: client {client}: its times must go forward from 0")
+        if not ends.get(client, 0) <= start < end <= LATEST:
+            raise ValueError(f"{place}: client {client}: its times must go forward, to 10^9 s")
         ends[client] = end
         intervals.append((client, start, end))
     if not intervals:
