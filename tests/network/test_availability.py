@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from network.availability import Always, Diurnal, Traced, dropouts, read_intervals
+from network.availability import Availability, Diurnal, Traced, dropouts, read_intervals
 
 CLIENTS = np.arange(20_000)
 
 
 def test_always():
-    always = Always()
+    always = Availability()
     assert always.is_there(CLIENTS[:3], 5.0).tolist() == [True] * 3
     assert always.leaves(CLIENTS[:3], 5.0).tolist() == [math.inf] * 3
 

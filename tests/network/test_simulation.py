@@ -357,4 +357,4 @@ def test_a_cohort_costs_no_more_among_more_clients():
 
     few = min(seconds(200) for _ in range(3))
     many = min(seconds(200_000) for _ in range(3))
-    assert many < 1.5 * few + 0.01
+    assert many < 3 * few + 0.01  # a step for each client would take ten times as long
