@@ -118,7 +118,7 @@ class Synchronous(Federation):
             if len(done) == wanted:  # nobody waits for the others
                 for client in self.clock.simulation.under_way:
                     self.clock.stop(client)
-        return self.clock.take_rows(), done
+        return self.clock.take_rows(round_number), done
 
     def _on_time(
         self, arrivals: list[Arrival], round_number: int

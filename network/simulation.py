@@ -180,6 +180,7 @@ class Simulation:
         self.now, self._num_timers = state["now"], state["num_timers"]
         self._timers = [tuple(timer) for timer in state["timers"]]
         self._num_messages = Counter({int(c): n for c, n in state["num_messages"].items()})
+        self._chains = {}
         for client, saved in state["chains"].items():
             stages = [Stage(*stage) for stage in saved["stages"]]
             self._chains[int(client)] = _Chain(**(saved | {"stages": stages}))
@@ -261,7 +262,7 @@ class Simulation:
 
     def _set_timer(self, time: float, client: int, stops: bool = False) -> int:
         self._num_timers += 1
-        heapq.heappush(self._timers, (time, stops, self._num_timers, client))
+        heapq.heappush(self._timers, (float(time), stops, self._num_timers, client))
         return self._num_timers
 
     def _next_timer(self) -> float:

@@ -1,4 +1,4 @@
-"""benchmarks/scale.py on few clients: the figures are there, and the made pictures are shared out."""
+"""benchmarks/scale.py on few clients."""
 
 import json
 
