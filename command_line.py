@@ -237,7 +237,7 @@ def _selection_contradictions(section: str, selection: Selection) -> Iterator[tu
 def _asynchronous_contradictions(config: Config) -> Iterator[tuple[str, str]]:
     """What needs all clients of a round to begin with the same model."""
     schedule, name = config.schedule, config.schedule.name
-    for key in ("over_selection", "deadline_seconds"):
+    for key in ("over_selection", "deadline_seconds", "sampling"):
         if getattr(schedule, key) != getattr(Schedule(), key):
             yield f"schedule.{key}", f"{name} waits for no round; use schedule.name: synchronous"
     if (schedule.concurrency or 1) > config.clients.total:

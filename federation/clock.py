@@ -128,10 +128,11 @@ class Clock:
         self.simulation.spans.clear()
         return rows
 
-    def seconds_alone(self, client: int, num_bytes: int, num_examples: int) -> float:
-        """How long the client takes to receive so many bytes and to train, if it is alone."""
+    def seconds_alone(self, client: int, down: int, num_examples: int, up: int = 0) -> float:
+        """How long the client takes to receive so many bytes, train, and send, if it is alone."""
         computes = Stage("compute", seconds=self.computing_seconds(client, num_examples))
-        return self.simulation.seconds_alone(client, [Stage("down", num_bytes), computes])
+        stages = [Stage("down", down), computes, Stage("up", up)]
+        return float(self.simulation.seconds_alone(client, stages if up else stages[:2]))
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: plain values."""
