@@ -197,6 +197,10 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     if config.server.scheduler_options and not config.server.scheduler:
         yield "server.scheduler_options", "given without server.scheduler"
     yield from _network_contradictions(config.network)
+    if config.pruning.fit_deadline and config.schedule.deadline_seconds is None:
+        yield "pruning.fit_deadline", "fits updates to schedule.deadline_seconds, and none is set"
+    if config.pruning.fit_deadline and config.pruning.method not in ("topk", "random"):
+        yield "pruning.fit_deadline", f"method {config.pruning.method} has no density"
     if config.schedule.name != "synchronous":
         yield from _asynchronous_contradictions(config)
 

@@ -166,6 +166,7 @@ class Pruning(Selection):
     """Of the clients' updates; client i has the density client_densities[i % how many], if any."""
 
     client_densities: list[float] = each_between(0.0, 1.0, open_low=True)
+    fit_deadline: bool = False  # each client's density, at most `density`, is what arrives in time
     mask: Mask = field(default_factory=Mask)
 
 

@@ -40,8 +40,7 @@ class Synchronous(Federation):
         self.earlier: list[Report] = []  # of round 0, until they are recorded with round 1
         dense = OVERHEAD + BYTES_PER_VALUE * self.model.layout.size
         self.sampler = SAMPLERS[schedule.sampling](
-            config,
-            lambda client: self.clock.seconds_alone(client, dense, self.num_trained(client), dense),
+            config, lambda client: self._seconds_alone(client, dense)
         )
         self._check_deadline()
 
