@@ -33,6 +33,7 @@ from federation.setup import (
     make_store,
     partition,
 )
+from federation.utilisation import utilisation
 from training.choices import Choices
 from training.evaluation import SHARED, evaluate_models
 from training.local_sgd import batch_sizes, local_lr
@@ -229,6 +230,7 @@ class Federation:
         }
         progress.add_failures(failures)
         progress.num_late += len(late)
+        left_out = {*late, *map(int, failures)}
         progress.empty_rounds = 0 if averaged else progress.empty_rounds + 1
         wall = time.perf_counter() - begin
         progress.wall_seconds += wall
@@ -239,6 +241,7 @@ class Federation:
             "num_late": len(late),
             "num_skipped_steps": sum(report.num_skipped_steps for report in reports),
             "failures": failures,
+            "late": late,
             "lr": local_lr(self.config.local, round_number, self.config.rounds),
             "train_loss": loss if losses and np.isfinite(loss) else None,
             **scores,
@@ -246,6 +249,7 @@ class Federation:
             "bytes_down": down,
             "bytes_between_ranks": self.ranks.bytes_received - self.received,
             "simulated_seconds": lasted,
+            **utilisation(rows, averaged, left_out, self.clock.now - lasted, self.clock.now),
             "wall_seconds": wall,
         }
         self.received = self.ranks.bytes_received
