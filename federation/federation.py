@@ -34,6 +34,7 @@ from federation.setup import (
     make_store,
     partition,
 )
+from federation.utilisation import utilisation
 from training.choices import Choices
 from training.evaluation import SHARED, evaluate_models
 from training.local_sgd import batch_sizes, local_lr
@@ -227,16 +228,11 @@ class Federation:
         progress, lasted = self.progress, self.clock.now - self.progress.simulated_seconds
         progress.round_number, progress.simulated_seconds = round_number, self.clock.now
         up, down = progress.add_bytes(rows)
-        losses = [report.loss for report in reports if report.client in averaged]
-        loss = sum(losses) / max(1, len(losses))
         late = [report.client for report in reports if report.is_late]
-        failures = {
-            str(report.client): report.failure
-            for report in reports
-            if report.failure and not report.is_late
-        }
+        failures = {str(r.client): r.failure for r in reports if r.failure and not r.is_late}
         progress.add_failures(failures)
         progress.num_late += len(late)
+        left_out = {*late, *map(int, failures)}
         progress.empty_rounds = 0 if averaged else progress.empty_rounds + 1
         wall = time.perf_counter() - begin
         progress.wall_seconds += wall
@@ -247,14 +243,16 @@ class Federation:
             "num_late": len(late),
             "num_skipped_steps": sum(report.num_skipped_steps for report in reports),
             "failures": failures,
+            "late": late,
             "lr": local_lr(self.config.local, round_number, self.config.rounds),
-            "train_loss": loss if losses and np.isfinite(loss) else None,
+            "train_loss": _mean_loss(reports, averaged),
             **scores,
             **more,
             "bytes_up": up,
             "bytes_down": down,
             "bytes_between_ranks": self.ranks.bytes_received - self.received,
             "simulated_seconds": lasted,
+            **utilisation(rows, averaged, left_out, self.clock.now - lasted, self.clock.now),
             "wall_seconds": wall,
         }
         self.received = self.ranks.bytes_received
@@ -323,3 +321,10 @@ class Federation:
         """The versions of the states that this rank holds, of those that a checkpoint names."""
         holds = self.placement.holds_state
         return {client: version for client, version in self.versions.items() if holds(client)}
+
+
+def _mean_loss(reports: list[Report], averaged: list[int]) -> float | None:
+    """The training loss of the clients that were averaged; None if there is no finite one."""
+    losses = [report.loss for report in reports if report.client in averaged]
+    loss = sum(losses) / max(1, len(losses))
+    return loss if losses and np.isfinite(loss) else None

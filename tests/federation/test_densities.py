@@ -24,7 +24,10 @@ def test_bits_by_hand():
     ("words", "soonest"),
     [
         (["pruning.method=random", "uplink.values=fp16"], 1.2),
-        ([], 0.4),  # int8's levels are coded in less than 8 bits, and those that are 0 do not travel
+        (
+            [],
+            0.4,
+        ),  # int8's levels are coded in less than 8 bits, and those that are 0 do not travel
     ],
 )
 def test_each_update_arrives_before_the_deadline_and_not_long_before(tmp_path, words, soonest):
@@ -36,7 +39,9 @@ def test_each_update_arrives_before_the_deadline_and_not_long_before(tmp_path, w
     assert row["num_late"] == 0 and row["num_clients"] == 4
     updates = [row for row in rows if row.kind == "update"]
     ends = [row.start + row.seconds for row in updates]
-    assert all(soonest < end < 2 for end in ends[:3]) and ends[3] < 1, ends  # the fast one sends all
+    assert all(soonest < end < 2 for end in ends[:3]) and ends[3] < 1, (
+        ends
+    )  # the fast one sends all
     sent = [row.num_values for row in updates]
     assert sent[0] < sent[1] < sent[2] < sent[3] <= 0.5 * one.model.layout.size + 1
 
