@@ -137,6 +137,17 @@ def test_a_batchnorm_network_ends_the_same(tmp_path, num_ranks):
     assert_same(one, torchrun(num_ranks, tmp_path / "many", *BATCH))
 
 
+LANES = ["model.name=cnn", "model.width=0.25", "local.lanes=2", "local.algorithm=SCAFFOLD"]
+FEDBUFF = ["schedule.name=fedbuff", "schedule.buffer=2", "network.spread=1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [LANES, FEDBUFF], ids=["lanes", "fedbuff"])
+def test_two_ranks_end_the_same_in_lanes_and_without_rounds(tmp_path, words):
+    one = run_alone(tmp_path / "one", words)
+    assert_same(one, torchrun(2, tmp_path / "two", *words))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 7])  # 7: more than there are clients in a round
 def test_other_numbers_of_ranks(alone, tmp_path, num_ranks):
