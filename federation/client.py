@@ -178,6 +178,7 @@ class Clients:
 
     def _begin(self, client: int, round_number: int, broadcast: Broadcast) -> LocalUpdate:
         """Put what a client received and kept into the network."""
+        broadcast = broadcast.of(client)
         trained, model = LocalUpdate(self._report(client)), self.model
         if trained.report.failure:
             return trained

@@ -221,7 +221,7 @@ class Federation:
         progress, lasted = self.progress, self.clock.now - self.progress.simulated_seconds
         progress.round_number, progress.simulated_seconds = round_number, self.clock.now
         up, down = progress.add_bytes(rows)
-        losses = [report.loss for report in reports if report.client in averaged]
+        losses = [report.loss for report in reports if not report.failure]
         loss = sum(losses) / max(1, len(losses))
         late = [report.client for report in reports if report.is_late]
         failures = {

@@ -6,7 +6,7 @@ function of (seed, client), so client 7 stays who it is when there are more clie
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,11 @@ class Population:
 
     def __len__(self) -> int:
         return len(self.uplink_mbps)
+
+    def followed_by(self, others: "Population") -> "Population":
+        """These and then the others, whose links have no traces."""
+        columns = zip(self.columns().items(), others.columns().values(), strict=True)
+        return replace(self, **{name: np.concatenate([a, b]) for (name, a), b in columns})
 
     def columns(self) -> dict[str, np.ndarray]:
         """The table of the population, by the names that a CSV file of clients has, too."""
