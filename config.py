@@ -255,7 +255,7 @@ class Schedule:
     edge_rounds: int = between(1, 1)  # hierarchical: of an edge server, in a round of the cloud
     edge_link: str = "edge_box"  # hierarchical: to the cloud, a profile of network/profiles.py
     gossip: str = one_of("CHOCO-SGD", "D-PSGD")  # what neighbours send: changes, or whole models
-    gamma: float = between(1.0, 0.0, 1.0, open_low=True)  # CHOCO-SGD: how far a node moves to them
+    gamma: float = between(0.3, 0.0, 1.0, open_low=True)  # CHOCO-SGD: how far a node moves to them
     graph: str = one_of("ring", "complete", "torus", "erdos_renyi", "file")  # gossip: of the nodes
     edge_probability: float = between(0.5, 0.0, 1.0, open_low=True)  # erdos_renyi: of each pair
     graph_file: str = path_to("")  # file: a CSV file of node,neighbour

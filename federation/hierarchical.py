@@ -14,12 +14,12 @@ of its density go by them. Every edge server trains at its own pace until the cl
 """
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import config as settings
-from config import Config
+from config import Config, Pruning, Uplink
+from config import Server as ServerSettings
 from distributed import Ranks
 from federation.agreement import Agreement
 from federation.cohort import sample_cohort
@@ -30,7 +30,29 @@ from federation.server import Average
 from federation.setup import make_server
 from training.local_sgd import Interrupted, local_lr
 
-Steps = list[list[Report]]  # who sends at once below an edge server, one step after the other
+
+@dataclass
+class EdgeWork:
+    """What happened below an edge server in a round of the cloud."""
+
+    receives: Report  # the model of the cloud
+    rounds: list[list[Report]]  # of its clients, by edge round
+    sends: Report  # its change, with the payloads
+
+    @property
+    def reports(self) -> list[Report]:
+        """Those of its clients."""
+        return [report for reports in self.rounds for report in reports]
+
+    @property
+    def averaged(self) -> list[int]:
+        """The clients that were averaged, each as often as it was."""
+        return [report.client for report in self.reports if not report.failure]
+
+    @property
+    def steps(self) -> list[list[Report]]:
+        """Who sends at once, one step after the other."""
+        return [[self.receives], *self.rounds, [self.sends]]
 
 
 class Hierarchical(Federation):
@@ -43,15 +65,15 @@ class Hierarchical(Federation):
     def __init__(self, config: Config, ranks: Ranks, *rest: Any):
         super().__init__(config, ranks, *rest)
         self.edge_rounds, self.first_edge = config.schedule.edge_rounds, config.clients.total
-        averaging = replace(config, server=settings.Server(weighting=config.server.weighting))
+        averaging = replace(config, server=ServerSettings(weighting=config.server.weighting))
         num_examples = list(map(len, self.shards))
         self.edges = [
             make_server(averaging, self.model, num_examples) for _ in range(config.schedule.edges)
         ]
         lossless = replace(
             config,
-            pruning=settings.Pruning(method="threshold", threshold=0.0),
-            uplink=settings.Uplink(values="fp32", error_feedback=False),
+            pruning=Pruning(method="threshold", threshold=0.0),
+            uplink=Uplink(values="fp32", error_feedback=False),
         )
         self.to_cloud = Agreement(lossless, self.model.layout, self.model.buffer_layout)
         self.clients.config = replace(config, rounds=config.rounds * self.edge_rounds)
@@ -65,19 +87,19 @@ class Hierarchical(Federation):
         broadcast = self.server.broadcast(round_number, [edge_server(edge) for edge in below])
         broadcast = broadcast.to(self.ranks.device)
         try:
-            steps = {
+            works = {
                 edge: self._run_edge(edge, clients, round_number, broadcast)
                 for edge, clients in sorted(below.items())
             }
         except Interrupted:
             self.clients.store.discard()
             raise
-        self._step(steps, round_number)
+        self._step(list(works.values()), round_number)
         self.clients.store.commit()
-        reports = [report for some in steps.values() for step in some[1:-1] for report in step]
-        averaged = sorted({report.client for report in reports if not report.failure})
+        reports = [report for work in works.values() for report in work.reports]
+        averaged = sorted({client for work in works.values() for client in work.averaged})
         scores = self._evaluate(round_number, cohort)
-        rows = self._play(steps, round_number)
+        rows = self._play(works, round_number)
         row, rows = self._record(round_number, begin, reports, averaged, scores, rows)
         last, rounds = round_number * self.edge_rounds, self.clients.config.rounds
         return row | {"lr": local_lr(self.config.local, last, rounds)}, rows
@@ -86,7 +108,7 @@ class Hierarchical(Federation):
 
     def _run_edge(
         self, edge: int, clients: list[int], round_number: int, broadcast: Broadcast
-    ) -> Steps:
+    ) -> EdgeWork:
         """Train below an edge server: it receives, averages edge_rounds times, and sends."""
         server = self.edges[edge]
         server.parameters.data.copy_(broadcast.parameters)
@@ -94,10 +116,14 @@ class Hierarchical(Federation):
         self._place(clients)
         first = (round_number - 1) * self.edge_rounds + 1
         edge_rounds = range(first, first + self.edge_rounds)
-        steps = [self._average(edge, clients, number).reports for number in edge_rounds]
-        received = Report(self.first_edge + edge, 0, messages=broadcast.messages[edge_server(edge)])
-        sends = self._report_of(edge, steps, round_number, broadcast)
-        return [[received.without_payloads()], *steps, [sends]]
+        rounds = [self._average(edge, clients, number).reports for number in edge_rounds]
+        node, messages = self.first_edge + edge, broadcast.messages[edge_server(edge)]
+        work = EdgeWork(Report(node, 0, messages=messages), rounds, Report(node, 0))
+        if work.averaged:
+            work.sends.messages = self._change(edge, round_number, broadcast)
+        else:
+            work.sends.fail("no update of its clients could be used")
+        return work
 
     def _average(self, edge: int, clients: list[int], edge_round: int) -> Average:
         """One round of an edge server. Raises Interrupted."""
@@ -118,45 +144,38 @@ class Hierarchical(Federation):
 
     # --- between the edge servers and the cloud ---------------------------------------------------
 
-    def _report_of(
-        self, edge: int, steps: Steps, round_number: int, broadcast: Broadcast
-    ) -> Report:
-        """What an edge server sends to the cloud: how it has changed."""
-        server, agreement = self.edges[edge], self.to_cloud
-        report = Report(self.first_edge + edge, 0)
-        if not any(not below.failure for step in steps for below in step):
-            report.fail("no update of its clients could be used")
-            return report
+    def _change(self, edge: int, round_number: int, broadcast: Broadcast) -> list[Message]:
+        """What an edge server sends to the cloud: how it has changed since the broadcast."""
+        server, agreement, messages = self.edges[edge], self.to_cloud, []
         vectors = {"update": server.parameters.detach() - broadcast.parameters}
         if agreement.sends_buffers:
             vectors["buffers"] = server.buffers
         for kind, vector in vectors.items():
             payload, sent = agreement.channel("up", kind).encode(vector, round_number)
             ends, num_values = (edge_server(edge), SERVER), len(sent.values)
-            report.messages.append(agreement.message("up", kind, *ends, payload, num_values))
-        return report
+            messages.append(agreement.message("up", kind, *ends, payload, num_values))
+        return messages
 
-    def _step(self, steps: dict[int, Steps], round_number: int) -> None:
-        """Average the edge servers by the weights of what they averaged, and step."""
-        weights, server = {}, self.server
-        for some in steps.values():
-            [sends] = some[-1]
-            below = [report.client for step in some[1:-1] for report in step if not report.failure]
-            weights[sends.client] = sum(server.weights[client] for client in below)
+    def _step(self, works: list[EdgeWork], round_number: int) -> None:
+        """Average the edge servers by the weights of the clients that they averaged, and step."""
+        server = self.server
+        weights = {
+            work.sends.client: sum(server.weights[client] for client in work.averaged)
+            for work in works
+        }
         marks = server.is_counter, server.is_variance
-        average = Average(self.to_cloud, weights, *marks, with_norms=server.wants_norms)
-        for some in steps.values():
-            [sends] = some[-1]
-            average.add(sends, average.decode(sends, round_number))
+        average = Average(self.to_cloud, weights, *marks, with_norms=False)
+        for work in works:
+            average.add(work.sends, average.decode(work.sends, round_number))
         server.step(average, round_number)
 
     # --- on the simulated clock -------------------------------------------------------------------
 
-    def _play(self, steps: dict[int, Steps], round_number: int) -> list[LedgerRow]:
+    def _play(self, works: dict[int, EdgeWork], round_number: int) -> list[LedgerRow]:
         """Let the round pass, in which each edge server goes through its steps."""
         rows: list[LedgerRow] = []
         left: dict[int, int] = {}  # by edge server: how many are not done with its present step
-        waiting = {edge: iter(some) for edge, some in steps.items()}
+        waiting = {edge: iter(work.steps) for edge, work in works.items()}
 
         def begin(edge: int) -> None:
             reports = next(waiting[edge], [])
@@ -164,7 +183,7 @@ class Hierarchical(Federation):
             for report in reports:
                 self.clock.start([(round_number, report, self._seconds(report, round_number))])
 
-        for edge in steps:
+        for edge in works:
             begin(edge)
         while end := self.clock.advance():
             edge = self._edge_of(end.client)

@@ -38,7 +38,8 @@ def test_a_complete_graph_is_fedavg(tmp_path, words, method):
     num_rounds = 1 if words else 3  # BatchNorm makes much of small differences
     words = [*words, "clients.total=6", "clients.per_round=6", "server.weighting=uniform"]
     star = make_plain_federation(tmp_path, *words, name="star")
-    words += ["schedule.name=gossip", "schedule.graph=complete", f"schedule.gossip={method}"]
+    words += ["schedule.name=gossip", "schedule.graph=complete", "schedule.gamma=1"]
+    words.append(f"schedule.gossip={method}")
     one = make_plain_federation(tmp_path, *words, name="gossip")
     for _ in range(num_rounds):
         (expected, _), (found, _) = star.run_round(), one.run_round()
@@ -56,7 +57,7 @@ def test_a_complete_graph_is_fedavg(tmp_path, words, method):
 def test_choco_with_nothing_lost_is_d_psgd_which_mixes_by_the_matrix(tmp_path, graph):
     words = [f"schedule.graph={graph}"]
     one = make_plain_federation(tmp_path, *D_PSGD, *words, name="dpsgd")
-    two = make_plain_federation(tmp_path, *GOSSIP, *words, name="choco")
+    two = make_plain_federation(tmp_path, *GOSSIP, *words, "schedule.gamma=1", name="choco")
     for _ in range(3):
         trained = {}
         spy(one, trained)
@@ -120,7 +121,7 @@ def test_choco_is_the_algorithm_of_the_paper_with_estimates_of_all_neighbours(tm
 
 def test_compressed_gossip_comes_to_an_agreement(tmp_path):
     """Without training the models of nodes that differ approach their mean."""
-    words = ["schedule.gamma=0.3", "local.lr=0.5", "rounds=200", "evaluation.every=200"]
+    words = ["local.lr=0.5", "rounds=200", "evaluation.every=200"]
     one = make_plain_federation(tmp_path, *GOSSIP, *SPARSE, *words, "local.steps=1")
     one.run_round()
     config = one.clients.config
