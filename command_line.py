@@ -207,6 +207,10 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     if config.server.scheduler_options and not config.server.scheduler:
         yield "server.scheduler_options", "given without server.scheduler"
     yield from _network_contradictions(config.network)
+    if config.pruning.fit_deadline and config.schedule.deadline_seconds is None:
+        yield "pruning.fit_deadline", "fits updates to schedule.deadline_seconds, and none is set"
+    if config.pruning.fit_deadline and config.pruning.method not in ("topk", "random"):
+        yield "pruning.fit_deadline", f"method {config.pruning.method} has no density"
     if config.schedule.name in ("fedbuff", "fedasync"):
         yield from _asynchronous_contradictions(config)
     if config.schedule.name in ("hierarchical", "gossip"):
@@ -251,7 +255,7 @@ def _selection_contradictions(section: str, selection: Selection) -> Iterator[tu
 def _asynchronous_contradictions(config: Config) -> Iterator[tuple[str, str]]:
     """What needs all clients of a round to begin with the same model."""
     schedule, name = config.schedule, config.schedule.name
-    for key in ("over_selection", "deadline_seconds"):
+    for key in ("over_selection", "deadline_seconds", "sampling"):
         if getattr(schedule, key) != getattr(Schedule(), key):
             yield f"schedule.{key}", f"{name} waits for no round; use schedule.name: synchronous"
     if (schedule.concurrency or 1) > config.clients.total:
@@ -269,7 +273,7 @@ def _asynchronous_contradictions(config: Config) -> Iterator[tuple[str, str]]:
 def _topology_contradictions(config: Config) -> Iterator[tuple[str, str]]:
     """What belongs to a star: one server that waits for clients and sends to all of them."""
     schedule, network, name = config.schedule, config.network, config.schedule.name
-    for key in ("over_selection", "deadline_seconds"):
+    for key in ("over_selection", "deadline_seconds", "sampling"):
         if getattr(schedule, key) != getattr(Schedule(), key):
             yield f"schedule.{key}", f"{name} waits for all; use schedule.name: synchronous"
     if network.availability.name != "always" or network.availability.dropout:

@@ -166,6 +166,7 @@ class Pruning(Selection):
     """Of the clients' updates; client i has the density client_densities[i % how many], if any."""
 
     client_densities: list[float] = each_between(0.0, 1.0, open_low=True)
+    fit_deadline: bool = False  # each client's density, at most `density`, is what arrives in time
     mask: Mask = field(default_factory=Mask)
 
 
@@ -236,7 +237,6 @@ class Network:
     downlink_trace: str = path_to("")
     server_egress_mbps: float | None = between(None, 0.0, open_low=True)  # null: unlimited
     server_ingress_mbps: float | None = between(None, 0.0, open_low=True)
-    overlap: bool = False  # what is coded of an update is sent while the rest is coded
     availability: Availability = field(default_factory=Availability)
 
 
@@ -247,6 +247,8 @@ class Schedule:
     name: str = one_of("synchronous", "fedbuff", "fedasync", "hierarchical", "gossip")
     over_selection: float = between(1.0, 1.0)  # so many times per_round begin; the fastest count
     deadline_seconds: float | None = between(None, 0.0, open_low=True)  # of a round; null: none
+    sampling: str = one_of("uniform", "tifl", "oort")  # synchronous: who begins a round
+    tiers: int = between(5, 1)  # tifl: groups of equally fast clients
     concurrency: int | None = between(None, 1)  # asynchronous: under way at once; null: per_round
     buffer: int = between(10, 1)  # fedbuff: how many updates make a step
     staleness_power: float = between(0.5, 0.0)  # a of the weight (1 + s)^-a of an old update

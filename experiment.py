@@ -25,6 +25,7 @@ from distributed import RankLost, Ranks
 from federation.federation import Federation
 from federation.ledger import LedgerRow
 from federation.schedules import make_schedule
+from network.population import write_clients
 from run_folder import RunFolder, RunFolderError
 from training.choices import Choices
 from training.determinism import use_deterministic_kernels
@@ -178,11 +179,12 @@ def resolve_auto(federation: Federation, recorded: dict[str, str]) -> None:
 
 
 def record_environment(federation: Federation, folder: RunFolder) -> None:
-    """Write environment.json, partition.npz and, of diverse clients, samples.npz.
+    """Write environment.json, partition.npz and, of diverse clients, what they are.
 
-    Raises RunFolderError: a run cannot resume on other data.
+    Diverse links or devices are written to population.csv, samples of diverse data to samples.npz.
+    Raises RunFolderError: a run cannot resume on other data or with other clients.
     """
-    dataset = federation.dataset
+    dataset, population = federation.dataset, federation.clock.population
     facts = {
         "dataset": {
             "name": dataset.name,
@@ -195,6 +197,9 @@ def record_environment(federation: Federation, folder: RunFolder) -> None:
             dataset.train_labels.numpy(),
             dataset.class_names,
         ),
+        "population_sha256": write_clients(folder.path / "population.csv", population)
+        if population.is_diverse
+        else None,
         **vars(federation.clients.choices),
     }
     before = folder.environment()

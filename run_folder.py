@@ -29,7 +29,7 @@ LEDGER_COLUMNS = [column.name for column in fields(LedgerRow)]
 FORMAT = 5  # of checkpoint.pt: raised whenever what it holds changes
 LOGS = ("rounds.jsonl", "ledger.csv")
 OURS = (*LOGS, "config.yaml", "environment.json", "partition.npz", "checkpoint.pt", "summary.json")
-OURS += ("samples.npz", "clients", "plots", "tensorboard")
+OURS += ("population.csv", "samples.npz", "clients", "plots", "tensorboard")
 PACKAGES = ("torch", "torchvision", "accelerate", "deepspeed", "numpy", "flwr-datasets")
 
 

@@ -1,4 +1,4 @@
-"""The command line: python -m bandwidth_analysis RUN [RUN ...] [--output DIR]."""
+"""The command line: python -m bandwidth_analysis RUN [RUN ...] [--output DIR] [--timeline N]."""
 
 import argparse
 import sys
@@ -45,10 +45,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bandwidth_analysis", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the plots go")
+    parser.add_argument(
+        "--timeline", type=int, metavar="ROUND", help="the round of timeline.png; else the last"
+    )
     arguments = parser.parse_args(argv)
     try:
         folders = run_folders(arguments.runs)
-        runs = [read_run(folder) for folder in folders]
+        if arguments.timeline is not None and len(folders) > 1:
+            raise AnalysisError("--timeline: a timeline shows one run; give one run folder")
+        runs = [read_run(folder, arguments.timeline) for folder in folders]
         _print(comparison_table(runs))
         paths = write_plots(runs, arguments.output or default_output(folders))
     except AnalysisError as error:

@@ -39,7 +39,8 @@ def write_plots(runs: list[Run], folder: Path) -> list[Path]:
 def _draw(runs: list[Run]) -> tuple[dict[str, bytes], dict[str, Exception]]:
     """Return the PNG file of each plot by name, and the errors of the plots that failed."""
     try:
-        from bandwidth_analysis.plots import plots_of, render
+        from bandwidth_analysis.drawing import render
+        from bandwidth_analysis.plots import plots_of
     except Exception as error:  # matplotlib also reads its settings when it is imported
         return {}, {"plots": error}
     pictures, failures = {}, {}

@@ -1,83 +1,43 @@
 """Draw the plots: accuracy by round and by megabyte, bytes per round, clients' labels and pictures.
 
-Each function in PLOTS draws one plot as a Figure; render() turns it into a PNG file.
+Each function in PLOTS draws one plot as a Figure; drawing.py turns it into a PNG file.
 """
 
-import io
-import textwrap
-import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import cache
-from typing import Any
 
-import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
-from matplotlib.ticker import (
-    EngFormatter,
-    Formatter,
-    FuncFormatter,
-    LogLocator,
-    MaxNLocator,
-    NullLocator,
+from matplotlib.ticker import EngFormatter, FuncFormatter
+
+from bandwidth_analysis.drawing import (
+    COLOURS,
+    GREY,
+    LEGEND_CHARACTERS,
+    alike,
+    count_on,
+    cut,
+    drawable,
+    new_figure,
+    plain,
+    scale,
 )
+from bandwidth_analysis.population_plot import population
+from bandwidth_analysis.runs import Run, run_labels
+from bandwidth_analysis.timeline_plot import timeline
 
-from bandwidth_analysis.runs import Run, fallback_notes, run_labels
-
-WIDTH = 8.0  # inches, or 1,200 pixels, which a README shows at about two thirds of their size
-DPI = 150
-# The palette of Okabe and Ito, whose colours colour-blind readers can tell apart, without its
-# yellow, which is faint on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINE_STYLES = ("-", "-.", ":")  # each time the colours are used up, the next style begins
-GREY = "#555555"
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": "#DDDDDD",
-    "legend.frameon": False,
-    "lines.markersize": 5,
-    "text.parse_math": False,  # dollar signs in names do not enclose formulas
-}
 REFERENCE_LINE = {"linestyle": "--", "linewidth": 1.3}
-NOTE_FRAME = {"facecolor": "#FFF3E0", "edgecolor": "#D55E00", "boxstyle": "round,pad=0.4"}
 MAX_MARKED = 30  # A line of more points than this has no markers.
-LOG_RATIO = 20  # An axis is logarithmic if its values differ by a larger factor than this.
 MAX_NAMED_CLASSES = 20  # If there are more classes, they are numbered.
 MAX_CLIENTS_IN_ORDER = 100  # If there are more, a heat map in their order looks like noise.
-MAX_LINES = 4  # A longer title or label is cut off.
-LEGEND_CHARACTERS = 105  # This many fit side by side under a plot.
-
-
-def style() -> AbstractContextManager:
-    """Draw in STYLE and, for all other settings, as matplotlib does without a matplotlibrc."""
-    return matplotlib.style.context(STYLE, after_reset=True)
-
-
-def render(draw: Callable[[list[Run]], Figure], runs: list[Run]) -> bytes:
-    """Draw one plot of the runs; return it as a PNG file."""
-    png = io.BytesIO()
-    with style(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # such as: the layout is too tight
-        FigureCanvasAgg(draw(runs)).print_png(png)
-    return png.getvalue()
 
 
 def accuracy_vs_rounds(runs: list[Run]) -> Figure:
     """Draw the test accuracy (%) over the rounds, a line for each run."""
-    figure = _figure(runs, height=4.2)
+    figure = new_figure(runs, height=4.2)
     axes = figure.add_subplot()
     lines = []
     for index, run in enumerate(runs):
@@ -85,7 +45,7 @@ def accuracy_vs_rounds(runs: list[Run]) -> Figure:
         style = _line_style(index, len(evaluated))
         lines += axes.plot(evaluated + 1, 100 * run.accuracy[evaluated], **style)
     axes.set(title=_title("Test accuracy", runs), xlabel="Round", ylabel="Test accuracy (%)")
-    _count_on(axes.xaxis)
+    count_on(axes.xaxis)
     _say_if_empty(axes, lines, "no round evaluated yet")
     _add_legend(figure, runs, lines)
     return figure
@@ -96,7 +56,7 @@ def accuracy_vs_megabytes(runs: list[Run]) -> Figure:
 
     A dashed vertical line shows how much a run would have sent as float32.
     """
-    figure = _figure(runs, height=4.2)
+    figure = new_figure(runs, height=4.2)
     axes = figure.add_subplot()
     dense = [(run.total("dense_bytes_up") + run.total("dense_bytes_down")) / 1e6 for run in runs]
     for megabytes, colour in zip(dense, _reference_colours(dense), strict=True):
@@ -114,7 +74,7 @@ def accuracy_vs_megabytes(runs: list[Run]) -> Figure:
         ylabel="Test accuracy (%)",
     )
     ends = [(run.total("bytes_up") + run.total("bytes_down")) / 1e6 for run in runs]
-    _scale(axes.xaxis, np.array(ends + dense), FuncFormatter(lambda tick, _: f"{tick:,.10g}"))
+    scale(axes.xaxis, np.array(ends + dense), FuncFormatter(lambda tick, _: f"{tick:,.10g}"))
     _say_if_empty(axes, lines, "no round evaluated yet")
     _add_legend(figure, runs, lines, dashed="end of the run, if sent as float32")
     return figure
@@ -125,7 +85,7 @@ def bytes_per_round(runs: list[Run]) -> Figure:
 
     Dashed lines show the bytes of the same messages as float32.
     """
-    figure = _figure(runs, height=3.8)
+    figure = new_figure(runs, height=3.8)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, direction in zip(panels, ("up", "down"), strict=True):
         dense = [run.traffic[f"dense_bytes_{direction}"] for run in runs]
@@ -139,25 +99,25 @@ def bytes_per_round(runs: list[Run]) -> Figure:
             sent = run.traffic[f"bytes_{direction}"]
             lines += axes.plot(_rounds(sent), sent, **_line_style(index, len(sent)))
         axes.set(title=_title(f"Bytes {direction}", runs, width=42), xlabel="Round")
-        _count_on(axes.xaxis)
+        count_on(axes.xaxis)
         _say_if_empty(axes, lines, "no round completed yet")
     panels[0].set_ylabel("Bytes per round, all clients")
     volumes = np.concatenate([volume for run in runs for volume in run.traffic.values()])
-    _scale(panels[0].yaxis, volumes, EngFormatter(unit="B"))
+    scale(panels[0].yaxis, volumes, EngFormatter(unit="B"))
     _add_legend(figure, runs, lines, dashed="same messages as float32")
     return figure
 
 
 def labels_per_client(runs: list[Run]) -> Figure:
     """Draw the training pictures by class and client, a heat map for each distinct partition."""
-    partitions = _alike(runs, _partition)
+    partitions = alike(runs, _partition)
     num_columns = 1 if len(partitions) <= 3 else 2
     num_rows = -(-len(partitions) // num_columns)
-    figure = _figure(runs, height=0.6 + 2.8 * num_rows)
+    figure = new_figure(runs, height=0.6 + 2.8 * num_rows)
     for position, (run, labels) in enumerate(partitions, start=1):
         axes = figure.add_subplot(num_rows, num_columns, position)
         _draw_partition(axes, run)
-        axes.set_title(_plain(f"Labels per client: {', '.join(labels)}", 80 // num_columns))
+        axes.set_title(plain(f"Labels per client: {', '.join(labels)}", 80 // num_columns))
     return figure
 
 
@@ -166,14 +126,14 @@ def sample_pictures(runs: list[Run]) -> Figure:
 
     Where a client's label is not the server's, it is coloured and stands before the server's.
     """
-    shown = _alike(runs, _samples)
+    shown = alike(runs, _samples)
     num_rows = [len(np.unique(run.samples.client)) for run, _ in shown]
-    figure = _figure(runs, height=0.5 * len(shown) + 0.93 * sum(num_rows))
+    figure = new_figure(runs, height=0.5 * len(shown) + 0.93 * sum(num_rows))
     grid = figure.add_gridspec(len(shown), 1, height_ratios=num_rows)
     for position, (run, labels) in enumerate(shown):
         axes = figure.add_subplot(grid[position])
         _draw_samples(axes, run)
-        axes.set_title(_plain(f"Pictures by client: {', '.join(labels)}", 80))
+        axes.set_title(plain(f"Pictures by client: {', '.join(labels)}", 80))
     return figure
 
 
@@ -186,50 +146,21 @@ PLOTS = {
 
 
 def plots_of(runs: list[Run]) -> dict[str, Callable[[list[Run]], Figure]]:
-    """Return PLOTS and, if a run has sample pictures, the plot that shows them."""
-    has_samples = any(run.samples for run in runs)
-    return PLOTS | ({"sample_pictures": sample_pictures} if has_samples else {})
-
-
-def _figure(runs: list[Run], height: float) -> Figure:
-    """Make an empty figure of `height` inches; fallback notes, if there are any, stand above it."""
-    notes = "\n".join(_plain(note, width=112) for note in fallback_notes(runs))
-    height += 0.2 * (notes.count("\n") + 2) if notes else 0
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    if notes:
-        figure.suptitle(notes, fontsize=9.5, bbox=NOTE_FRAME)
-    return figure
+    """Return PLOTS and those plots for which the runs hold what they show."""
+    more: dict[str, Callable[[list[Run]], Figure]] = {}
+    if any(run.samples for run in runs):
+        more["sample_pictures"] = sample_pictures
+    if any(run.population for run in runs):
+        more["population"] = population
+    if len(runs) == 1 and runs[0].timeline:
+        more["timeline"] = timeline
+    return PLOTS | more
 
 
 def _title(what: str, runs: list[Run], width: int = 80) -> str:
     """Return a title that names the model and the data set if all runs share them."""
     subjects = {f"{run.model} on {run.dataset}" for run in runs}
-    return _plain(f"{what}: {subjects.pop()}" if len(subjects) == 1 else what, width)
-
-
-def _plain(text: str, width: int) -> str:
-    """Return the text as it can be drawn, in about MAX_LINES lines of `width` characters."""
-    return textwrap.fill(_cut(_drawable(text), MAX_LINES * width), width)
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
-def _drawable(text: str) -> str:
-    """Escape the characters that the font does not have, such as emoji."""
-    return "".join(
-        character
-        if character.isprintable() and ord(character) in _characters_of_font()
-        else character.encode("unicode_escape").decode()
-        for character in text
-    )
-
-
-@cache
-def _characters_of_font() -> set[int]:
-    return set(get_font(findfont("DejaVu Sans")).get_charmap())
+    return plain(f"{what}: {subjects.pop()}" if len(subjects) == 1 else what, width)
 
 
 def _line_style(index: int, num_points: int) -> dict:
@@ -259,7 +190,7 @@ def _reference_colours(references: list) -> list[str]:
 def _add_legend(figure: Figure, runs: list[Run], lines: list[Line2D], dashed: str = "") -> None:
     """Name the runs under the plots, and say what dashed lines are."""
     labels = [
-        _plain(label if run.finished else f"{label} (unfinished)", width=LEGEND_CHARACTERS)
+        plain(label if run.finished else f"{label} (unfinished)", width=LEGEND_CHARACTERS)
         for run, label in zip(runs, run_labels(runs), strict=True)
     ]
     if dashed:
@@ -284,36 +215,6 @@ def _evaluated(run: Run) -> np.ndarray:
 
 def _rounds(per_round: np.ndarray) -> np.ndarray:
     return np.arange(1, len(per_round) + 1)
-
-
-def _count_on(axis: Axis) -> None:
-    """Set ticks at whole numbers only, even if there is just one."""
-    axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
-
-
-def _scale(axis: Axis, values: np.ndarray, formatter: Formatter) -> None:
-    """Make the axis logarithmic if the values differ widely, else linear from zero."""
-    positive = values[values > 0]
-    spread = positive.max() / positive.min() if positive.size else 1
-    if spread > LOG_RATIO:
-        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < 1000 else (1,)))
-        axis.set_minor_locator(NullLocator())
-    else:
-        axis.axes.set(**{f"{axis.axis_name}lim": (0, None)})
-    axis.set_major_formatter(formatter)
-
-
-def _alike(runs: list[Run], content: Callable[[Run], Any]) -> list[tuple[Run, list[str]]]:
-    """Return for each distinct content a run that has it, and the labels of all such runs.
-
-    Runs whose content is None are left out.
-    """
-    alike: dict[Any, tuple[Run, list[str]]] = {}
-    for run, label in zip(runs, run_labels(runs), strict=True):
-        if (key := content(run)) is not None:
-            alike.setdefault(key, (run, []))[1].append(label)
-    return list(alike.values())
 
 
 def _partition(run: Run) -> tuple:
@@ -348,12 +249,12 @@ def _draw_partition(axes: Axes, run: Run) -> None:
     axes.figure.colorbar(image, ax=axes, label="Pictures", pad=0.02)
     axes.grid(False)
     axes.set(xlabel=f"Client ({num_clients:,} in all, {order})", ylabel="Class")
-    _count_on(axes.xaxis)
+    count_on(axes.xaxis)
     if num_classes <= MAX_NAMED_CLASSES:
-        names = [_cut(_drawable(name), 16) for name in run.class_names]
+        names = [cut(drawable(name), 16) for name in run.class_names]
         axes.set_yticks(range(num_classes), names)
     else:
-        _count_on(axes.yaxis)
+        count_on(axes.yaxis)
 
 
 def _draw_samples(axes: Axes, run: Run) -> None:
@@ -361,7 +262,7 @@ def _draw_samples(axes: Axes, run: Run) -> None:
     samples = run.samples
     clients, rows = np.unique(samples.client, return_inverse=True)
     columns = np.arange(len(rows)) - np.searchsorted(rows, rows)  # those of a client are neighbours
-    names = [_cut(_drawable(name), 10) for name in run.class_names]
+    names = [cut(drawable(name), 10) for name in run.class_names]
     for image, row, column, label, kind in zip(
         samples.images, rows, columns, samples.labels, samples.classes, strict=True
     ):

@@ -16,12 +16,18 @@ import numpy as np
 import yaml
 
 from bandwidth_analysis.errors import REPAIR, AnalysisError, printable
+from bandwidth_analysis.population import Population, read_population
 from bandwidth_analysis.samples import Samples, read_samples
+from bandwidth_analysis.timeline import Timeline, read_timeline
 
 # The columns of the ledger that are read, wherever they stand, and numpy's types for them.
 LEDGER_FIELDS = {"round": "i8", "direction": "U5", "bytes": "i8", "dense_bytes": "i8"}
 NUMBER = (int, float)
 NUMBER_OR_NULL = (int, float, type(None))
+MEANS = ("waited_seconds", "link_utilisation", "device_utilisation")  # taken over the rounds
+# What a row of rounds.jsonl says that lacks one of these keys.
+OPTIONAL: dict[str, Any] = dict.fromkeys(MEANS) | {"late": [], "failures": {}}
+LINKS = ("uplink", "downlink")
 MEAN_OVER = 5  # evaluations to average for a run without a summary; evaluation.last in the config
 DATASET_NAMES = {"cifar10": "CIFAR-10", "digits": "scikit-learn's digits"}
 
@@ -45,9 +51,15 @@ class Run:
     mean_over: int
     simulated_seconds: float
     wall_seconds: float
+    waited_seconds: float  # the mean over the rounds, as of the next two; NaN if it is not known
+    link_utilisation: float  # from 0 to 1
+    device_utilisation: float
     labels_per_client: np.ndarray  # int64 [num_clients, num_classes]
     class_names: list[str]  # num_classes names
     samples: Samples | None  # of the clients' pictures, from a run with data.diversity
+    population: Population | None  # of links and devices, from a run whose clients are not alike
+    traced: list[str]  # columns of the population that the traces of the config stand in for
+    timeline: Timeline | None  # of the last round or the one asked for; None before round 1
 
     @property
     def num_rounds(self) -> int:
@@ -59,12 +71,13 @@ class Run:
         return int(self.traffic[kind].sum())
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, timeline_round: int | None = None) -> Run:
     """Read one run folder, whether the run is finished or not.
 
-    A run that still goes on, or was killed, is read up to its last complete round. Raises
-    AnalysisError if the folder is missing or is not a run folder, if one of its files is missing or
-    damaged, and if ledger.csv, rounds.jsonl and summary.json disagree.
+    A run that still goes on, or was killed, is read up to its last complete round. timeline_round:
+    the round of the timeline, from 1; the last one if it is None. Raises AnalysisError if the
+    folder is missing or is not a run folder, if it has no such round, if one of its files is
+    missing or damaged, and if ledger.csv, rounds.jsonl and summary.json disagree.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -85,9 +98,12 @@ def read_run(folder: Path) -> Run:
         accuracy=_accuracies(rows),
         traffic=_bytes_per_round(ledger, len(rows)),
         **_read_outcome(folder / "summary.json", rows, ledger, finished),
+        **{key: _mean(rows, key) for key in MEANS},
         labels_per_client=labels_per_client,
         class_names=class_names,
         samples=read_samples(folder / "samples.npz", *labels_per_client.shape),
+        population=read_population(folder / "population.csv", len(labels_per_client)),
+        timeline=_read_timeline(folder, rows, timeline_round),
     )
 
 
@@ -152,11 +168,13 @@ def _read_identity(config_path: Path, environment_path: Path) -> dict[str, Any]:
     config = _read_mapping(config_path, yaml.safe_load)
     dataset = _get(_read_mapping(environment_path, json.loads), "dataset", dict, environment_path)
     model = _get(config, "model", dict, config_path)
+    network = _get({"network": {}} | config, "network", dict, config_path)
     return {
         "name": printable(str(_get(config, "name", (str, int), config_path))),
         "seed": _get(config, "seed", int, config_path),
         "rounds_planned": _get(config, "rounds", int, config_path),
         "model": printable(_get(model, "name", str, config_path)),
+        "traced": [f"{way}_mbps" for way in LINKS if network.get(f"{way}_trace")],
         "dataset": printable(_get(dataset, "name", str, environment_path)),
         "fallback": printable(" ".join(str(dataset.get("fallback") or "").split())),
     }
@@ -183,6 +201,9 @@ def _read_rounds(path: Path, may_be_missing: bool) -> list[dict]:
         for key in ("bytes_up", "bytes_down", "simulated_seconds", "wall_seconds"):
             _get(row, key, NUMBER, source)
         _get(row, "test_accuracy", NUMBER_OR_NULL, source)
+        row = OPTIONAL | row
+        for key, otherwise in OPTIONAL.items():
+            _get(row, key, NUMBER_OR_NULL if key in MEANS else type(otherwise), source)
         rows.append(row)
     return rows
 
@@ -309,6 +330,32 @@ def _summary_so_far(rows: list[dict]) -> dict[str, Any]:
 def _accuracies(rows: list[dict]) -> np.ndarray:
     """Return the test accuracy of each round, float64 [R]; NaN if the round was not evaluated."""
     return np.array([_or_nan(row["test_accuracy"]) for row in rows], dtype=np.float64)
+
+
+def _mean(rows: list[dict], key: str) -> float:
+    """Return the mean over the rounds that have the value, or NaN if none has."""
+    values = [row[key] for row in rows if row[key] is not None]
+    return sum(values) / len(values) if values else float("nan")
+
+
+def _read_timeline(folder: Path, rows: list[dict], round_number: int | None) -> Timeline | None:
+    """Read the timeline of a round; None stands for the last one."""
+    if round_number is None:
+        if not rows:
+            return None
+        round_number = len(rows)
+    if not 1 <= round_number <= len(rows):
+        raise AnalysisError(
+            f"{folder}: there is no round {round_number}; it has {len(rows)} complete rounds"
+        )
+    *before, row = rows[:round_number]
+    return read_timeline(
+        folder / "ledger.csv",
+        round_number,
+        begin=sum(row["simulated_seconds"] for row in before),
+        seconds=row["simulated_seconds"],
+        left_out={*map(str, row["late"]), *row["failures"]},
+    )
 
 
 def _or_nan(value: float | None) -> float:

@@ -17,6 +17,9 @@ HEADER = (
     ("reduction", "down"),
     ("time", "simulated"),
     ("time", "wall"),
+    ("waiting", "a round"),
+    ("busy %", "links"),
+    ("busy %", "devices"),
 )
 NUM_TEXT_COLUMNS = 3  # run, dataset and model are aligned left; numbers, after them, right
 
@@ -25,6 +28,9 @@ def comparison_table(runs: list[Run]) -> str:
     """Return accuracy, megabytes (10^6 bytes) and time of each run, in aligned columns.
 
     A reduction is the size of the messages in float32 divided by the bytes that were really sent.
+    Waiting is how long the clients of a round that were averaged had been done when the last of
+    them was, summed over them; busy is the share of a round in which a client's link carried a
+    message and its device computed. These are means over the rounds.
     A run without a summary is marked "unfinished"; its row counts what its ledger and rounds hold
     so far. If a run used another data set than the configured one, a line below the table says why.
     """
@@ -51,6 +57,9 @@ def _row(run: Run, label: str) -> tuple[str, ...]:
         _reduction(run.total("dense_bytes_down"), run.total("bytes_down")),
         _duration(run.simulated_seconds),
         _duration(run.wall_seconds),
+        "-" if math.isnan(run.waited_seconds) else _duration(run.waited_seconds),
+        _percent(run.link_utilisation),
+        _percent(run.device_utilisation),
     )
 
 

@@ -1,13 +1,15 @@
 """The event clock beside real transfers over links whose rates Linux limits.
 
-    sudo python benchmarks/clock.py [--rates 1 2 5 10 20 50] [--sizes 0.4 1.3 4.5] [--server 60]
+    sudo python benchmarks/clock.py [--rates 1 2 5 10 20 50] [--sizes 0.4 1.3 4.5] [--json]
 
 Makes a network namespace for a server, for a router and for each client, joins them by virtual
-Ethernet, and limits each direction of each link by `tc tbf`, the server's by `--server`. For each
-size in MB the server sends a payload to all clients at once, over TCP; each client sends one of the
-same size back as soon as it has it all. The table has a row for each client and size: simulated and
-measured seconds of the download and of the upload. The error is over the measured seconds. The
-default sizes are those of a real run's payloads, 0.4, 4 and 45 MB, in parts that are quick.
+Ethernet, and limits each direction of each client's link by `tc tbf`. For each size in MB the
+server sends a payload to all clients at once, over TCP; each client sends one of the same size back
+as soon as it has it all. The table has a row for each message: simulated and measured seconds, and
+the error over the measured ones. A real run's payloads have 0.4, 4 and 45 MB; the default sizes are
+those that are quick.
+
+With --server the server's link is limited, too, by `tc htb`, which serves the clients in turn.
 """
 
 import argparse
@@ -33,9 +35,11 @@ from devices import device_name
 from network.population import Population
 from network.simulation import Simulation, Stage
 
+Ends = tuple[socket.socket, socket.socket]  # of a connection: the server's, the client's
 NEW_NETWORK = 0x40000000  # CLONE_NEWNET of linux/sched.h
 BURST = 3028  # bytes that a limited link may send at once: two full frames
-QUEUE = 400_000  # bytes that wait before a limited link
+SHARED_BURST = 6056  # the same for the server's link
+QUEUE = 400_000  # bytes that may wait before a client's link
 
 
 def missing() -> str:
@@ -56,8 +60,8 @@ def run(*words: str) -> None:
 
 
 @contextmanager
-def star(rates: list[float], server_mbps: float) -> Iterator[list[tuple[socket.socket, ...]]]:
-    """Give for each client the two ends of a connection: the server's and the client's."""
+def star(rates: list[float], server_mbps: float | None) -> Iterator[list[Ends]]:
+    """Make the machines and the links; give a connection for each client."""
     prefix = f"clock{os.getpid()}"
     server, router = f"{prefix}s", f"{prefix}r"
     clients = [f"{prefix}c{client}" for client in range(len(rates))]
@@ -67,25 +71,54 @@ def star(rates: list[float], server_mbps: float) -> Iterator[list[tuple[socket.s
             undo.callback(run, "ip", "netns", "delete", space)  # its cards go with it
         forward = "echo 1 > /proc/sys/net/ipv4/ip_forward"
         run("ip", "netns", "exec", router, "sh", "-c", forward)
-        for number, (space, mbps) in enumerate([(server, server_mbps), *zip(clients, rates)]):
-            join(space, router, number, mbps)
+        join(server, router, 0)
+        for number, (space, mbps) in enumerate(zip(clients, rates, strict=True), 1):
+            join(space, router, number)
+            for place in (space, router):
+                limit(place, number, mbps)
+        if server_mbps is not None:
+            share(server, "dst", len(rates), server_mbps)
+            share(router, "src", len(rates), server_mbps)
         yield [connect(server, space, undo) for space in clients]
 
 
-def join(space: str, router: str, number: int, mbps: float) -> None:
-    """Make a link between a machine and the router, limited both ways."""
+def join(space: str, router: str, number: int) -> None:
+    """Make a link between a machine and the router, which sends each frame by itself."""
     card = f"link{number}"
     peer = ["type", "veth", "peer", "name", card, "netns", router]
     run("ip", "link", "add", card, "netns", space, *peer)
     for place, host in ((space, 1), (router, 2)):
         run("ip", "-n", place, "addr", "add", f"10.79.{number}.{host}/24", "dev", card)
-        run("ip", "-n", place, "link", "set", card, "up")
-        limit = ["rate", f"{mbps}mbit", "burst", str(BURST), "limit", str(QUEUE)]
-        run("tc", "-n", place, "qdisc", "add", "dev", card, "root", "handle", "1:", "tbf", *limit)
+        run("ip", "-n", place, "link", "set", card, "gso_max_segs", "1", "up")
     run("ip", "-n", space, "route", "add", "default", "via", f"10.79.{number}.2")
 
 
-def connect(server: str, client: str, undo: ExitStack) -> tuple[socket.socket, socket.socket]:
+def limit(space: str, number: int, mbps: float) -> None:
+    """Limit what a machine sends on a link."""
+    how = ["tbf", "rate", f"{mbps}mbit", "burst", str(BURST), "limit", str(QUEUE)]
+    run("tc", "-n", space, "qdisc", "add", "dev", f"link{number}", "root", *how)
+
+
+def share(space: str, address: str, num_clients: int, mbps: float) -> None:
+    """Limit what is sent on the server's link, in equal parts for the clients with something there.
+
+    address: of a packet, dst or src, whichever is the client's.
+    """
+    card, burst = ["dev", "link0"], ["burst", str(SHARED_BURST), "cburst", str(SHARED_BURST)]
+
+    def add(kind: str, *words: str) -> None:
+        run("tc", "-n", space, kind, "add", *card, *words)
+
+    add("qdisc", "root", "handle", "1:", "htb")
+    add("class", "parent", "1:", "classid", "1:1", "htb", "rate", f"{mbps}mbit", *burst)
+    for client in range(1, num_clients + 1):
+        mine = ["htb", "rate", f"{mbps / num_clients}mbit", "ceil", f"{mbps}mbit", *burst]
+        add("class", "parent", "1:1", "classid", f"1:{client + 1:x}", *mine, "quantum", "1514")
+        match = ["u32", "match", "ip", address, f"10.79.{client}.1/32"]
+        add("filter", "parent", "1:", "protocol", "ip", *match, "flowid", f"1:{client + 1:x}")
+
+
+def connect(server: str, client: str, undo: ExitStack) -> Ends:
     listening = undo.enter_context(socket_in(server))
     listening.bind(("10.79.0.1", 0))
     listening.listen()
@@ -106,7 +139,7 @@ def socket_in(space: str) -> socket.socket:
     return made
 
 
-def measure(ends: list[tuple[socket.socket, ...]], num_bytes: int) -> np.ndarray:
+def measure(ends: list[Ends], num_bytes: int) -> np.ndarray:
     """Send down and up at once for all clients: seconds (clients, 2), when each has arrived."""
     arrived = np.zeros((len(ends), 2))
     payload, begun = bytes(num_bytes), []
@@ -147,7 +180,7 @@ def receive(end: socket.socket, num_bytes: int) -> None:
 # --- the simulation beside it ---------------------------------------------------------------------
 
 
-def simulate(rates: list[float], server_mbps: float, num_bytes: int) -> np.ndarray:
+def simulate(rates: list[float], server_mbps: float | None, num_bytes: int) -> np.ndarray:
     """The same seconds by the event clock."""
     mbps, none = np.array(rates), np.zeros(len(rates))
     names = np.full(len(rates), "tc")
@@ -163,7 +196,7 @@ def simulate(rates: list[float], server_mbps: float, num_bytes: int) -> np.ndarr
     return arrived
 
 
-def compare(rates: list[float], sizes: list[float], server_mbps: float) -> list[dict]:
+def compare(rates: list[float], sizes: list[float], server_mbps: float | None) -> list[dict]:
     rows = []
     with star(rates, server_mbps) as ends:
         for size in sizes:
@@ -183,10 +216,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rates", nargs="+", type=float, default=[1, 2, 5, 10, 20, 50])
     parser.add_argument("--sizes", nargs="+", type=float, default=[0.4, 1.3, 4.5], help="in MB")
-    parser.add_argument("--server", type=float, default=60.0, help="Mbit/s of the server's link")
+    parser.add_argument("--server", type=float, help="Mbit/s of the server's link, if limited")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     given = parser.parse_args()
-    if min(*given.rates, *given.sizes, given.server) <= 0:
+    if min(*given.rates, *given.sizes, 1 if given.server is None else given.server) <= 0:
         parser.exit(2, "error: rates and sizes must be above 0\n")
     if lacks := missing():
         parser.exit(2, f"error: {lacks}\n")

@@ -1,6 +1,6 @@
 """A hundred kills at random moments: nothing is lost, and every run ends with the same model.
 
-    python benchmarks/kills.py [--kills 100] [--seed 0] [--json]
+    python benchmarks/kills.py [--kills 100] [--seed 0] [--json] [key=value ...]
 
 A short run of two ranks (SCAFFOLD, top-k, error feedback, BatchNorm, a compressed downlink; states
 beyond a small budget, so on the disk too; a checkpoint each round) is killed with SIGKILL, either
@@ -118,7 +118,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of another run")
     args = parser.parse_args()
+    WORDS.extend(args.overrides)
     draw, done, finished, in_checkpoint = random.Random(args.seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as folder:
         unkilled(Path(folder) / "compiling")

@@ -98,6 +98,11 @@ class Coder:
         """Whether E |C(v)|^2 <= 1.05 |v|^2. What is unbiased adds its variance to the norm."""
         return self.unbiased and self.variance <= 0.05
 
+    @property
+    def bits_per_value(self) -> float:
+        """About how many bits each value takes: of a coder without a number, those of its name."""
+        return self.number or 2
+
     def __str__(self) -> str:
         return self.words.form.format(self.number)
 

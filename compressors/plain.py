@@ -13,6 +13,7 @@ FP16_MAX = float(np.finfo(np.float16).max)
 class Fp32(Coder):
     words = Words("fp32")
     kind = 0
+    bits_per_value = 32
     variance = 0.0
 
     def write(self, values: np.ndarray, layout: Layout, seed: int) -> Buffer:
@@ -28,6 +29,7 @@ class Fp16(Coder):
 
     words = Words("fp16")
     kind = 1
+    bits_per_value = 16
     contractive, keeps_norms = True, True
 
     def write(self, values: np.ndarray, layout: Layout, seed: int) -> bytes:
@@ -43,6 +45,7 @@ class Bf16(Coder):
 
     words = Words("bf16")
     kind = 2
+    bits_per_value = 16
     contractive, keeps_norms = True, True
 
     def write(self, values: np.ndarray, layout: Layout, seed: int) -> bytes:

@@ -72,7 +72,7 @@ class FedBuff(Federation):
         self.server.commit(round_number, started)
         scores = self._evaluate(round_number, averaged)
         staleness = sum(flight.staleness(round_number) for flight in used) / max(1, len(used))
-        reports, rows = [*average.reports, *lost], self.clock.take_rows()
+        reports, rows = [*average.reports, *lost], self.clock.take_rows(round_number)
         more = {"staleness": staleness}
         return self._record(round_number, begin, reports, averaged, scores, rows, **more)
 

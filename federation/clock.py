@@ -13,9 +13,9 @@ import numpy as np
 from config import ConfigError
 from federation.ledger import LedgerRow, ledger_row
 from federation.messages import Message, Report
-from network.availability import Always, dropouts
+from network.availability import Availability, dropouts
 from network.population import Population
-from network.simulation import End, Simulation, Stage
+from network.simulation import End, Simulation, Span, Stage
 
 Part = tuple[int, Report, float]  # round, what was sent in it, seconds of computing
 
@@ -30,7 +30,7 @@ class Clock:
         self,
         population: Population,
         simulation: Simulation,
-        availability: Always,
+        availability: Availability,
         dropout: float,
     ):
         self.population, self.simulation = population, simulation
@@ -50,7 +50,7 @@ class Clock:
     @property
     def all_stay(self) -> bool:
         """Whether nobody ever leaves before it is done."""
-        return type(self.availability) is Always and not self.dropout
+        return type(self.availability) is Availability and not self.dropout
 
     def who_is_there(self, clients: list[int]) -> list[int]:
         """Those of the clients that are there now.
@@ -82,7 +82,7 @@ class Clock:
             messages += [*noted[: len(downs)], None, *noted[len(downs) :]]
         client = parts[-1][1].client
         self.messages[client] = messages
-        stops = min(deadline, self._leaves(client, parts[-1][0], stages))
+        stops = float(min(deadline, self._leaves(client, parts[-1][0], stages)))
         self.simulation.start(client, stages, stop_at=stops)
 
     def _leaves(self, client: int, round_number: int, stages: list[Stage]) -> float:
@@ -109,9 +109,10 @@ class Clock:
         """Nobody waits for this client any more: what it sends is cut off."""
         self.simulation.stop(client)
 
-    def take_rows(self) -> list[LedgerRow]:
+    def take_rows(self, round_number: int) -> list[LedgerRow]:
         """A row for each message that was sent since the last call, by client.
 
+        It belongs to the round in which it was over, or to round 0 if it was sent before the first.
         A message that was cut off carries nothing, and counts with the bytes that had arrived.
         """
         rows = []
@@ -119,17 +120,19 @@ class Clock:
             entry = self.messages[span.client][span.stage]
             if entry is None:
                 continue
-            round_number, message = entry
+            began, message = entry
             if span.num_bytes < message.num_bytes:
                 message = replace(message, num_bytes=span.num_bytes, num_values=0, dense_values=0)
-            rows.append(ledger_row(message, round_number, span.start, span.end - span.start))
+            number = round_number if began else 0
+            rows.append(ledger_row(message, number, span.start, span.end - span.start))
         self.simulation.spans.clear()
         return rows
 
-    def seconds_alone(self, client: int, num_bytes: int, num_examples: int) -> float:
-        """How long the client takes to receive so many bytes and to train, if it is alone."""
+    def seconds_alone(self, client: int, down: int, num_examples: int, up: int = 0) -> float:
+        """How long the client takes to receive so many bytes, train, and send, if it is alone."""
         computes = Stage("compute", seconds=self.computing_seconds(client, num_examples))
-        return self.simulation.seconds_alone(client, [Stage("down", num_bytes), computes])
+        stages = [Stage("down", down), computes, Stage("up", up)]
+        return float(self.simulation.seconds_alone(client, stages if up else stages[:2]))
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: plain values."""
@@ -137,10 +140,12 @@ class Clock:
             client: [entry and (entry[0], asdict(entry[1])) for entry in self.messages[client]]
             for client in self.simulation.under_way
         }
-        return {"simulation": self.simulation.state(), "messages": messages}
+        spans = [tuple(span) for span in self.simulation.spans]
+        return {"simulation": self.simulation.state(), "spans": spans, "messages": messages}
 
     def load(self, state: dict[str, Any]) -> None:
         self.simulation.load(state["simulation"])
+        self.simulation.spans = [Span(*span) for span in state["spans"]]
         self.messages = {
             client: [entry and (entry[0], Message(**entry[1])) for entry in entries]
             for client, entries in state["messages"].items()

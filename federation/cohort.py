@@ -20,12 +20,13 @@ def sample(candidates: list[int], wanted: int, seed: int) -> list[int]:
 
 
 def sample_cohort(config: Config, candidates: list[int], round_number: int) -> list[int]:
-    """The clients that begin a synchronous round: clients.per_round or, with over-selection, more.
+    """The clients that begin a synchronous round, see sample()."""
+    return sample(candidates, cohort_size(config), config.seed_for("cohort", round_number))
 
-    candidates: as in sample().
-    """
-    wanted = math.ceil(config.clients.per_round * config.schedule.over_selection)
-    return sample(candidates, wanted, config.seed_for("cohort", round_number))
+
+def cohort_size(config: Config) -> int:
+    """How many begin a round: clients.per_round or, with over-selection, more."""
+    return math.ceil(config.clients.per_round * config.schedule.over_selection)
 
 
 class Placement:

@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from compression import Memory
+from algorithms import make_algorithm
+from compression import OVERHEAD, Memory
 from config import Config
 from distributed import Ranks
 from federation.cohort import Placement
+from federation.densities import fit_to_deadline
 from federation.exchange import Exchange
-from federation.ledger import LedgerRow
+from federation.ledger import BYTES_PER_VALUE, LedgerRow
 from federation.messages import Broadcast, Report
 from federation.pipeline import Pipeline, num_coding_threads
 from federation.setup import (
@@ -32,6 +34,7 @@ from federation.setup import (
     make_store,
     partition,
 )
+from federation.utilisation import utilisation
 from training.choices import Choices
 from training.evaluation import SHARED, evaluate_models
 from training.local_sgd import batch_sizes, local_lr
@@ -85,6 +88,9 @@ class Federation:
             ranks.on_all_ranks(lambda: read_config(config))  # a mistake in it is answered now
         self._load_data()
         self.model = ranks.on_all_ranks(lambda: build_model(config, self.pictures, ranks.device))
+        self.clock = ranks.on_all_ranks(lambda: make_clock(config))
+        num_values = self.model.layout.size, self.model.buffer_layout.size
+        config = fit_to_deadline(config, self._seconds_alone, *num_values)
         num_examples = list(map(len, self.shards))
         self.server = ranks.on_all_ranks(lambda: make_server(config, self.model, num_examples))
         self.versions: dict[int, int] = {}  # client: version of its saved state, of all ranks
@@ -93,7 +99,6 @@ class Federation:
         self.clients = make_clients(config, self.model, self.pictures, self.shards, store, ranks)
         self.pipeline = Pipeline(ranks.device, num_coding_threads(ranks.device))
         self.exchange = Exchange(ranks, sums=config.distributed.exchange == "allreduce")
-        self.clock = ranks.on_all_ranks(lambda: make_clock(config))
         self.progress = Progress()
         self.received = 0  # bytes that collectives had brought to this rank up to the last round
 
@@ -175,8 +180,10 @@ class Federation:
     def num_trained(self, client: int) -> int:
         """How many examples a client computes gradients of in a round."""
         num_examples = len(self.shards[client])
-        before = num_examples if self.server.algorithm.takes_full_gradient else 0
-        return before + sum(batch_sizes(self.config.local, num_examples))
+        local = self.config.local
+        algorithm = make_algorithm(local.algorithm, **local.options)
+        before = num_examples if algorithm.takes_full_gradient else 0
+        return before + sum(batch_sizes(local, num_examples))
 
     def _evaluate(self, round_number: int, cohort: list[int]) -> dict[str, float | None]:
         """Scores of the model, or of the cohort's models with their own norm layers, if due."""
@@ -221,16 +228,11 @@ class Federation:
         progress, lasted = self.progress, self.clock.now - self.progress.simulated_seconds
         progress.round_number, progress.simulated_seconds = round_number, self.clock.now
         up, down = progress.add_bytes(rows)
-        losses = [report.loss for report in reports if not report.failure]
-        loss = sum(losses) / max(1, len(losses))
         late = [report.client for report in reports if report.is_late]
-        failures = {
-            str(report.client): report.failure
-            for report in reports
-            if report.failure and not report.is_late
-        }
+        failures = {str(r.client): r.failure for r in reports if r.failure and not r.is_late}
         progress.add_failures(failures)
         progress.num_late += len(late)
+        left_out = {*late, *map(int, failures)}
         progress.empty_rounds = 0 if averaged else progress.empty_rounds + 1
         wall = time.perf_counter() - begin
         progress.wall_seconds += wall
@@ -241,18 +243,26 @@ class Federation:
             "num_late": len(late),
             "num_skipped_steps": sum(report.num_skipped_steps for report in reports),
             "failures": failures,
+            "late": late,
             "lr": local_lr(self.config.local, round_number, self.config.rounds),
-            "train_loss": loss if losses and np.isfinite(loss) else None,
+            "train_loss": _mean_loss(reports),
             **scores,
             **more,
             "bytes_up": up,
             "bytes_down": down,
             "bytes_between_ranks": self.ranks.bytes_received - self.received,
             "simulated_seconds": lasted,
+            **utilisation(rows, averaged, left_out, self.clock.now - lasted, self.clock.now),
             "wall_seconds": wall,
         }
         self.received = self.ranks.bytes_received
         return row, rows
+
+    def _seconds_alone(self, client: int, num_bytes: int) -> float:
+        """A client's round, if it is alone: a dense model down, and so many bytes up."""
+        model = self.model
+        down = 2 * OVERHEAD + BYTES_PER_VALUE * (model.layout.size + model.buffer_layout.size)
+        return self.clock.seconds_alone(client, down, self.num_trained(client), num_bytes)
 
     def _computing_seconds(self, report: Report, round_number: int) -> float:
         """How long a client computes: it trains, and looks at gradients for the mask."""
@@ -311,3 +321,10 @@ class Federation:
         """The versions of the states that this rank holds, of those that a checkpoint names."""
         holds = self.placement.holds_state
         return {client: version for client, version in self.versions.items() if holds(client)}
+
+
+def _mean_loss(reports: list[Report]) -> float | None:
+    """The training loss of the clients that were averaged; None if there is no finite one."""
+    losses = [report.loss for report in reports if not report.failure]
+    loss = sum(losses) / max(1, len(losses))
+    return loss if losses and np.isfinite(loss) else None

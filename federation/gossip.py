@@ -246,4 +246,4 @@ class Gossip(Federation):
             self.clock.start([(round_number, replace(report, messages=sent), seconds)])
         while self.clock.advance():
             pass
-        return self.clock.take_rows()
+        return self.clock.take_rows(round_number)

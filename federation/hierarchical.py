@@ -189,7 +189,7 @@ class Hierarchical(Federation):
             edge = self._edge_of(end.client)
             left[edge] -= 1
             if not left[edge]:
-                rows += self.clock.take_rows()
+                rows += self.clock.take_rows(round_number)
                 begin(edge)
         return rows
 

@@ -133,10 +133,11 @@ def make_clock(config: Config) -> Clock:
         )
     except (ValueError, OSError) as error:
         raise ConfigError(f"network: {error}") from None
+    links = population
     if config.schedule.name == "hierarchical":
-        population = population.followed_by(_edge_servers(config))
+        links = population.followed_by(_edge_servers(config))
     limits = network.server_egress_mbps, network.server_ingress_mbps
-    simulation = Simulation(population, *limits, config.seed)
+    simulation = Simulation(links, *limits, config.seed)
     return Clock(population, simulation, availability, network.availability.dropout)
 
 

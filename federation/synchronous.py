@@ -13,17 +13,20 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from compression import Decoded
+from compression import OVERHEAD, Decoded
 from config import Config, ConfigError
 from distributed import Ranks
-from federation.cohort import sample_cohort
 from federation.federation import Encode, Federation
-from federation.ledger import LedgerRow
+from federation.ledger import BYTES_PER_VALUE, LedgerRow
 from federation.messages import Broadcast, Report, pack_reports, unpack_reports
+from federation.oort import Oort
+from federation.sampling import Uniform
 from federation.server import Average
+from federation.tifl import TiFL
 from training.local_sgd import Interrupted
 
 Arrival = tuple[Report, dict[str, Decoded]]
+SAMPLERS = {"uniform": Uniform, "tifl": TiFL, "oort": Oort}
 
 
 class Synchronous(Federation):
@@ -35,12 +38,16 @@ class Synchronous(Federation):
         waits = schedule.over_selection == 1 and schedule.deadline_seconds is None
         self.waits_for_all = waits and self.clock.all_stay
         self.earlier: list[Report] = []  # of round 0, until they are recorded with round 1
+        dense = OVERHEAD + BYTES_PER_VALUE * self.model.layout.size
+        self.sampler = SAMPLERS[schedule.sampling](
+            config, lambda client: self._seconds_alone(client, dense)
+        )
         self._check_deadline()
 
     def run_round(self) -> tuple[dict[str, Any], list[LedgerRow]]:
         begin, round_number = time.perf_counter(), self.progress.round_number + 1
         there = self.clock.who_is_there(self.candidates)
-        cohort = sample_cohort(self.config, there, round_number)
+        cohort = self.sampler.choose(there, round_number)
         if self.server.mask.awaits_scores:
             self._choose_mask(cohort)
         broadcast = self.server.broadcast(round_number, cohort).to(self.ranks.device)
@@ -52,6 +59,8 @@ class Synchronous(Federation):
         self.clients.store.commit()
         self.server.commit(round_number, cohort)
         scores = self._evaluate(round_number, cohort)
+        lasted = _lasted(rows, self.progress.simulated_seconds, averaged)
+        self.sampler.observe(round_number, average.reports, lasted)
         return self._record(round_number, begin, average.reports, averaged, scores, rows)
 
     def _average(
@@ -118,7 +127,7 @@ class Synchronous(Federation):
             if len(done) == wanted:  # nobody waits for the others
                 for client in self.clock.simulation.under_way:
                     self.clock.stop(client)
-        return self.clock.take_rows(), done
+        return self.clock.take_rows(round_number), done
 
     def _on_time(
         self, arrivals: list[Arrival], round_number: int
@@ -151,8 +160,16 @@ class Synchronous(Federation):
     # --- checkpoints ------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"earlier": b"".join(pack_reports(self.earlier)).hex()}
+        earlier = b"".join(pack_reports(self.earlier)).hex()
+        return super().state() | {"earlier": earlier, "sampler": self.sampler.state()}
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
         self.earlier = unpack_reports(memoryview(bytes.fromhex(state["earlier"])))
+        self.sampler.load(state["sampler"])
+
+
+def _lasted(rows: list[LedgerRow], begin: float, clients: list[int]) -> dict[int, float]:
+    """How long after the round's begin each client's last message had arrived."""
+    ends = {row.sender: row.start + row.seconds - begin for row in rows if row.direction == "up"}
+    return {client: ends[str(client)] for client in clients}

@@ -15,11 +15,12 @@ import numpy as np
 from network.draws import uniform
 from network.table import read_table
 
+LATEST = 10**12  # milliseconds of a trace; (client, time) is then one number of 63 bits
 SOON = 1e-9  # a client that comes within this part of its period is there: times are rounded
 
 
-class Always:
-    """Every client is there all the time."""
+class Availability:
+    """Every client is there all the time; the classes below say otherwise."""
 
     def comes(self, clients: np.ndarray, seconds: float) -> np.ndarray:
         """When each client is there, from then on: `seconds` if it is; inf: never."""
@@ -35,7 +36,7 @@ class Always:
 
 
 @dataclass(frozen=True)
-class Diurnal(Always):
+class Diurnal(Availability):
     """Each client is there for the same share of every period, from a moment of its own on."""
 
     period: float  # seconds
@@ -60,7 +61,7 @@ class Diurnal(Always):
         return np.where(self.period - since < SOON * self.period, 0.0, since)
 
 
-class Traced(Always):
+class Traced(Availability):
     """Each client is there in the intervals of a file, and never after its last one."""
 
     def __init__(self, intervals: list[tuple[int, int, int]]):
@@ -91,7 +92,7 @@ class Traced(Always):
 
 def make_availability(
     settings: Any, num_clients: int, seed: int, locate: Callable[[str], Path] = Path
-) -> Always:
+) -> Availability:
     """The availability that config.py's section `network.availability` describes.
 
     locate: turns a path of the section into one that can be opened.
@@ -101,7 +102,7 @@ def make_availability(
         return Traced(read_intervals(locate(settings.file), num_clients))
     if settings.name == "diurnal":
         return Diurnal(3600 * settings.period_hours, settings.share, seed)
-    return Always()
+    return Availability()
 
 
 def read_intervals(path: Path, num_clients: int) -> list[tuple[int, int, int]]:
@@ -118,8 +119,8 @@ def read_intervals(path: Path, num_clients: int) -> list[tuple[int, int, int]]:
             raise ValueError(f"{place}: {','.join(row.values())!r} is not three numbers") from None
         if not 0 <= client < num_clients:
             raise ValueError(f"{place}: no client {client}: clients.total={num_clients}")
-        if not ends.get(client, 0) <= start < end:
-            raise ValueError(f"{place}: client {client}: its times must go forward from 0")
+        if not ends.get(client, 0) <= start < end <= LATEST:
+            raise ValueError(f"{place}: client {client}: its times must go forward, to 10^9 s")
         ends[client] = end
         intervals.append((client, start, end))
     if not intervals:
@@ -130,7 +131,8 @@ def read_intervals(path: Path, num_clients: int) -> list[tuple[int, int, int]]:
 def dropouts(probability: float, seed: int, round_number: int, clients: np.ndarray) -> np.ndarray:
     """After which share of its work each client drops out of a round: inf if it does not.
 
-    Each drops out with the probability, independently, at a moment uniform over its work.
+    Each drops out with the probability, independently, at a moment uniform over its work, which
+    lasts for Simulation.seconds_alone().
     """
     clients = np.asarray(clients)
     drops = uniform(seed, "dropout", round_number, clients, 0) < probability

@@ -4,7 +4,11 @@ The figures are those of the config, drawn from profiles, or read from a CSV fil
 function of (seed, client), so client 7 stays who it is when there are more clients.
 """
 
+import csv
+import hashlib
+import io
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,6 +56,11 @@ class Population:
     def columns(self) -> dict[str, np.ndarray]:
         """The table of the population, by the names that a CSV file of clients has, too."""
         return {name: getattr(self, name) for name in _columns()}
+
+    @property
+    def is_diverse(self) -> bool:
+        """Whether any two clients differ."""
+        return any((column != column[0]).any() for column in self.columns().values())
 
 
 def _columns() -> list[str]:
@@ -134,6 +143,31 @@ def _by_name(names: np.ndarray, table: dict, key: str, otherwise: float) -> np.n
 
 def _draw(seed: int, purpose: str, clients: np.ndarray) -> np.ndarray:
     return np.clip(normal(seed, purpose, clients), -FARTHEST, FARTHEST)
+
+
+# --- written --------------------------------------------------------------------------------------
+
+
+def write_clients(path: Path, population: Population) -> str:
+    """Write the columns to a CSV file, whole or not at all; return its SHA-256 in hex.
+
+    A row for each client, in order. read_clients() reads the very same figures from it.
+    """
+    columns, text = population.columns(), io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
+    content = text.getvalue().encode()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return hashlib.sha256(content).hexdigest()
 
 
 # --- read -----------------------------------------------------------------------------------------

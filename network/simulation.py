@@ -1,10 +1,9 @@
 """The event clock: what many clients' downloads, training and uploads take, all at once.
 
 A client works through a chain of stages. A message first takes the link's latency; then it is a
-flow, and the flows that are under way in a direction share the server's bandwidth max-min fair:
-none can have more unless one with no more than it gets less (Bertsekas and Gallager 1992, 6.5.2).
-No flow is faster than its client's own link. Time jumps from event to event, and between two
-events every rate is constant.
+flow, and the flows that are under way in a direction share the server's bandwidth max-min fair. No
+flow is faster than its client's own link. Time jumps from event to event, and between two events
+every rate is constant.
 """
 
 import heapq
@@ -14,15 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from network.draws import normal, uniform
+from network.pipe import Pipe, payload_rate
 from network.population import Population
-from network.trace import STEP_MS, Trace
+from network.trace import Trace
 
-# A full Ethernet frame has 1514 bytes. The headers of Ethernet, IP and TCP, with its time stamps,
-# take 66 of them, so that this share of a link's bandwidth carries payload.
-PAYLOAD_SHARE = 1448 / 1514
 # Mathis, Semke, Mahdavi and Ott (1997): with a share p of packets lost and a round trip of RTT
 # seconds, TCP sends C / sqrt(p) packets in RTT at most; C = sqrt(3/2) if each is acknowledged.
 MATHIS = math.sqrt(3 / 2)
@@ -59,14 +54,14 @@ class End(NamedTuple):
 
 @dataclass(eq=False)
 class _Chain:
-    stages: Sequence[Stage]
+    stages: list[Stage]
     place: int = -1  # of the stage under way; -1: the chain has not begun
     begun: float = 0.0  # when that stage began
     timer: int = -1  # number of the timer that it waits for; a message waits for its latency
     stop_timer: int = -1
 
-
-_POSITION = ("place", "begun", "timer", "stop_timer")  # of a chain: all but its stages
+    def state(self) -> dict[str, Any]:
+        return vars(self) | {"stages": [list(stage) for stage in self.stages]}
 
 
 class Simulation:
@@ -87,8 +82,8 @@ class Simulation:
         self._num_timers = 0
         self._num_messages: Counter[int] = Counter()  # by client: each has a jitter of its own
         self._pipes = {
-            "down": _Pipe(egress_mbps, population.downlink_trace),
-            "up": _Pipe(ingress_mbps, population.uplink_trace),
+            "down": Pipe(egress_mbps, population.downlink_trace),
+            "up": Pipe(ingress_mbps, population.uplink_trace),
         }
 
     @property
@@ -107,12 +102,13 @@ class Simulation:
 
         Raises ValueError: the client has a chain already, or the times go back.
         """
-        at = self.now if at is None else at
+        client, at = int(client), self.now if at is None else float(at)
         if client in self._chains:
             raise ValueError(f"client {client} is under way; stop its chain before the next one")
         if not self.now <= at <= stop_at:
             raise ValueError(f"times go back: now {self.now} s, start {at} s, stop {stop_at} s")
-        chain = self._chains[client] = _Chain(stages, begun=at)
+        plain = [Stage(kind, int(size), float(seconds)) for kind, size, seconds in stages]
+        chain = self._chains[client] = _Chain(plain, begun=at)
         chain.timer = self._set_timer(at, client)
         if stop_at < math.inf:
             chain.stop_timer = self._set_timer(stop_at, client, stops=True)
@@ -123,7 +119,7 @@ class Simulation:
         None: nothing is under way any more, or no chain is over at `until`, where time then stands.
         """
         while self._chains:
-            pipe = min(self._pipes.values(), key=_Pipe.next_event)
+            pipe = min(self._pipes.values(), key=Pipe.next_event)
             timer = self._next_timer()
             time = min(pipe.next_event(), timer)
             if time > until:
@@ -155,27 +151,24 @@ class Simulation:
 
     def seconds_alone(self, client: int, stages: Sequence[Stage]) -> float:
         """How long the chain would take if nobody else were there, without jitter or traces."""
-        return sum(
-            stage.seconds
-            if stage.kind == "compute"
-            else self.population.latency_ms[client] / 1e3
-            + stage.num_bytes
-            / min(self._pipes[stage.kind].capacity, self._fastest(client, stage, traced=False))
-            for stage in stages
-        )
-
-    # --- checkpoints ------------------------------------------------------------------------------
+        seconds = 0.0
+        for stage in stages:
+            if stage.kind == "compute":
+                seconds += stage.seconds
+            else:
+                fastest = self._fastest(client, stage, traced=False)
+                rate = min(fastest, self._pipes[stage.kind].capacity)
+                seconds += self.population.latency_ms[client] / 1e3 + stage.num_bytes / rate
+        return float(seconds)
 
     def state(self) -> dict[str, Any]:
-        """All that moves, as plain values from which load() goes on to the bit."""
-        chains = {
-            client: [*(getattr(chain, name) for name in _POSITION), [*map(tuple, chain.stages)]]
-            for client, chain in self._chains.items()
-        }
+        """All that is under way, as plain numbers, lists and dicts; the spans stay outside.
+
+        load() of a simulation of the same clients goes on from it, to the bit.
+        """
         return {
             "now": self.now,
-            "spans": [tuple(span) for span in self.spans],
-            "chains": chains,
+            "chains": {client: chain.state() for client, chain in self._chains.items()},
             "timers": list(self._timers),
             "num_timers": self._num_timers,
             "num_messages": dict(self._num_messages),
@@ -183,19 +176,16 @@ class Simulation:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from what state() returned, in a simulation of the same clients."""
-        self.now = state["now"]
-        self.spans = [Span(*span) for span in state["spans"]]
-        self._chains = {}
-        for client, (*position, stages) in state["chains"].items():
-            chain = _Chain([Stage(*stage) for stage in stages])
-            vars(chain).update(zip(_POSITION, position, strict=True))
-            self._chains[client] = chain
+        """Go on from what state() returned, also where it went through JSON."""
+        self.now, self._num_timers = state["now"], state["num_timers"]
         self._timers = [tuple(timer) for timer in state["timers"]]
-        self._num_timers = state["num_timers"]
-        self._num_messages = Counter(state["num_messages"])
-        for kind, pipe in self._pipes.items():
-            pipe.load(state["pipes"][kind])
+        self._num_messages = Counter({int(c): n for c, n in state["num_messages"].items()})
+        self._chains = {}
+        for client, saved in state["chains"].items():
+            stages = [Stage(*stage) for stage in saved["stages"]]
+            self._chains[int(client)] = _Chain(**(saved | {"stages": stages}))
+        for kind, saved in state["pipes"].items():
+            self._pipes[kind].load(saved)
 
     # --- a chain, stage by stage ------------------------------------------------------------------
 
@@ -272,7 +262,7 @@ class Simulation:
 
     def _set_timer(self, time: float, client: int, stops: bool = False) -> int:
         self._num_timers += 1
-        heapq.heappush(self._timers, (time, stops, self._num_timers, client))
+        heapq.heappush(self._timers, (float(time), stops, self._num_timers, client))
         return self._num_timers
 
     def _next_timer(self) -> float:
@@ -284,107 +274,3 @@ class Simulation:
                 return time
             heapq.heappop(self._timers)
         return math.inf
-
-
-_FLOWS = ("clients", "left", "fastest", "first_steps")  # the columns of a pipe
-
-
-class _Pipe:
-    """The flows of one direction, and how they share the server's bandwidth."""
-
-    def __init__(self, mbps: float | None, trace: Trace | None):
-        self.capacity = math.inf if mbps is None else payload_rate(mbps)  # bytes per second
-        self.trace = trace
-        self.now = 0.0  # up to when `left` is told
-        self.clients = np.zeros(0, np.int64)
-        self.left = np.zeros(0)  # bytes that have not arrived
-        self.fastest = np.zeros(0)  # bytes per second that each client can do
-        self.first_steps = np.zeros(0, np.int64)  # of the trace, at time 0
-        self.rates = np.zeros(0)
-        self._next: tuple[float, int | None] | None = None  # None: to be found anew
-
-    def add(self, client: int, time: float, num_bytes: int, fastest: float, first_step: int):
-        self._move(time)
-        self.clients = np.append(self.clients, client)
-        self.left = np.append(self.left, float(num_bytes))
-        self.fastest = np.append(self.fastest, fastest)
-        self.first_steps = np.append(self.first_steps, first_step)
-
-    def remove(self, client: int, time: float) -> float:
-        """Take a flow out; return how many bytes had not arrived."""
-        self._move(time)
-        return self._delete(int(np.flatnonzero(self.clients == client)[0]))
-
-    def next_event(self) -> float:
-        """When a flow ends or a trace's rates change, if no flow comes or goes before."""
-        if self._next is None:
-            self._next = self._find_next()
-        return self._next[0]
-
-    def pass_event(self) -> int | None:
-        """Let that event happen; return the client whose flow has ended, if one has."""
-        self.next_event()
-        time, place = self._next
-        self._move(time)
-        if place is None:
-            return None
-        client = int(self.clients[place])
-        self._delete(place)
-        return client
-
-    def state(self) -> dict[str, Any]:
-        return {"now": self.now} | {name: getattr(self, name).tolist() for name in _FLOWS}
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.now, self._next = state["now"], None
-        for name in _FLOWS:
-            setattr(self, name, np.array(state[name], getattr(self, name).dtype))
-
-    def _find_next(self) -> tuple[float, int | None]:
-        if not len(self.clients):
-            return math.inf, None
-        fastest, changes = self.fastest, math.inf
-        if self.trace:
-            step = math.floor(1e3 * self.now / STEP_MS + 1e-6)
-            carried = payload_rate(self.trace.mbps(self.first_steps + step))
-            fastest, changes = np.minimum(fastest, carried), (step + 1) * STEP_MS / 1e3
-        self.rates = max_min_fair(fastest, self.capacity)
-        lasting = np.where(self.left > 0, math.inf, 0.0)
-        np.divide(self.left, self.rates, out=lasting, where=self.rates > 0)
-        place = int(np.argmin(lasting))
-        end = self.now + float(lasting[place])
-        return (end, place) if end <= changes else (changes, None)
-
-    def _move(self, time: float) -> None:
-        """Let the flows go on until then, at the rates that they have."""
-        if time > self.now:
-            self.next_event()
-            if len(self.clients):
-                self.left = np.maximum(0.0, self.left - self.rates * (time - self.now))
-            self.now = time
-        self._next = None
-
-    def _delete(self, place: int) -> float:
-        left = float(self.left[place])
-        for name in _FLOWS:
-            setattr(self, name, np.delete(getattr(self, name), place))
-        return left
-
-
-def payload_rate(mbps: float | np.ndarray) -> float | np.ndarray:
-    """Bytes of payload per second of a link of so many 10^6 bits per second."""
-    return PAYLOAD_SHARE * mbps * 1e6 / 8
-
-
-def max_min_fair(fastest: np.ndarray, capacity: float) -> np.ndarray:
-    """Rates (flows) that share the capacity: each its own fastest, or the level that is left.
-
-    With the flows sorted by what they can do, the level at flow k is what the slower ones leave,
-    divided among k and all that are faster; the first flow that can do more than its level sets it.
-    """
-    if fastest.sum() <= capacity:
-        return fastest
-    ordered = np.sort(fastest)
-    taken = np.concatenate([[0.0], np.cumsum(ordered[:-1])])
-    levels = (capacity - taken) / np.arange(len(ordered), 0, -1)
-    return np.minimum(fastest, levels[np.argmax(levels <= ordered)])

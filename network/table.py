@@ -20,6 +20,8 @@ def read_table(
                 if name not in (*required, *optional):
                     known = ", ".join((*required, *optional))
                     raise ValueError(f"{path}:1: no column {name!r} is known; there are {known}")
+                if heading.count(name) > 1:
+                    raise ValueError(f"{path}:1: the column {name} stands there twice")
             for name in required:
                 if name not in heading:
                     raise ValueError(f"{path}:1: the column {name} is missing")

@@ -7,7 +7,8 @@ the event clock, as the chain of one node; the formulas are exact where no link 
 
 import numpy as np
 
-from network.simulation import Stage, payload_rate
+from network.pipe import payload_rate
+from network.simulation import Stage
 
 
 def message_seconds(num_bytes: float, mbps: float, latency_ms: float) -> float:

@@ -69,6 +69,30 @@ CASES = {
         "made the model inf or NaN",
     ),
     "groups that do not divide": (["model.name=resnet18", "model.norm=group(7)"], "group(7)"),
+    "shares that do not sum to one": (
+        ["network.links={4g: 0.5, wifi: 0.4}"],
+        "network.links: the shares sum to 0.9, not to 1",
+    ),
+    "an unknown link": (["network.links.wify=1"], "no profile 'wify'; did you mean wifi?"),
+    "an unknown device": (["network.devices.toaster=1"], "did you mean phone or laptop or gpu?"),
+    "a negative share": (
+        ["network.devices={phone: 1.5, gpu: -0.5}"],
+        "network.devices: phone: 1.5 is not a share",
+    ),
+    "a share that is a word": (["network.links.3g=all"], "3g: 'all' is not a share"),
+    "a missing trace": (["network.uplink_trace=nowhere"], "nowhere: cannot be read: No such file"),
+    "profiles beside a file": (
+        ["network.clients_file=x.csv", "network.links.4g=1"],
+        "network.links: clients_file says this already",
+    ),
+    "a spread beside a file": (
+        ["network.clients_file=x.csv", "network.spread=1"],
+        "network.spread: clients_file says this already",
+    ),
+    "a trace of availability without its file": (
+        ["network.availability.name=trace"],
+        "network.availability.file: goes with availability.name: trace",
+    ),
 }
 
 
@@ -77,6 +101,31 @@ def test_one_line_and_exit_2(case, tmp_path, capsys):
     words, expected = CASES[case]
     assert expected in refused(capsys, f"output_dir={tmp_path}", *words)
     assert "error: " in refused(capsys, f"output_dir={tmp_path}", *words)
+
+
+@pytest.mark.parametrize(
+    "words, text, expected",
+    [
+        (["network.uplink_trace={}"], "1\n9\n8\n", ":3: 8 ms goes back, behind 9 ms"),
+        (["network.downlink_trace={}"], "", ":1: the file is empty"),
+        (
+            ["network.clients_file={}"],
+            "uplink_mbps\n1\n",
+            ":1: the column downlink_mbps is missing",
+        ),
+        (
+            ["network.availability.name=trace", "network.availability.file={}"],
+            "client,from,to\n0,2,1\n",
+            ":2: client 0: its times must go forward",
+        ),
+    ],
+)
+def test_a_wrong_file_of_the_network(tmp_path, capsys, words, text, expected):
+    path = tmp_path / "file"
+    path.write_text(text)
+    line = refused(capsys, f"output_dir={tmp_path}/out", *(word.format(path) for word in words))
+    assert line.startswith(f"error: {path}{expected}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_folder_that_cannot_be_written(tmp_path, capsys):

@@ -97,6 +97,10 @@ NUMBERS = [
     *[f"{key}=-1" for key in ("uplink.dense_below", "downlink.dense_below", "uplink.momentum")],
     *[f"{key}={2**32}" for key in ("uplink.dense_below", "downlink.dense_below")],
     *[f"{key}=1.1" for key in ("uplink.decay", "uplink.momentum", "pruning.mask.share")],
+    *[f"network.{key}=-1" for key in ("jitter_ms", "loss", "spread", "availability.dropout")],
+    *[f"network.{key}=0" for key in ("memory_gib", "server_egress_mbps", "server_ingress_mbps")],
+    *[f"network.availability.{key}=0" for key in ("period_hours", "share")],
+    *[f"network.{key}=1.1" for key in ("loss", "availability.share", "availability.dropout")],
 ]
 
 
@@ -204,6 +208,7 @@ GOSSIP = ["schedule.name=gossip", "uplink.error_feedback=false"]
     [
         ("schedule.over_selection=2", "", "waits for all"),
         ("schedule.deadline_seconds=9", "", "waits for all"),
+        ("schedule.sampling=oort", "", "waits for all"),
         ("network.availability.name=diurnal", "network.availability", "nobody may leave"),
         ("network.availability.dropout=0.1", "network.availability", "nobody may leave"),
         ("network.server_egress_mbps=9", "", "do not pass the server"),

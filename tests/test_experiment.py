@@ -22,7 +22,7 @@ def test_a_run_leaves_every_file_of_the_run_folder(run):
     assert status == 0
     for name in ("config.yaml", "environment.json", "rounds.jsonl", "ledger.csv", "checkpoint.pt"):
         assert (folder / name).stat().st_size > 0
-    assert len(list((folder / "plots").glob("*.png"))) == 4
+    assert len(list((folder / "plots").glob("*.png"))) == 5
     assert list((folder / "tensorboard").iterdir())
     result = summary(folder)
     assert result["dataset"] == "digits" and result["model"] == "lenet"

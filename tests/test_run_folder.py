@@ -7,7 +7,9 @@ import torch
 from helpers.runs import REPOSITORY, TINY, summary
 
 from command_line import load_config
+from config import Network
 from federation.synchronous import Synchronous
+from network.population import make_population, read_clients
 from run_folder import RunFolder
 
 
@@ -50,6 +52,32 @@ def test_two_processes_do_not_share_a_run_folder(tmp_path, run, capsys):
     held.claim(config)
     assert run()[0] == 2
     assert "another process is running this" in capsys.readouterr().err
+
+
+def test_clients_that_are_not_alike_are_written_down(run):
+    words = ["network.links={4g: 0.5, wifi: 0.5}", "network.devices={phone: 1}"]
+    _, folder = run(*words, "rounds=1")
+    path = folder / "population.csv"
+    drawn = make_population(Network(links={"4g": 0.5, "wifi": 0.5}, devices={"phone": 1}), 4, 1)
+    for name, column in read_clients(path, 4).items():
+        assert column.tolist() == getattr(drawn, name).tolist()
+    _, copy = run(f"network.clients_file={path}", "rounds=1", name="copy")
+    assert (copy / "population.csv").read_bytes() == path.read_bytes()
+    assert (copy / "ledger.csv").read_text() == (folder / "ledger.csv").read_text()
+    assert not (run("rounds=1", name="alike")[1] / "population.csv").exists()
+
+
+def test_a_run_does_not_go_on_with_other_clients(run, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "clients.csv"
+    heading = "uplink_mbps,downlink_mbps,latency_ms,ms_per_example\n"
+    path.write_text(heading + "1,2,0,1\n" * 3 + "1,2,0,9\n")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Killed):
+            run(f"network.clients_file={path}")
+    path.write_text(heading + "1,2,0,1\n" * 3 + "1,2,0,8\n")
+    assert run(f"network.clients_file={path}")[0] == 2
+    assert "cannot resume, population_sha256 is not what it was" in capsys.readouterr().err
 
 
 # --- what binds a folder --------------------------------------------------------------------------

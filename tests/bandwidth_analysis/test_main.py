@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers.locales import LOCALES
-from helpers.run_folders import PLOT_NAMES, edit, write_run
+from helpers.run_folders import PLOT_NAMES, PLOT_NAMES_OF_ONE_RUN, edit, write_run
 from helpers.runs import PYTHON, REPOSITORY
 
 from bandwidth_analysis.__main__ import main
@@ -30,8 +30,8 @@ def test_command_line_of_one_run(tmp_path):
     done = run_module(folder)
     assert (done.returncode, done.stderr) == (0, "")
     assert "unfinished" in done.stdout
-    assert [line.strip() for line in done.stdout.splitlines()[-4:]] == [
-        str(folder / "plots" / name) for name in PLOT_NAMES
+    assert [line.strip() for line in done.stdout.splitlines()[-5:]] == [
+        str(folder / "plots" / name) for name in PLOT_NAMES_OF_ONE_RUN
     ]
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
@@ -59,11 +59,14 @@ def test_command_line_of_all_there_is(tmp_path, capsys):
         ("missing", "no such folder"),
         (".", "not a run folder"),
         ("topk-s0/config.yaml", "topk-s0/config.yaml: not a run folder"),
+        ("topk-s0 --timeline 4", "topk-s0: there is no round 4; it has 3 complete rounds"),
+        ("topk-s0 --timeline 0", "topk-s0: there is no round 0; it has 3 complete rounds"),
+        ("topk-s0 topk-s1 --timeline 1", "--timeline: a timeline shows one run; give one run"),
         ("topk-s0 --output topk-s0/config.yaml", "plots cannot be written"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_exit_2(tmp_path, monkeypatch, capsys, argument, message):
-    write_run(tmp_path)
+    write_run(tmp_path), write_run(tmp_path, seed=1)
     monkeypatch.chdir(tmp_path)
     assert main(argument.split()) == 2
     (error,) = capsys.readouterr().err.splitlines()
@@ -90,7 +93,7 @@ def test_any_locale_can_print_any_name(tmp_path, locale, name):
     in_ascii = name.encode("ascii", "backslashreplace").decode()
     shown = name if name.isprintable() and locale == "UTF-8" else in_ascii
     assert f"{shown}-s0" in done.stdout
-    assert len(list((folder / "plots").glob("*.png"))) == 4
+    assert len(list((folder / "plots").glob("*.png"))) == 5
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "\udcff", "\x1b[31m"])

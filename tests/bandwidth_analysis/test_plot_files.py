@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 import pytest
-from helpers.run_folders import PLOT_NAMES, write_run
+from helpers.run_folders import PLOT_NAMES_OF_ONE_RUN, write_run
 from helpers.runs import PYTHON, REPOSITORY
 
 from bandwidth_analysis import AnalysisError, plots, read_run, write_plots
@@ -69,7 +69,9 @@ def test_a_run_ends_well_without_matplotlib_and_is_drawn_later(run, capsys, monk
     said = capsys.readouterr().err
     assert "plots left out" in said and "ModuleNotFoundError" in said and "Traceback" not in said
     assert main([str(folder)]) == 0
-    assert sorted(path.name for path in (folder / "plots").iterdir()) == sorted(PLOT_NAMES)
+    assert sorted(path.name for path in (folder / "plots").iterdir()) == sorted(
+        PLOT_NAMES_OF_ONE_RUN
+    )
 
 
 def test_who_imports_the_package_imports_no_matplotlib():
@@ -113,5 +115,5 @@ def test_a_plot_that_fails_is_named_and_the_others_are_drawn(tmp_path, monkeypat
     assert f"bytes_per_round not drawn ({type(error).__name__}: " in str(caught.value)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 600
     drawn = {path.name for path in (tmp_path / "plots").iterdir()}
-    assert drawn == set(PLOT_NAMES) - {"bytes_per_round.png"}
+    assert drawn == set(PLOT_NAMES_OF_ONE_RUN) - {"bytes_per_round.png"}
     assert before == dict(matplotlib.rcParams)

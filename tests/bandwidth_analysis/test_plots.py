@@ -9,7 +9,7 @@ from helpers.run_folders import FALLBACK, NOTE, PLOT_NAMES, write_run
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from bandwidth_analysis import comparison_table, plots, read_run, write_plots
+from bandwidth_analysis import comparison_table, drawing, plots, read_run, write_plots
 
 
 def texts(figure: Figure) -> list[str]:
@@ -79,13 +79,13 @@ def test_runs_of_one_partition_share_a_panel(tmp_path):
 def test_sample_pictures_stand_with_their_clients_labels(tmp_path):
     run = read_run(write_run(tmp_path, has_samples=True))
     other = read_run(write_run(tmp_path, "other"))
-    with plots.style():
+    with drawing.style():
         figure = plots.sample_pictures([other, run, replace(run, name="same")])
     [axes] = figure.axes
     assert axes.get_title() == "Pictures by client: topk-s0, same-s0"
     assert [text.get_text() for text in axes.texts] == ["dog (cat)", "dog", "ship"]
     assert axes.get_xlabel() == "Coloured: the client's label (and the server's)"
-    assert [text.get_color() == plots.COLOURS[1] for text in axes.texts] == [True, False, False]
+    assert [text.get_color() == drawing.COLOURS[1] for text in axes.texts] == [True, False, False]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0\n(3)", "1\n(12)"]
     corners = np.array([image.get_extent() for image in axes.images])  # left, right, bottom, top
     assert np.allclose(corners.reshape(3, 2, 2).mean(axis=2), [(0, 0), (0, 1), (1, 1)])
@@ -95,7 +95,8 @@ def test_sample_pictures_stand_with_their_clients_labels(tmp_path):
 
 def test_a_run_without_samples_has_no_such_plot(tmp_path):
     without = read_run(write_run(tmp_path))
-    assert plots.plots_of([without]) == plots.PLOTS
+    assert plots.plots_of([without, without]) == plots.PLOTS
+    assert [*plots.plots_of([without])] == [*plots.PLOTS, "timeline"]
     run = read_run(write_run(tmp_path, "diverse", has_samples=True))
     paths = write_plots([without, run], tmp_path / "plots")
     assert [path.name for path in paths] == [*PLOT_NAMES, "sample_pictures.png"]
@@ -121,8 +122,8 @@ HARD_NAMES = {
 @pytest.mark.parametrize(("name", "drawn"), HARD_NAMES.values(), ids=HARD_NAMES)
 def test_any_name_is_drawn_as_it_is_or_escaped(tmp_path, name, drawn, recwarn):
     run = replace(read_run(write_run(tmp_path)), name=name, model=name)
-    assert plots.render(plots.accuracy_vs_rounds, [run]).startswith(b"\x89PNG")
-    with plots.style():
+    assert drawing.render(plots.accuracy_vs_rounds, [run]).startswith(b"\x89PNG")
+    with drawing.style():
         shown = texts(plots.accuracy_vs_rounds([run]))
     assert f"{drawn}-s0" in shown and f"Test accuracy: {drawn} on digits" in shown
     assert not recwarn.list
@@ -132,8 +133,8 @@ def test_any_class_name_is_drawn_as_it_is_or_escaped(tmp_path, recwarn):
     names, drawn = zip(*HARD_NAMES.values(), strict=True)
     counts = np.ones((2, len(names)), np.int64)
     run = replace(read_run(write_run(tmp_path)), class_names=list(names), labels_per_client=counts)
-    assert plots.render(plots.labels_per_client, [run]).startswith(b"\x89PNG")
-    with plots.style():
+    assert drawing.render(plots.labels_per_client, [run]).startswith(b"\x89PNG")
+    with drawing.style():
         assert set(drawn) <= set(texts(plots.labels_per_client([run])))
     assert not recwarn.list
 
@@ -145,7 +146,7 @@ def test_long_names_are_cut_and_still_tell_classes_apart(tmp_path, word):
     run = replace(run, name=names[0], dataset=names[1], class_names=names)
     for path in write_plots([run], tmp_path / "plots"):
         assert matplotlib.image.imread(path).shape[0] < 2000
-    with plots.style():
+    with drawing.style():
         shown = texts(plots.labels_per_client([run]))
     for name in names:
         assert name[:13] + "..." in shown

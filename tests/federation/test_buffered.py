@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.runs import make_federation, summary
 
+from bandwidth_analysis import read_run
 from config import ConfigError
 from federation.client import Clients
 from run_folder import RunFolder
@@ -18,6 +19,7 @@ ASYNC = ["schedule.name=fedasync", "clients.total=8", "clients.per_round=4"]
 def ends(run, *words, name="a"):
     status, folder = run(*words, name=name)
     assert status == 0
+    read_run(folder)  # which compares the rounds with the ledger
     return summary(folder), (folder / "ledger.csv").read_text()
 
 

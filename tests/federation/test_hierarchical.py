@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.runs import damage_first, ledger, make_federation, rounds, summary
 
+from bandwidth_analysis import read_run
 from federation.client import Clients
 from network.profiles import LINKS
 from network.topologies import hierarchical_seconds, message_seconds
@@ -72,6 +73,17 @@ def test_every_hop_is_in_the_ledger_and_takes_the_time_of_its_link(tmp_path):
     expected = hierarchical_seconds(size["update"], training + down, 1, 2, edge, cloud)
     expected += message_seconds(size["model"], *cloud)
     assert row["simulated_seconds"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_run_folder_shows_the_clients_and_not_the_edge_servers(run):
+    words = ["network.links={4g: 1}", "schedule.edge_rounds=2", "rounds=1", "clients.per_round=4"]
+    _, folder = run(*SPARSE, *EDGES, *words)
+    assert len((folder / "population.csv").read_text().splitlines()) == 1 + 4
+    shown = read_run(folder).timeline.clients
+    assert set(shown) == {"0", "1", "2", "3"}
+    states = [s.state for s in shown["2"] if s.state != "idle"]
+    assert states == ["download", "compute", "upload"] * 2
+    assert (folder / "plots/timeline.png").exists()
 
 
 def test_a_refused_payload_is_left_out_and_the_others_count(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ PLOT_NAMES = [
     "bytes_per_round.png",
     "labels_per_client.png",
 ]
+PLOT_NAMES_OF_ONE_RUN = [*PLOT_NAMES, "timeline.png"]
 LEDGER_COLUMNS = (
     *("round", "direction", "sender", "receiver", "kind"),
     *("bytes", "dense_bytes", "num_values", "start", "seconds"),
@@ -27,7 +28,8 @@ def message(round_number: int, direction: str, client: int) -> dict:
     is_up = direction == "up"
     ends = (client, "server") if is_up else ("server", client)
     what = ("update", 10_000, 4_000_000, 2000) if is_up else ("model", 2_000_000, 4_000_000, 10**6)
-    row = (round_number, direction, *ends, *what, 0.0, 0.25)
+    start = 30.0 * (round_number - 1) + (20.0 + client if is_up else 0.0)
+    row = (round_number, direction, *ends, *what, start, 0.25)
     return dict(zip(LEDGER_COLUMNS, row, strict=True))
 
 
@@ -42,6 +44,7 @@ def write_run(
     num_clients: int = 2,
     class_names: tuple = ("cat", "dog", "ship"),
     has_samples: bool = False,  # a picture of client 0 that calls its cat a dog, two of client 1
+    links: tuple = (),  # of each client: the profile of its link, as population.csv names it
 ) -> Path:
     """A run folder in which two clients a round send an update and receive a model of 2 MB."""
     folder = parent / f"{name}-s{seed}"
@@ -57,6 +60,7 @@ def write_run(
             ledger[-1]["bytes"] = bytes_up
         rows.append({"round": round_number, "test_accuracy": accuracy, "bytes_up": 2 * bytes_up})
         rows[-1] |= {"bytes_down": 4_000_000, "simulated_seconds": 30.0, "wall_seconds": 1.5}
+        rows[-1] |= {"waited_seconds": 1.0, "link_utilisation": 0.25, "device_utilisation": None}
     with (folder / "ledger.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, LEDGER_COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -75,6 +79,10 @@ def write_run(
             labels=[1, 1, 2],
             classes=[0, 1, 2],
         )
+    if links:
+        heading = "uplink_mbps,downlink_mbps,latency_ms,ms_per_example,link,device\n"
+        clients = [f"{place + 1},8,50,5,{link},phone\n" for place, link in enumerate(links)]
+        (folder / "population.csv").write_text(heading + "".join(clients))
     if finished:
         summary = {
             "rounds_completed": len(rows),

@@ -1,0 +1,38 @@
+"""Who begins a synchronous round: a sampler chooses among the clients that are there.
+
+A new way is a class in a file of its own and a line in synchronous.py.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from config import Config
+from federation.cohort import cohort_size, sample_cohort
+from federation.messages import Report
+
+
+class Uniform:
+    """Every client that is there is equally likely (McMahan et al. 2017, arXiv 1602.05629)."""
+
+    def __init__(self, config: Config, seconds: Callable[[int], float]):
+        """seconds: of a client's whole round, with a dense model both ways, if it is alone."""
+        self.config, self.seconds, self.wanted = config, seconds, cohort_size(config)
+
+    def choose(self, there: list[int], round_number: int) -> list[int]:
+        """The cohort of a round, ascending; there: clients, ascending."""
+        return sample_cohort(self.config, there, round_number)
+
+    def observe(self, round_number: int, reports: list[Report], lasted: dict[int, float]) -> None:
+        """How a round went; lasted: seconds of each client that was done in time."""
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: plain values."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        pass
+
+    def _rng(self, round_number: int) -> np.random.Generator:
+        return np.random.default_rng(self.config.seed_for("sampling", round_number))
