@@ -211,12 +211,7 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "pruning.fit_deadline", "fits updates to schedule.deadline_seconds, and none is set"
     if config.pruning.fit_deadline and config.pruning.method not in ("topk", "random"):
         yield "pruning.fit_deadline", f"method {config.pruning.method} has no density"
-    if config.schedule.name in ("fedbuff", "fedasync"):
-        yield from _asynchronous_contradictions(config)
-    if config.schedule.name in ("hierarchical", "gossip"):
-        yield from _topology_contradictions(config)
-    if config.schedule.name == "gossip":
-        yield from _gossip_contradictions(config)
+    yield from _schedule_contradictions(config)
 
 
 def _lane_contradictions(config: Config) -> Iterator[tuple[str, str]]:
@@ -250,6 +245,18 @@ def _selection_contradictions(section: str, selection: Selection) -> Iterator[tu
                 yield f"{section}.{key}", f"method {selection.method} has no density"
     if selection.method == "threshold" and selection.relative and selection.threshold >= 1:
         yield f"{section}.threshold", "nothing is above the largest: relative needs one below 1"
+
+
+def _schedule_contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """What the schedule of the config does not take."""
+    checks = {
+        "fedbuff": [_asynchronous_contradictions],
+        "fedasync": [_asynchronous_contradictions],
+        "hierarchical": [_topology_contradictions],
+        "gossip": [_topology_contradictions, _gossip_contradictions],
+    }
+    for check in checks.get(config.schedule.name, []):
+        yield from check(config)
 
 
 def _asynchronous_contradictions(config: Config) -> Iterator[tuple[str, str]]:
