@@ -102,7 +102,7 @@ class Clients:
 
         With several lanes they train together, and come in the order of the lanes' groups. Only a
         team's leader gets the updates; without error feedback, an update is valid until the next
-        one is asked for.
+        one is asked for. broadcast.of(client): the model that it begins with.
         """
         if self.num_lanes == 1:
             yield from (self._train_one(client, round_number, broadcast) for client in clients)

@@ -59,10 +59,15 @@ class OwnModels:
 
     def of(self, node: int) -> Broadcast:
         """The node's model, on the device of training."""
-        state, server = self.store.get(node), self.server
-        parameters = state.get("model", server.parameters.detach()).to(server.device)
-        buffers = state.get("buffers", server.buffers).to(server.device)
+        server = self.server
+        state = self.store.get(node) or self.first()
+        parameters, buffers = (state[key].to(server.device) for key in ("model", "buffers"))
         return Broadcast(parameters, None, buffers, server.mask.version, {})
+
+    def first(self) -> State:
+        """What all nodes begin the run with, and know of each other."""
+        model = self.server.parameters.detach().clone()
+        return State(model=model, buffers=self.server.buffers, estimate=model)
 
 
 class Gossip(Federation):
@@ -122,11 +127,12 @@ class Gossip(Federation):
         else:
             report.loss, model = float(trained.loss), model + trained.update
             buffers = buffers if trained.buffers is None else trained.buffers
-        sent = model - self._estimate(trained.state) if self.is_choco else model
+        state = trained.state or self.models.first()
+        sent = model - state["estimate"].to(model.device) if self.is_choco else model
         self._add(report, "update", sent, round_number, memory)
         if self.agreement.sends_buffers:
             self._add(report, "buffers", buffers, round_number, memory)
-        state = trained.state | State(model=model, buffers=buffers)
+        state = state | State(model=model, buffers=buffers)
         self.clients.store.stage(report.client, state, round_number)
         return report
 
@@ -138,10 +144,6 @@ class Gossip(Federation):
         payload, sent = channel.encode(vector, round_number, report.client, memory)
         message = self.agreement.message("up", kind, *ends, payload, len(sent.values))
         report.messages.append(message)
-
-    def _estimate(self, state: State) -> Tensor:
-        """e_i: what a node's neighbours know of its model."""
-        return state.get("estimate", self.server.parameters.detach()).to(self.ranks.device)
 
     # --- what it makes of its neighbours' messages ------------------------------------------------
 
@@ -206,7 +208,7 @@ class Gossip(Federation):
         if "buffers" in own:
             after["buffers"] = torch.where(self.server.is_counter, counters, buffers)
         if self.is_choco:
-            estimate = self._estimate(state).clone()
+            estimate = state["estimate"].to(device, copy=True)
             own["update"].add_to(estimate)
             after |= State(pull=pull, estimate=estimate)
         return after

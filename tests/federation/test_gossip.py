@@ -181,10 +181,13 @@ def test_where_a_payload_is_refused_nobody_mixes(tmp_path, monkeypatch):
             report.messages[0] = replace(report.messages[0], payload=bytes(payload))
         return report
 
-    one._encode = damaged
+    one._encode, start = damaged, one.server.parameters.detach().clone()
     row, _ = one.run_round()
     assert "checksum" in row["failures"]["2"] and row["num_clients"] == 5
-    assert "pull" not in one.clients.store.get(0)
+    for node in range(6):
+        assert "pull" not in one.clients.store.get(node)
+        assert torch.equal(model_of(one, node, "estimate"), start)
+        assert not torch.equal(model_of(one, node), start)
     del one._encode
     assert one.run_round()[0]["num_clients"] == 6 and "pull" in one.clients.store.get(0)
 
