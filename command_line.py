@@ -15,7 +15,17 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from config import NEUTRAL, Config, ConfigError, Network, Schedule, Selection, from_here
+from config import (
+    NEUTRAL,
+    Config,
+    ConfigError,
+    Downlink,
+    Network,
+    Schedule,
+    Selection,
+    Server,
+    from_here,
+)
 from network.profiles import DEVICES, LINKS
 from training.deepspeed_file import read_deepspeed_file
 from typed_yaml import Settings
@@ -201,8 +211,7 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "pruning.fit_deadline", "fits updates to schedule.deadline_seconds, and none is set"
     if config.pruning.fit_deadline and config.pruning.method not in ("topk", "random"):
         yield "pruning.fit_deadline", f"method {config.pruning.method} has no density"
-    if config.schedule.name != "synchronous":
-        yield from _asynchronous_contradictions(config)
+    yield from _schedule_contradictions(config)
 
 
 def _lane_contradictions(config: Config) -> Iterator[tuple[str, str]]:
@@ -238,6 +247,18 @@ def _selection_contradictions(section: str, selection: Selection) -> Iterator[tu
         yield f"{section}.threshold", "nothing is above the largest: relative needs one below 1"
 
 
+def _schedule_contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """What the schedule of the config does not take."""
+    checks = {
+        "fedbuff": [_asynchronous_contradictions],
+        "fedasync": [_asynchronous_contradictions],
+        "hierarchical": [_topology_contradictions],
+        "gossip": [_topology_contradictions, _gossip_contradictions],
+    }
+    for check in checks.get(config.schedule.name, []):
+        yield from check(config)
+
+
 def _asynchronous_contradictions(config: Config) -> Iterator[tuple[str, str]]:
     """What needs all clients of a round to begin with the same model."""
     schedule, name = config.schedule, config.schedule.name
@@ -254,6 +275,54 @@ def _asynchronous_contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "local.algorithm", f"{name} takes FedAvg and FedProx"
     if config.distributed.exchange != "gather":
         yield "distributed.exchange", f"{name} keeps payloads until they arrive; use gather"
+
+
+def _topology_contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """What belongs to a star: one server that waits for clients and sends to all of them."""
+    schedule, network, name = config.schedule, config.network, config.schedule.name
+    for key in ("over_selection", "deadline_seconds", "sampling"):
+        if getattr(schedule, key) != getattr(Schedule(), key):
+            yield f"schedule.{key}", f"{name} waits for all; use schedule.name: synchronous"
+    if network.availability.name != "always" or network.availability.dropout:
+        yield "network.availability", f"{name} waits for all, so that nobody may leave"
+    for key in ("server_egress_mbps", "server_ingress_mbps"):
+        if getattr(network, key) is not None:
+            yield f"network.{key}", f"in {name} most messages do not pass the server; use null"
+    if config.pruning.mask.method != "none":
+        yield "pruning.mask.method", f"a mask needs one server, and {name} has none for all"
+    if config.downlink.mode != "model":
+        yield "downlink.mode", f"{name} has no one server that knows who has what; use model"
+    if config.local.algorithm not in ("FedAvg", "FedProx"):
+        yield "local.algorithm", f"{name} takes FedAvg and FedProx"
+    if name == "hierarchical":
+        for key in ("uplink_trace", "downlink_trace"):
+            if getattr(network, key):
+                yield f"network.{key}", "hierarchical has edge servers, which have other links"
+        for message in _wrong_shares({schedule.edge_link: 1.0}, list(LINKS)):
+            yield "schedule.edge_link", message
+
+
+def _gossip_contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """What needs a server, and what would be done twice."""
+    clients, schedule = config.clients, config.schedule
+    if clients.per_round != clients.total:
+        yield "clients.per_round", f"in gossip every node trains: clients.total={clients.total}"
+    if replace(config.server, weighting="examples") != Server():
+        yield "server", "gossip has no server; leave its settings as they are by default"
+    if config.downlink != Downlink():
+        yield "downlink", "gossip has no downlink; leave its settings as they are by default"
+    if config.uplink.error_feedback:
+        yield "uplink.error_feedback", "CHOCO-SGD itself makes up for what is lost: must be false"
+    if schedule.gossip == "D-PSGD" and config.pruning.method != "none":
+        yield "pruning.method", "D-PSGD sends whole models: must be none, or gossip CHOCO-SGD"
+    if config.model.norm_policy == "local":
+        yield "model.norm_policy", "in gossip each node has a model of its own; use average"
+    if config.distributed.ranks_per_client > 1:
+        yield "distributed.ranks_per_client", "in gossip one rank trains a node; use 1"
+    if config.distributed.exchange != "gather":
+        yield "distributed.exchange", "gossip has no sum over all nodes; use gather"
+    if (schedule.graph == "file") != bool(schedule.graph_file):
+        yield "schedule.graph_file", "goes with schedule.graph: file; give both or none"
 
 
 def _network_contradictions(network: Network) -> Iterator[tuple[str, str]]:
@@ -284,12 +353,15 @@ def _wrong_shares(shares: dict[str, Any], profiles: list[str]) -> Iterator[str]:
 def _read_network_files(config: Config, settings: Settings) -> None:
     """Read what the network's files say, for their errors. Raises ConfigError."""
     from network.availability import make_availability
+    from network.graph import make_graph
     from network.population import make_population  # numpy takes a while: all else is checked
 
     network, num_clients = config.network, config.clients.total
     try:
         make_population(network, num_clients, config.seed, from_here)
         make_availability(network.availability, num_clients, config.seed, from_here)
+        if config.schedule.name == "gossip":
+            make_graph(config.schedule, num_clients, config.seed, from_here)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     except OSError as error:

@@ -244,7 +244,7 @@ class Network:
 class Schedule:
     """For whom the server waits before it steps."""
 
-    name: str = one_of("synchronous", "fedbuff", "fedasync")
+    name: str = one_of("synchronous", "fedbuff", "fedasync", "hierarchical", "gossip")
     over_selection: float = between(1.0, 1.0)  # so many times per_round begin; the fastest count
     deadline_seconds: float | None = between(None, 0.0, open_low=True)  # of a round; null: none
     sampling: str = one_of("uniform", "tifl", "oort")  # synchronous: who begins a round
@@ -253,6 +253,14 @@ class Schedule:
     buffer: int = between(10, 1)  # fedbuff: how many updates make a step
     staleness_power: float = between(0.5, 0.0)  # a of the weight (1 + s)^-a of an old update
     mixing: float = between(0.6, 0.0, 1.0, open_low=True)  # fedasync: alpha, a fresh model's share
+    edges: int = between(2, 1)  # hierarchical: edge servers; client i is below edge i % edges
+    edge_rounds: int = between(1, 1)  # hierarchical: of an edge server, in a round of the cloud
+    edge_link: str = "edge_box"  # hierarchical: to the cloud, a profile of network/profiles.py
+    gossip: str = one_of("CHOCO-SGD", "D-PSGD")  # what neighbours send: changes, or whole models
+    gamma: float = between(0.3, 0.0, 1.0, open_low=True)  # CHOCO-SGD: how far a node moves to them
+    graph: str = one_of("ring", "complete", "torus", "erdos_renyi", "file")  # gossip: of the nodes
+    edge_probability: float = between(0.5, 0.0, 1.0, open_low=True)  # erdos_renyi: of each pair
+    graph_file: str = path_to("")  # file: a CSV file of node,neighbour
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,8 @@ def _read_messages(path: Path, round_number: int, begin: float) -> list[tuple[st
                     raise ValueError("a time is no number")
                 state, client = ("upload", sender) if direction == "up" else ("download", receiver)
                 segment = Segment(state, start - begin, start - begin + seconds)
-                messages.append((printable(client), segment))
+                if not client.startswith("edge"):  # an edge server's time is no client's
+                    messages.append((printable(client), segment))
     except OSError as error:
         raise AnalysisError(f"{path}: cannot be read ({error.strerror}); {REPAIR}") from None
     except (ValueError, IndexError) as error:

@@ -102,7 +102,7 @@ class Clients:
 
         With several lanes they train together, and come in the order of the lanes' groups. Only a
         team's leader gets the updates; without error feedback, an update is valid until the next
-        one is asked for.
+        one is asked for. broadcast.of(client): the model that it begins with.
         """
         if self.num_lanes == 1:
             yield from (self._train_one(client, round_number, broadcast) for client in clients)
@@ -178,6 +178,7 @@ class Clients:
 
     def _begin(self, client: int, round_number: int, broadcast: Broadcast) -> LocalUpdate:
         """Put what a client received and kept into the network."""
+        broadcast = broadcast.of(client)
         trained, model = LocalUpdate(self._report(client)), self.model
         if trained.report.failure:
             return trained

@@ -31,6 +31,10 @@ class State(TypedDict, total=False):
     velocity: Tensor  # [num_parameters]: of DGC's momentum correction
     algorithm: Tensor  # [num_parameters]: what its algorithm keeps
     norm: Tensor  # FedBN: the weights of its own norm layers, then all buffers
+    model: Tensor  # gossip, [num_parameters]: of this node
+    buffers: Tensor  # gossip, [num_buffers]: of this node
+    estimate: Tensor  # CHOCO-SGD, [num_parameters]: what its neighbours know of the model
+    pull: Tensor  # CHOCO-SGD, [num_parameters]: how far the neighbours' estimates are from its own
 
 
 OWED = ("residual", "velocity")  # what error feedback keeps
@@ -89,6 +93,7 @@ class ClientStore:
         self.saved: set[Key] = set()  # of the states in the GPU's memory: those that have a file
         self.versions = dict(versions or {})  # client: the version that get() returns
         self.staged: dict[int, int] = {}  # client: the version that commit() makes valid
+        self.advanced: dict[int, int] = {}  # likewise, from the parts of a round that are over
         self.changed: set[int] = set()  # clients with a commit() since the last save()
         self.replaced: list[Path] = []  # files that only the checkpoint on the disk needs
         self._lock = RLock()  # threads that encode stage states while another one trains
@@ -108,9 +113,10 @@ class ClientStore:
         Nothing is owed of weights that do not exist now. Of one that left and came back while the
         client was away, all is owed that was: the client has never heard of it.
         """
-        if client not in self.versions:
+        version = self.advanced.get(client, self.versions.get(client))
+        if version is None:
             return {}
-        state = self._read(client, self.versions[client])
+        state = self._read(client, version)
         if not self.is_older_than_mask(client):
             return state
         return state | {
@@ -161,9 +167,18 @@ class ClientStore:
         if changed:
             self.changed.add(client)
 
+    def advance(self) -> None:
+        """A part of a round is over: get() returns what is staged, until discard()."""
+        for client, version in self.staged.items():
+            if client in self.advanced:
+                self._drop(client, self.advanced[client])
+            self.advanced[client] = version
+        self.staged = {}
+
     def commit(self) -> None:
         """The round happened: what is staged is valid now."""
-        for client, version in self.staged.items():
+        self.advance()
+        for client, version in self.advanced.items():
             if client in self.changed:
                 self._drop(client, self.versions[client])
             elif client in self.versions:
@@ -172,14 +187,14 @@ class ClientStore:
                 self.saved.discard(before)
                 self.replaced.append(self._path(*before))
             self.versions[client] = version
-        self.changed |= self.staged.keys()
-        self.staged = {}
+        self.changed |= self.advanced.keys()
+        self.advanced = {}
 
     def discard(self) -> None:
         """The round never happened."""
-        for client, version in self.staged.items():
+        for client, version in (*self.staged.items(), *self.advanced.items()):
             self._drop(client, version)
-        self.staged = {}
+        self.staged, self.advanced = {}, {}
 
     def save(self) -> dict[int, int]:
         """Put what changed since the last save on the disk for good; return its versions.

@@ -32,7 +32,10 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
             return
         yield from _of_a_direction(link, coder, selection, name, section, masked)
     yield from _of_the_optimizer(config, algorithm)
-    yield from _of_error_feedback(config, algorithm)
+    if config.schedule.name == "gossip":
+        yield from _of_gossip(config)
+    else:
+        yield from _of_error_feedback(config, algorithm)
 
 
 def _of_a_direction(
@@ -69,6 +72,12 @@ def _of_error_feedback(config: Config, algorithm: FedAvg) -> Iterator[tuple[str,
         yield key, f"{up.values} errs alike each time, and {name} ends far off: it must be true"
 
 
+def _of_gossip(config: Config) -> Iterator[tuple[str, str]]:
+    """CHOCO-SGD makes up for any loss; what D-PSGD loses of a model is lost."""
+    if config.schedule.gossip == "D-PSGD" and parse_coder(config.uplink.values).ruins_models:
+        yield "uplink.values", f"{config.uplink.values} ruins a whole model: it needs CHOCO-SGD"
+
+
 def _of_the_optimizer(config: Config, algorithm: FedAvg) -> Iterator[tuple[str, str]]:
     """A name of torch.optim declares nothing, so it needs nothing."""
     name, key = config.server.optimizer, "server.optimizer"
@@ -76,6 +85,8 @@ def _of_the_optimizer(config: Config, algorithm: FedAvg) -> Iterator[tuple[str, 
     if getattr(optimizer, "steps_by_average", False) and not algorithm.steps_by_average:
         yield key, f"{name} needs the updates' average; {config.local.algorithm} makes another step"
     if getattr(optimizer, "reads_norms", False):
+        if config.schedule.name == "hierarchical":
+            yield key, f"{name} needs the norms of updates, and edge servers send averages"
         scaled = config.pruning.method == "random" and not config.uplink.error_feedback
         if scaled or not parse_coder(config.uplink.values).keeps_norms:
             what = "a random choice" if scaled else config.uplink.values

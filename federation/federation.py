@@ -245,7 +245,7 @@ class Federation:
             "failures": failures,
             "late": late,
             "lr": local_lr(self.config.local, round_number, self.config.rounds),
-            "train_loss": _mean_loss(reports, averaged),
+            "train_loss": _mean_loss(reports),
             **scores,
             **more,
             "bytes_up": up,
@@ -323,8 +323,8 @@ class Federation:
         return {client: version for client, version in self.versions.items() if holds(client)}
 
 
-def _mean_loss(reports: list[Report], averaged: list[int]) -> float | None:
+def _mean_loss(reports: list[Report]) -> float | None:
     """The training loss of the clients that were averaged; None if there is no finite one."""
-    losses = [report.loss for report in reports if report.client in averaged]
+    losses = [report.loss for report in reports if not report.failure]
     loss = sum(losses) / max(1, len(losses))
     return loss if losses and np.isfinite(loss) else None

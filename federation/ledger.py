@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from federation.messages import SERVER, Message
+from federation.messages import SERVER, Message, edge_server, height
 
 BYTES_PER_VALUE = 4  # of a system without compression, which sends float32
 
@@ -13,7 +13,7 @@ class LedgerRow:
 
     round: int  # 0 for what is sent before the first round
     direction: str  # up or down
-    sender: str  # "server" or the client's number
+    sender: str  # "server", "edge0" and so on, or the client's number
     receiver: str
     kind: str
     bytes: int  # length of the payload
@@ -40,4 +40,6 @@ def ledger_row(message: Message, round_number: int, start: float, seconds: float
 
 
 def _name(node: int) -> str:
+    if height(node) == 1:
+        return f"edge{edge_server(node)}"  # which is its own inverse
     return "server" if node == SERVER else str(node)

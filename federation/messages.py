@@ -10,12 +10,22 @@ Buffer = bytes | memoryview
 SERVER = -1  # stands for the server as a sender or a receiver; clients are counted from 0
 
 
+def edge_server(number: int) -> int:
+    """What stands for an edge server, which is between clients and the server: -2, -3, ..."""
+    return SERVER - 1 - number
+
+
+def height(node: int) -> int:
+    """How far above the clients a sender or a receiver is."""
+    return 0 if node >= 0 else 2 if node == SERVER else 1
+
+
 @dataclass(frozen=True)
 class Message:
     """A payload on its way, in either direction."""
 
     kind: str  # such as update, model or buffers: see the table in agreement.py
-    sender: int  # a client, or SERVER
+    sender: int  # a client, SERVER, or an edge_server()
     receiver: int
     payload: Buffer | None  # None where the payload stayed on the rank that made it
     num_bytes: int  # length of the payload
@@ -24,7 +34,8 @@ class Message:
 
     @property
     def direction(self) -> str:
-        return "up" if self.receiver == SERVER else "down"
+        """up: towards the server, or to a neighbour; down: away from the server."""
+        return "up" if height(self.receiver) >= height(self.sender) else "down"
 
 
 @dataclass
@@ -58,6 +69,10 @@ class Broadcast:
     buffers: Tensor
     mask_version: int  # that the clients have once they received their messages
     messages: dict[int, list[Message]]  # by client
+
+    def of(self, client: int) -> "Broadcast":
+        """What this client begins with: the same as all others."""
+        return self
 
     def to(self, device: torch.device) -> "Broadcast":
         """The same with the vectors on the device of training."""

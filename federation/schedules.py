@@ -6,12 +6,16 @@ from config import Config
 from distributed import Ranks
 from federation.buffered import FedAsync, FedBuff
 from federation.federation import Federation
+from federation.gossip import Gossip
+from federation.hierarchical import Hierarchical
 from federation.synchronous import Synchronous
 
 SCHEDULES: dict[str, type[Federation]] = {
     "synchronous": Synchronous,
     "fedbuff": FedBuff,
     "fedasync": FedAsync,
+    "hierarchical": Hierarchical,
+    "gossip": Gossip,
 }
 
 

@@ -229,8 +229,9 @@ class Server:
         if reports:
             if self.mask.grows_in(round_number):
                 self.growth = averages["growth"]
-            total = sum(self.weights[report.client] for report in reports)
-            weighted = sum(self.weights[report.client] * report.step_length for report in reports)
+            weights = average.weights
+            total = sum(weights[report.client] for report in reports)
+            weighted = sum(weights[report.client] * report.step_length for report in reports)
             share = total / sum(self.weights)
             self.algorithm.aggregate(averages, self.vector, share, weighted / max(total, 1))
             if self.wants_norms:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from cnn_model import build_network
-from config import Config, ConfigError, from_here
+from config import Config, ConfigError, Network, from_here
 from data import (
     Dataset,
     Pictures,
@@ -24,7 +24,7 @@ from federation.client_store import ClientStore
 from federation.clock import Clock
 from federation.server import Server
 from network.availability import make_availability
-from network.population import make_population
+from network.population import Population, make_population
 from network.simulation import Simulation
 from training.flat_model import FlatModel
 
@@ -133,9 +133,18 @@ def make_clock(config: Config) -> Clock:
         )
     except (ValueError, OSError) as error:
         raise ConfigError(f"network: {error}") from None
+    links = population
+    if config.schedule.name == "hierarchical":
+        links = population.followed_by(_edge_servers(config))
     limits = network.server_egress_mbps, network.server_ingress_mbps
-    simulation = Simulation(population, *limits, config.seed)
+    simulation = Simulation(links, *limits, config.seed)
     return Clock(population, simulation, availability, network.availability.dropout)
+
+
+def _edge_servers(config: Config) -> Population:
+    """The links between the edge servers and the cloud."""
+    link = Network(links={config.schedule.edge_link: 1.0})
+    return make_population(link, config.schedule.edges, config.seed_for("edges"))
 
 
 def make_clients(

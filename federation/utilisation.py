@@ -25,7 +25,9 @@ def utilisation(
     """
     chains: dict[str, list[LedgerRow]] = {}
     for row in sorted(rows, key=lambda row: row.start):
-        chains.setdefault(row.sender if row.direction == "up" else row.receiver, []).append(row)
+        client = row.sender if row.direction == "up" else row.receiver
+        if client.isdigit():  # or it is an edge server
+            chains.setdefault(client, []).append(row)
     ends = {name: _end(chains[name][-1]) for name in map(str, counted) if name in chains}
     last = max(ends, key=ends.get, default=None)
     unknown = {name for name in map(str, left_out) if name in chains}

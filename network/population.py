@@ -10,7 +10,7 @@ import io
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,11 @@ class Population:
 
     def __len__(self) -> int:
         return len(self.uplink_mbps)
+
+    def followed_by(self, others: "Population") -> "Population":
+        """These and then the others, whose links have no traces."""
+        columns = zip(self.columns().items(), others.columns().values(), strict=True)
+        return replace(self, **{name: np.concatenate([a, b]) for (name, a), b in columns})
 
     def columns(self) -> dict[str, np.ndarray]:
         """The table of the population, by the names that a CSV file of clients has, too."""

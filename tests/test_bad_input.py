@@ -55,6 +55,14 @@ CASES = {
         ["model.name=resnet18", "model.width=0.1", "local.batch_size=1"],
         "use group(2)",
     ),
+    "a graph that falls apart": (
+        [
+            *("schedule.name=gossip", "clients.per_round=4", "uplink.error_feedback=false"),
+            *("server.optimizer=FedAvg", "schedule.graph=erdos_renyi"),
+            "schedule.edge_probability=0.01",
+        ],
+        "schedule.graph: it falls apart, no path leads from node 0 to node ",
+    ),
     "an error bound that no level can hold": (["uplink.values=bounded(1e-7)"], "uplink.values: "),
     "a server step that divides by 0": (
         ["server.optimizer=Adam", "server.options.eps=0.0", "rounds=1"],

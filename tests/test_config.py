@@ -199,6 +199,57 @@ def test_contradictions(text, overrides, message):
     assert mistake(text, *overrides).startswith(message)
 
 
+GOSSIP = ["schedule.name=gossip", "uplink.error_feedback=false"]
+
+
+@pytest.mark.parametrize("name", ["hierarchical", "gossip"])
+@pytest.mark.parametrize(
+    ("word", "key", "message"),
+    [
+        ("schedule.over_selection=2", "", "waits for all"),
+        ("schedule.deadline_seconds=9", "", "waits for all"),
+        ("schedule.sampling=oort", "", "waits for all"),
+        ("network.availability.name=diurnal", "network.availability", "nobody may leave"),
+        ("network.availability.dropout=0.1", "network.availability", "nobody may leave"),
+        ("network.server_egress_mbps=9", "", "do not pass the server"),
+        ("network.server_ingress_mbps=9", "", "do not pass the server"),
+        ("pruning.mask.method=snip", "", "a mask needs one server"),
+        ("downlink.mode=change", "", "no one server that knows"),
+        ("local.algorithm=SCAFFOLD", "", "takes FedAvg and FedProx"),
+    ],
+)
+def test_what_belongs_to_a_star_is_refused_elsewhere(name, word, key, message):
+    words = [f"schedule.name={name}", "uplink.error_feedback=false", word]
+    found = mistake("", *words)
+    assert found.startswith(f"command line: {key or word.partition('=')[0]}: ") and message in found
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*GOSSIP, "clients.per_round=5"], "clients.per_round: in gossip every node trains"),
+        ([*GOSSIP, "server.optimizer=FedYogi"], "server: gossip has no server"),
+        ([*GOSSIP, "downlink.values=fp16"], "downlink: gossip has no downlink"),
+        (["schedule.name=gossip"], "uplink.error_feedback: CHOCO-SGD itself makes up"),
+        ([*GOSSIP, "schedule.gossip=D-PSGD"], "pruning.method: D-PSGD sends whole models"),
+        (
+            [*GOSSIP, "schedule.gossip=D-PSGD", "pruning.method=none", "uplink.values=sign"],
+            "uplink.values: sign ruins a whole model: it needs CHOCO-SGD",
+        ),
+        ([*GOSSIP, "model.norm_policy=local"], "model.norm_policy: in gossip each node"),
+        ([*GOSSIP, "distributed.ranks_per_client=2"], "distributed.ranks_per_client: "),
+        ([*GOSSIP, "distributed.exchange=allreduce"], "distributed.exchange: gossip has no sum"),
+        ([*GOSSIP, "schedule.graph=file"], "schedule.graph_file: goes with schedule.graph: file"),
+        ([*GOSSIP, "schedule.graph_file=a.csv"], "schedule.graph_file: goes with"),
+        (["schedule.name=hierarchical", "schedule.edge_link=edgebox"], "schedule.edge_link: "),
+        (["schedule.name=hierarchical", "network.uplink_trace=a"], "network.uplink_trace: "),
+        (["schedule.name=hierarchical", "server.optimizer=FedExP"], "server.optimizer: FedExP "),
+    ],
+)
+def test_what_topologies_do_not_take(words, message):
+    assert message in mistake("", "model.norm=group(2)", *words)
+
+
 VALUES = ["fp32", "fp16", "bf16", "int2", "int8", "int16", "qsgd2", "qsgd8", "ternary", "sign"]
 VALUES += ["eden1", "eden4", "bounded(0.01)", "bounded(1e-3)", "powersgd(1)", "powersgd(64)"]
 NO_VALUES = ["int1", "int17", "qsgd9", "eden5", "fp64", "powersgd(0)", "powersgd", "bounded()", ""]

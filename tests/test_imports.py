@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "training": {"cnn_model", "layout", "data", "distributed", "config"},
 }
 # Files of federation that know both ends and the network: the schedules and their set-up.
-SCHEDULES = {"federation", "synchronous", "buffered", "schedules", "setup", "clock"}
+SCHEDULES = {"synchronous", "buffered", "hierarchical", "gossip"}
+SCHEDULES |= {"federation", "schedules", "setup", "clock"}
 # Over 400 lines, or with functions over 50, each with its reason.
 LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {}

@@ -22,6 +22,10 @@ from distributed import Team, place
 UNEQUAL = ["local.algorithm=SCAFFOLD", "data.partition.name=exponential", "clients.total=6"]
 UNEQUAL += ["local.steps=null", "local.epochs=1", "local.batch_size=64", "clients.per_round=5"]
 GROUP = ["model.name=resnet18", "model.width=0.0625", "model.norm=group(2)", *UNEQUAL]
+# Models of nodes, and residuals between edge rounds, are states of clients too.
+GOSSIP = ["schedule.name=gossip", "clients.per_round=4", "server.optimizer=FedAvg"]
+GOSSIP += ["uplink.error_feedback=false", "schedule.gamma=0.5"]
+EDGES = ["schedule.name=hierarchical", "schedule.edges=2", "schedule.edge_rounds=2"]
 BATCH = ["model.name=resnet18", "model.width=0.0625", *UNEQUAL, "data.partition.name=linear"]
 
 
@@ -128,6 +132,12 @@ def assert_same(one, other):
 
 def test_states_move_between_ranks_and_the_model_is_that_of_one(alone, tmp_path):
     assert_same(alone, torchrun(4, tmp_path, *GROUP))
+
+
+@pytest.mark.parametrize("words", [GOSSIP, EDGES], ids=["gossip", "hierarchical"])
+def test_topologies_end_the_same_on_two_ranks(tmp_path, words):
+    one = run_alone(tmp_path / "one", words)
+    assert_same(one, torchrun(2, tmp_path / "two", *words))
 
 
 @pytest.mark.slow

@@ -63,6 +63,30 @@ def test_staged_states_take_effect_with_commit(tmp_path, budget):
     assert len(files(tmp_path)) <= 1  # what was discarded is off the disk
 
 
+@pytest.mark.parametrize("budget", [PLENTY, 40, 1], ids=["all fit", "one fits", "none fits"])
+def test_parts_of_a_round_are_seen_and_undone_together(tmp_path, budget):
+    store = ClientStore(tmp_path, budget)
+    put(store, 1, c7=1.0)
+    store.save()
+    for part in (2, 3):
+        store.stage(7, state(float(part)), part)
+        store.stage(8, state(10.0 * part), part)
+        assert value_of(store, 7) == part - 1
+        store.advance()
+        assert value_of(store, 7) == part and value_of(store, 8) == 10 * part
+    store.stage(7, state(4.0), 4)
+    store.discard()
+    assert value_of(store, 7) == 1.0 and value_of(store, 8) is None
+    assert files(tmp_path) == ["7-1.pt"]
+    for part in (2, 3):
+        store.stage(7, state(float(part)), part)
+        store.advance()
+    store.commit()
+    assert value_of(store, 7) == 3.0 and store.save() == {7: 3}
+    store.drop_replaced()
+    assert files(tmp_path) == ["7-3.pt"]
+
+
 @pytest.mark.parametrize("budget", [PLENTY, 1])
 def test_a_state_staged_again_gives_way(tmp_path, budget):
     store = ClientStore(tmp_path, budget)

@@ -27,6 +27,12 @@ def test_who_waited_for_whom_and_what_was_busy():
     }
 
 
+def test_edge_servers_are_no_clients():
+    alone = utilisation(CHAIN_0, [0], [], 10.0, 20.0)
+    hop = LedgerRow(1, "down", "server", "edge0", "model", 8, 8, 2, 10, 9)
+    assert utilisation([*CHAIN_0, hop], [0], [], 10.0, 20.0) == alone
+
+
 def test_nobody_waits_for_those_that_do_not_count():
     cut_off = [row(3, "down", 10, 4), row(3, "up", 18, 2)]
     row_ = utilisation([*CHAIN_0, *cut_off, *CHAIN_7[:1]], [0], [3, 7], 10.0, 20.0)
