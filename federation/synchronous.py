@@ -69,10 +69,9 @@ class Synchronous(Federation):
         """Let the cohort work, and average what arrives in time. Raises Interrupted."""
         average, uplink = self.server.new_average(cohort), self.clients.uplink
         try:
-            keep = not self.waits_for_all
+            rows, keep = None, not self.waits_for_all
             arrivals = self._arrivals(trained, lambda r: average.decode(r, round_number), keep)
             arrivals = (self._with_messages(*arrival, broadcast) for arrival in arrivals)
-            rows = None
             if keep:
                 arrivals, rows = self._on_time(list(arrivals), round_number)
             for report, arrived in arrivals:
@@ -82,14 +81,15 @@ class Synchronous(Federation):
             self.clients.store.discard()
             raise
         self.exchange.add_up(average)
-        return average, rows or self._play(average.reports, round_number)[0]
+        if rows is None:
+            rows, _ = self._play(average.reports, round_number)
+        return average, rows
 
     def _with_messages(
         self, report: Report, arrived: dict[str, Decoded], broadcast: Broadcast
     ) -> Arrival:
         """The same with the messages that brought the model; the payloads are of no more use."""
-        messages = [*broadcast.messages[report.client], *report.messages]
-        report.messages = messages
+        report.messages = [*broadcast.messages[report.client], *report.messages]
         report.messages = report.without_payloads().messages
         return report, arrived
 
