@@ -84,7 +84,8 @@ class FedBuff(Federation):
         started: list[int] = []
         lost: list[Report] = []
         while len(self.buffer) < self.buffer_size and len(lost) <= self.concurrency:
-            idle = [c for c in self.candidates if c not in self.flights and c not in started]
+            busy = {*self.flights, *started, *(flight.report.client for flight in self.buffer)}
+            idle = [client for client in self.candidates if client not in busy]
             free = self.concurrency - len(self.flights)
             if free and idle:
                 there = self.clock.who_is_there(idle)

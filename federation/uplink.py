@@ -82,8 +82,9 @@ class Uplink:
         self.store.stage(client, state, round_number)
 
     def owe_lost(self, client: int, sent: Buffer, sent_in: int, round_number: int) -> None:
-        """An update that was sent in an earlier round never arrived: it is owed again."""
-        state = self.store.get(client)
+        """An update of this round or of an earlier one never arrived: it is owed again."""
+        is_staged = client in self.store.staged
+        state = self.store.get_staged(client) if is_staged else self.store.get(client)
         if not self.feedback or "residual" not in state:
             return
         residual = state["residual"].clone()

@@ -142,14 +142,36 @@ def test_an_interrupted_round_never_happened(tmp_path, monkeypatch):
     assert one.server.sha256() == two.server.sha256() and one.clock.now == two.clock.now
 
 
-def test_a_client_that_leaves_owes_what_it_would_have_sent(tmp_path):
-    words = [*BUFFER, "uplink.error_feedback=true", "network.availability.dropout=1"]
-    one = make_federation(tmp_path, *words)
-    row, _ = one.run_round()
-    assert row["num_late"] > 0 and row["num_clients"] == 0
-    states = [one.clients.store.get(client) for client in range(8)]
-    owed = [state["residual"] for state in states if state]
-    assert owed and all((residual != 0).sum() > len(residual) / 2 for residual in owed)
+@pytest.mark.parametrize("speed", ["network.ms_per_example=5", "network.ms_per_example=5000"])
+def test_a_client_that_leaves_owes_all_that_it_would_have_sent(tmp_path, monkeypatch, speed):
+    """Whether it leaves in the round in which it began or later: nothing of it has arrived."""
+    words = [*BUFFER, "uplink.error_feedback=true", "network.availability.dropout=1", speed]
+    one, owed = make_federation(tmp_path, *words), {}
+    encode = one.clients.uplink.encode
+
+    def note(trained, *rest):
+        client = trained.report.client
+        before = one.clients.store.get(client).get("residual", torch.zeros_like(trained.update))
+        owed[client] = trained.update + before
+        return encode(trained, *rest)
+
+    monkeypatch.setattr(one.clients.uplink, "encode", note)
+    for _ in range(3):
+        row, _ = one.run_round()
+        assert row["num_late"] > 0 and row["num_clients"] == 0
+        for client in {*owed} - {*one.flights}:
+            residual = one.clients.store.get(client)["residual"]
+            torch.testing.assert_close(residual, owed[client], rtol=1e-5, atol=1e-7)
+
+
+def test_a_client_whose_update_waits_in_the_buffer_does_not_begin_again(tmp_path):
+    """All clients end at once, and each step takes one: the others wait."""
+    words = ["schedule.name=fedbuff", "clients.total=4", "clients.per_round=4", *DENSE]
+    one = make_federation(tmp_path, *words, "schedule.buffer=1", "data.partition.name=iid")
+    for _ in range(6):
+        _, rows = one.run_round()
+        waiting = [flight.report.client for flight in one.buffer]
+        assert len(set(waiting)) == len(waiting)
 
 
 @pytest.mark.parametrize(
