@@ -12,6 +12,7 @@ class Bounded(Levels):
     """As int<n> with one scale and d = 4 s^2 / (4 s^2 + n - 1), where s is `steps`."""
 
     words = Words("bounded({})", 1 / 32000, 0.5)
+    bits_per_value = 32
     contractive = True
 
     @property

@@ -100,8 +100,11 @@ class Coder:
 
     @property
     def bits_per_value(self) -> float:
-        """About how many bits each value takes: of a coder without a number, those of its name."""
-        return self.number or 2
+        """About how many bits each value takes, without its position; at most, if it varies.
+
+        The number in a coder's word is these bits, unless the coder says otherwise.
+        """
+        return self.number
 
     def __str__(self) -> str:
         return self.words.form.format(self.number)

@@ -22,6 +22,7 @@ class PowerSgd(Coder):
     """
 
     words = Words("powersgd({})", 1, 65535)
+    bits_per_value = 32
     kind = 7
     contractive, keeps_norms, ruins_models = True, True, True
     takes_selection = False

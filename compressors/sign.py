@@ -13,6 +13,7 @@ class Sign(Levels):
     """Of n values, d is the squared mean magnitude / the mean square: at least 1 / n."""
 
     words = Words("sign")
+    bits_per_value = 1
     contractive, keeps_norms, ruins_models = True, True, True
     largest_level, bits_sent = 1, range(1, 2)
 

@@ -13,6 +13,7 @@ class Ternary(Levels):
     """Of n values that are not zero, d is the squared mean / the mean square: at least 1 / n."""
 
     words = Words("ternary")
+    bits_per_value = 2
     contractive, keeps_norms, ruins_models = True, True, True
     largest_level, bits_sent = 1, range(2, 3)
 

@@ -2,11 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
+import torch
 from helpers.runs import make_federation
 
+from compression import CODERS, encode
 from config import ConfigError
 from federation.densities import bits_at
+from layout import Layout
 
 CLIENTS = "uplink_mbps,downlink_mbps,latency_ms,ms_per_example\n"
 WORDS = ["clients.total=4", "clients.per_round=4", "local.steps=1", "pruning.fit_deadline=true"]
@@ -56,3 +60,16 @@ def test_each_update_arrives_before_the_deadline_and_not_long_before(tmp_path, w
 def test_without_a_deadline_or_a_density_it_is_refused(tmp_path, words, message):
     with pytest.raises(ConfigError, match=message):
         make_federation(tmp_path, *WORDS, *words)
+
+
+@pytest.mark.parametrize("coder", CODERS, ids=lambda coder: coder.__name__)
+def test_every_coder_says_how_many_bits_a_value_takes_at_most(coder):
+    """Whatever the number in its word means: bits, an error bound, or a rank."""
+    rng = np.random.default_rng(0)
+    layout = Layout(("w",), ((64, 64),))
+    vector = torch.from_numpy(rng.standard_normal(layout.size).astype(np.float32))
+    number = {"Bounded": 0.01, "PowerSgd": 4}.get(coder.__name__, coder.words.low)
+    some = coder(number)
+    payload, _ = encode(vector, layout, some)
+    heads = 4 * layout.size / 512 + 64  # scales of qsgd's buckets and eden's blocks, the container
+    assert 8 * (len(payload) - heads) <= some.bits_per_value * layout.size * 1.02
