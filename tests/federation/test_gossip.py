@@ -4,11 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.runs import PLAIN, ledger, make_plain_federation, rounds, summary
+from helpers.runs import (
+    PLAIN,
+    killed_before_logging,
+    ledger,
+    make_plain_federation,
+    rounds,
+    summary,
+)
 
 from federation.client import Clients
 from network.topologies import gossip_seconds
-from run_folder import RunFolder
 from training.local_sgd import Interrupted
 
 GOSSIP = ["schedule.name=gossip", "clients.total=6", "clients.per_round=6"]
@@ -214,18 +220,7 @@ def test_the_last_round_scores_the_nodes_too(run):
 def test_a_killed_run_goes_on_to_the_same_end(run, monkeypatch, words):
     words = [*PLAIN, *words, "rounds=5", "network.jitter_ms=20"]
     _, whole = run(*words, name="whole")
-    append, calls = RunFolder.append, []
-
-    def dies(self, *rest):
-        if calls.append(1) or len(calls) == 4:
-            raise MemoryError
-        return append(self, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "append", dies)
-        with pytest.raises(MemoryError):
-            run(*words, name="killed")
-    _, killed = run(*words, name="killed")
+    killed = killed_before_logging(run, monkeypatch, 4, *words)
     assert summary(killed)["model_sha256"] == summary(whole)["model_sha256"]
     assert (killed / "ledger.csv").read_text() == (whole / "ledger.csv").read_text()
     up = sum(int(row["bytes"]) for row in ledger(whole))

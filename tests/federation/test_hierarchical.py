@@ -2,13 +2,19 @@
 
 import pytest
 import torch
-from helpers.runs import damage_first, ledger, make_federation, rounds, summary
+from helpers.runs import (
+    damage_first,
+    killed_before_logging,
+    ledger,
+    make_federation,
+    rounds,
+    summary,
+)
 
 from bandwidth_analysis import read_run
 from federation.client import Clients
 from network.profiles import LINKS
 from network.topologies import hierarchical_seconds, message_seconds
-from run_folder import RunFolder
 from training.local_sgd import Interrupted
 
 EDGES = ["schedule.name=hierarchical", "schedule.edges=2"]
@@ -137,18 +143,7 @@ def test_a_stop_between_edge_rounds_undoes_the_whole_round(tmp_path, monkeypatch
 def test_a_killed_run_goes_on_to_the_same_end(run, monkeypatch):
     words = [*SPARSE, *EDGES, "schedule.edge_rounds=2", "rounds=5", "network.jitter_ms=20"]
     _, whole = run(*words, name="whole")
-    append, calls = RunFolder.append, []
-
-    def dies(self, *rest):
-        if calls.append(1) or len(calls) == 4:
-            raise MemoryError
-        return append(self, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "append", dies)
-        with pytest.raises(MemoryError):
-            run(*words, name="killed")
-    _, killed = run(*words, name="killed")
+    killed = killed_before_logging(run, monkeypatch, 4, *words)
     assert summary(killed)["model_sha256"] == summary(whole)["model_sha256"]
     assert (killed / "ledger.csv").read_text() == (whole / "ledger.csv").read_text()
     up = sum(int(row["bytes"]) for row in ledger(whole) if row["direction"] == "up")

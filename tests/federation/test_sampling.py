@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from helpers.runs import make_federation, rounds, summary
+from helpers.runs import killed_before_logging, make_federation, rounds, summary
 
 from config import Clients, Config, Schedule
 from federation.messages import Report
@@ -99,21 +99,7 @@ def test_a_run_resumes_with_what_the_sampler_knows(run, monkeypatch, name):
     words = [f"schedule.sampling={name}", "clients.total=8", "clients.per_round=3", "rounds=8"]
     words += ["network.spread=1", "schedule.tiers=2", "schedule.over_selection=1.34"]
     _, whole = run(*words, name="whole")
-    from run_folder import RunFolder
-
-    original, calls = RunFolder.append, []
-
-    def append(self, *rows):
-        calls.append(rows)
-        if len(calls) == 6:
-            raise MemoryError
-        return original(self, *rows)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "append", append)
-        with pytest.raises(MemoryError):
-            run(*words, name="killed")
-    _, killed = run(*words, name="killed")
+    killed = killed_before_logging(run, monkeypatch, 6, *words)
     assert summary(killed)["model_sha256"] == summary(whole)["model_sha256"]
     assert all(row["num_late"] == 2 for row in rounds(whole))  # ceil(3 * 1.34) begin
 

@@ -8,6 +8,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[2]
 
 CIFAR10 = REPOSITORY.parent / "shared" / "data"  # the real pictures, where there are any
@@ -105,3 +107,27 @@ def damage_first(monkeypatch, kind="update"):
         return replace(message, payload=bytes(payload))
 
     monkeypatch.setattr(Average, "decode", damage)
+
+
+def killed_before_logging(run, monkeypatch, nth_round: int, *words: str) -> Path:
+    """The folder of a run that dies as it logs a round, and goes on by the same command.
+
+    run: the fixture; nth_round: the round, by order of logging, that is lost.
+    """
+    from run_folder import RunFolder
+
+    append, calls = RunFolder.append, []
+
+    def dies(self, *rest):
+        calls.append(rest)
+        if len(calls) == nth_round:
+            raise MemoryError
+        return append(self, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append", dies)
+        with pytest.raises(MemoryError):
+            run(*words, name="killed")
+    status, folder = run(*words, name="killed")
+    assert status == 0
+    return folder
