@@ -1,7 +1,7 @@
 """clock.py: for whom the server waits, and what the ledger says of the others."""
 
 import pytest
-from helpers.runs import ledger, make_federation, rounds, summary
+from helpers.runs import killed_before_logging, ledger, make_federation, rounds, summary
 
 from config import ConfigError
 
@@ -89,28 +89,11 @@ def test_nobody_is_sampled_who_is_not_there(tmp_path):
         one.run_round()
 
 
-@pytest.mark.parametrize(
-    "words", [["schedule.over_selection=2"], ["schedule.deadline_seconds=4.5"]]
-)
-def test_a_killed_run_goes_on_to_the_same_end(run, tmp_path, monkeypatch, words):
-    words = [*WORDS, clients_file(tmp_path), "network.jitter_ms=20", *words, "rounds=5"]
-    words = [word for word in words if "jitter" not in word]
+@pytest.mark.parametrize("schedule", ["over_selection=2", "deadline_seconds=4.5"])
+def test_a_killed_run_goes_on_to_the_same_end(run, tmp_path, monkeypatch, schedule):
+    words = [*WORDS, clients_file(tmp_path), f"schedule.{schedule}", "rounds=5"]
+    words += ["network.availability.name=diurnal", "network.availability.period_hours=0.01"]
     _, whole = run(*words, name="whole")
-    with monkeypatch.context() as patch:
-        calls = []
-
-        def append(self, *_):
-            calls.append(1)
-            if len(calls) == 4:
-                raise MemoryError
-            return original(self, *_)
-
-        from run_folder import RunFolder
-
-        original = RunFolder.append
-        patch.setattr(RunFolder, "append", append)
-        with pytest.raises(MemoryError):
-            run(*words, name="killed")
-    _, killed = run(*words, name="killed")
+    killed = killed_before_logging(run, monkeypatch, 4, *words)
     assert summary(killed)["model_sha256"] == summary(whole)["model_sha256"]
     assert (killed / "ledger.csv").read_text() == (whole / "ledger.csv").read_text()
