@@ -54,8 +54,9 @@ class Changes:
     `shared` is the vector as an up-to-date client has it; what compression lost of one change is
     part of the next, so this is error feedback on the downlink (EF21-P, Gruntkowska et al. 2023,
     arXiv 2209.15218, eq. 6). A client that took no part for a while receives the changes that it
-    missed, one by one, or the whole of `shared` in fp32, whichever is shorter. kind: of a message
-    with the whole; one with a change is of kind <kind>_change.
+    missed, one by one, or the whole of `shared` in fp32, whichever is shorter. The first vector
+    needs no message: each end has it from the run's seed. kind: of a message with the whole; one
+    with a change is of kind <kind>_change.
     """
 
     def __init__(self, agreement: Agreement, vector: Tensor, kind: str = "model"):
@@ -64,11 +65,13 @@ class Changes:
         self.whole = agreement.channel("down", kind)
         self.shared = vector.clone()
         self.changes: dict[int, Message] = {}  # by round: the newest, together below the model
-        self.version_of: dict[int, int] = {}  # client: the round whose vector it has
+        self.version_of: dict[int, int] = {}  # client: the round whose vector it has; 0 if missing
         self.sent: tuple[Tensor, dict[int, Message], dict[int, int]] | None = None
 
     def send(self, vector: Tensor, round_number: int, cohort: list[int]) -> Sent:
         """Return the vector as the clients decode it, float32 [n], and each client's messages."""
+        if round_number == 0:  # before the first change
+            return self.shared, {client: [] for client in cohort}
         payload, _ = self.channel.encode(vector - self.shared, round_number)
         change = self.channel.decode(payload, round_number).to(vector.device)
         shared = self.shared.clone()
@@ -76,7 +79,7 @@ class Changes:
         newest = self._message(f"{self.kind}_change", payload, len(change.values))
         longest = OVERHEAD + 4 * self.whole.num_coordinates  # bytes of the whole
         changes = _newest(self.changes | {round_number: newest}, longest)
-        missed = {c: _missed(changes, self.version_of.get(c), round_number) for c in cohort}
+        missed = {c: _missed(changes, self.version_of.get(c, 0), round_number) for c in cohort}
         if not all(missed.values()):
             payload, _ = self.whole.encode(shared, round_number)
             model = self._message(self.kind, payload, self.whole.num_coordinates)
@@ -133,9 +136,9 @@ def _newest(changes: dict[int, Message], limit: int) -> dict[int, Message]:
     return kept
 
 
-def _missed(changes: dict[int, Message], version: int | None, round_number: int) -> list[Message]:
+def _missed(changes: dict[int, Message], version: int, round_number: int) -> list[Message]:
     """The changes from a client's version to this round; none if the whole vector must go."""
-    if version is None or version + 1 not in changes:
+    if version + 1 not in changes:
         return []
     *missed, newest = (changes[number] for number in range(version + 1, round_number + 1))
     # In their place a dense system would send one model: the earlier ones stand for nothing.

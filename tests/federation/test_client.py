@@ -16,6 +16,7 @@ from federation.agreement import Agreement
 from federation.cohort import sample_cohort
 from federation.server import Average, Server
 from federation.setup import build_model
+from pruning import sparse_gains
 from training import local_sgd
 from training.engines import TorchEngine
 from training.local_sgd import batch_sizes, local_lr, loss_gradient, train_client
@@ -47,7 +48,20 @@ class RemoteClient:
         self.agreement = Agreement(config, self.model.layout, self.model.buffer_layout)
         self.engine = TorchEngine(self.model, config.local, "fp32", Team())
         self.received: dict[str, torch.Tensor] = {"buffers": self.model.read_buffers().clone()}
+        if config.downlink.mode == "change":  # the first vectors need no message
+            self.received |= {"model": self.first_weights(), "momentum": torch.zeros(self.size)}
         self.owed = self.kept = None
+
+    @property
+    def size(self):
+        return self.model.layout.size
+
+    def first_weights(self):
+        weights, mask = self.model.read_parameters().clone(), self.agreement.mask
+        if mask.kept is not None:
+            weights *= sparse_gains(mask.kept, self.model.layout.shapes)
+            weights[mask.pruned] = 0
+        return weights
 
     def take_part(self, round_number, messages):
         """Answer the payloads of one round, by kind and in order: [(kind, bytes)]."""
