@@ -213,16 +213,18 @@ def build_network(
     stem: str = "cifar",
     norm: str = "batch",
     width: float = 1.0,
+    tracks_statistics: bool = True,
 ) -> nn.Module:
     """Build a network whose initial weights depend on `seed` alone.
 
-    norm: `batch` or `group(n)`. Raises ValueError when the pieces do not fit together.
+    norm: `batch` or `group(n)`. tracks_statistics: of BatchNorm; without them it has no buffers.
+    Raises ValueError when the pieces do not fit together.
     """
     if min(image_size) < 8:
         raise ValueError(f"pictures of {image_size[0]}x{image_size[1]} are too small; at least 8x8")
     channels = max(1, round(64 * width))
     if norm == "batch":
-        make_norm = nn.BatchNorm2d
+        make_norm = partial(nn.BatchNorm2d, track_running_stats=tracks_statistics)
     else:
         groups = int(norm.removeprefix("group(").removesuffix(")"))
         if channels % groups:

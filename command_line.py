@@ -196,8 +196,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     yield from _selection_contradictions("downlink.pruning", config.downlink.pruning)
     if model.norm_policy != "average" and not model.name.startswith("resnet"):
         yield "model.norm_policy", f"{model.name} has no norm layers"
-    if model.norm_policy == "frozen" and model.norm != "batch":
-        yield "model.norm_policy", f"{model.norm} has no statistics to freeze"
+    if model.norm_policy in ("frozen", "static") and model.norm != "batch":
+        yield "model.norm_policy", f"{model.norm} has no statistics: use average"
     normalises = model.name.startswith("resnet") and model.norm == "batch"
     if config.distributed.ranks_per_client > 1 and normalises and model.norm_policy != "frozen":
         yield (

@@ -96,9 +96,19 @@ class Model:
     stem: str = one_of("cifar", "imagenet")  # ResNets only: 3x3 or 7x7 and a pool
     norm: str = "batch"  # ResNets only: batch, or group(n) for n channel groups
     # What becomes of norm layers: statistics averaged; the layers stay with each client (FedBN);
-    # statistics frozen at mean 0, variance 1
-    norm_policy: str = one_of("average", "local", "frozen")
+    # statistics frozen at mean 0, variance 1; statistics counted for evaluation only (HeteroFL)
+    norm_policy: str = one_of("average", "local", "frozen", "static")
     width: float = between(1.0, 0.0, open_low=True)  # times the usual number of channels
+
+
+@dataclass(frozen=True)
+class Submodel:
+    """Narrower networks for clients that can do less, see docs/submodels.md."""
+
+    widths: list[float] = each_between(0.0, 1.0, open_low=True)  # shares of the channels, from 1
+    # Who trains which: client i widths[i % n], or the widest that meets schedule.deadline_seconds
+    assignment: str = one_of("even", "capability")
+    ordered_dropout: bool = False  # FjORD: each batch trains a width up to the client's own
 
 
 @dataclass(frozen=True)
@@ -300,6 +310,7 @@ class Config:
     deepspeed_config: str = path_to("deepspeed_config.json")  # "" for none
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
+    submodel: Submodel = field(default_factory=Submodel)
     clients: Clients = field(default_factory=Clients)
     local: Local = field(default_factory=Local)
     pruning: Pruning = field(default_factory=Pruning)

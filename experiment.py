@@ -114,6 +114,7 @@ def start(config: Config, ranks: Ranks, folder: RunFolder) -> Federation:
         federation.load(state)
         _say(ranks, f"resuming {folder.path} after round {federation.progress.round_number}")
     _announce_data(federation)
+    _announce_widths(federation)
     before = folder.environment()
     names = vars(federation.clients.choices)
     resolve_auto(federation, {name: before[name] for name in names} if before else {})
@@ -311,6 +312,14 @@ def _announce_data(federation: Federation) -> None:
             federation.ranks,
             f"{line}\n{data.fallback_reason}\nTraining on {data.name} instead.\n{line}",
         )
+
+
+def _announce_widths(federation: Federation) -> None:
+    ranks, lines = federation.ranks, federation.widths.describe()
+    if federation.config.submodel.ordered_dropout and ranks.device.type == "cuda":
+        lines.append("submodel.ordered_dropout trains client by client, without CUDA graphs")
+    for line in lines:
+        _say(ranks, line)
 
 
 def _check_that_something_was_learned(federation: Federation) -> None:

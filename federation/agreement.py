@@ -34,10 +34,18 @@ class Agreement:
     """One end's view of what was agreed.
 
     layout, buffer_layout: of the parameters and of the norm layers' buffers, without gaps.
+    dense_values: parameters that a system without compression sends; None: those of the layout.
     """
 
-    def __init__(self, config: Config, layout: Layout, buffer_layout: Layout):
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        buffer_layout: Layout,
+        dense_values: int | None = None,
+    ):
         self.config, self.layout, self.buffer_layout = config, layout, buffer_layout
+        self.dense_values = layout.size if dense_values is None else dense_values
         self.algorithm = make_algorithm(config.local.algorithm, **config.local.options)
         self.mask = SharedMask(config.pruning.mask, layout, config.rounds, config.seed_for("mask"))
         self.sends_buffers = config.model.norm_policy == "average" and buffer_layout.size > 0
@@ -46,7 +54,7 @@ class Agreement:
 
     def _table(self) -> Iterator[Kind]:
         """All kinds of messages that this run may send."""
-        config, algorithm, size = self.config, self.algorithm, self.layout.size
+        config, algorithm, size = self.config, self.algorithm, self.dense_values
         up, down = config.uplink, config.downlink
         owes = up.error_feedback or algorithm.owes
         yield self._vector("up", "update", config.pruning, up, owes)
@@ -82,7 +90,7 @@ class Agreement:
         channel = Channel(
             self.layout, settings.values, selection, settings.dense_below, seed_for, owes
         )
-        return Kind(direction, name, channel, self.layout.size)
+        return Kind(direction, name, channel, self.dense_values)
 
     def channel(self, direction: str, name: str) -> Channel | PositionChannel:
         """Raises KeyError for a kind that this run does not send."""

@@ -43,7 +43,7 @@ class Clock:
         """Simulated seconds since the run began."""
         return self.simulation.now
 
-    def computing_seconds(self, client: int, num_examples: int) -> float:
+    def computing_seconds(self, client: int, num_examples: float) -> float:
         """How long a client's device trains on so many examples."""
         return num_examples * float(self.population.ms_per_example[client]) / 1e3
 
@@ -128,7 +128,7 @@ class Clock:
         self.simulation.spans.clear()
         return rows
 
-    def seconds_alone(self, client: int, down: int, num_examples: int, up: int = 0) -> float:
+    def seconds_alone(self, client: int, down: int, num_examples: float, up: int = 0) -> float:
         """How long the client takes to receive so many bytes, train, and send, if it is alone."""
         computes = Stage("compute", seconds=self.computing_seconds(client, num_examples))
         stages = [Stage("down", down), computes, Stage("up", up)]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from afo import OURS
 from algorithms import FedAvg, make_algorithm
 from compression import Coder, parse_coder
-from config import Config, Downlink, Selection, Uplink
+from config import Config, Downlink, Selection, Submodel, Uplink
 
 
 def contradictions(config: Config) -> Iterator[tuple[str, str]]:
@@ -32,6 +32,7 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
             return
         yield from _of_a_direction(link, coder, selection, name, section, masked)
     yield from _of_the_optimizer(config, algorithm)
+    yield from _of_submodels(config, algorithm)
     if config.schedule.name == "gossip":
         yield from _of_gossip(config)
     else:
@@ -91,3 +92,35 @@ def _of_the_optimizer(config: Config, algorithm: FedAvg) -> Iterator[tuple[str, 
         if scaled or not parse_coder(config.uplink.values).keeps_norms:
             what = "a random choice" if scaled else config.uplink.values
             yield key, f"{name} would take the noise of {what} for progress; take another coder"
+
+
+def _of_submodels(config: Config, algorithm: FedAvg) -> Iterator[tuple[str, str]]:
+    """What slices of the network do not go with, and what belongs to them."""
+    settings, model, name = config.submodel, config.model, config.schedule.name
+    if model.norm_policy == "static" and name == "gossip":
+        yield "model.norm_policy", "gossip scores every node's model: static is for one model"
+    if not settings.widths:
+        if settings != Submodel():
+            yield "submodel.widths", "the other settings of submodel need widths, such as [1, 0.5]"
+        return
+    if settings.widths != sorted({1.0, *settings.widths}, reverse=True):
+        yield "submodel.widths", f"{settings.widths} must begin with 1 and then go down"
+    if settings.assignment == "capability" and config.schedule.deadline_seconds is None:
+        yield "submodel.assignment", "capability fits widths to schedule.deadline_seconds: set it"
+    if model.name.startswith("resnet") and model.norm == "batch" and model.norm_policy != "static":
+        yield "model.norm_policy", "statistics differ from width to width: it must be static"
+    elif model.norm_policy == "local":
+        yield "model.norm_policy", "norm layers of different widths are slices too: use average"
+    remedy = "does not go with submodel.widths"
+    if config.pruning.mask.method != "none":
+        yield "pruning.mask.method", f"{config.pruning.mask.method} {remedy}: use none"
+    if algorithm.has_vector or algorithm.up:
+        yield "local.algorithm", f"{config.local.algorithm} {remedy}: use FedAvg, FedProx, FedNova"
+    if name not in ("synchronous", "fedbuff"):
+        yield "schedule.name", f"{name} {remedy}: use synchronous or fedbuff"
+    if config.distributed.exchange != "gather":
+        yield "distributed.exchange", f"{config.distributed.exchange} {remedy}: use gather"
+    if config.distributed.engine == "deepspeed":
+        yield "distributed.engine", f"deepspeed {remedy}: use auto or accelerate"
+    if settings.ordered_dropout and config.local.lanes not in ("auto", "1"):
+        yield "local.lanes", "ordered_dropout trains one client at a time; use local.lanes: 1"

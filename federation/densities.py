@@ -14,12 +14,16 @@ PROBE = 1_000_000  # bytes, by which the speed of an upload is told
 
 
 def fit_to_deadline(
-    config: Config, seconds: Callable[[int, int], float], size: int, num_buffers: int
+    config: Config,
+    seconds: Callable[[int, int], float],
+    size_of: Callable[[int], int],
+    num_buffers: int,
 ) -> Config:
     """The config with a density for each client, such that its update arrives in time.
 
-    seconds: of a client's whole round with so many bytes up, if it is alone; size: coordinates;
-    num_buffers: float32 values that travel besides. Both ends build it from the same config.
+    seconds: of a client's whole round with so many bytes up, if it is alone; size_of: coordinates
+    of a client's network; num_buffers: float32 values that travel besides. Both ends build it from
+    the same config.
     """
     if not config.pruning.fit_deadline:
         return config
@@ -30,7 +34,7 @@ def fit_to_deadline(
         rate = PROBE / (seconds(client, 1 + PROBE) - nothing)  # bytes a second
         room = MARGIN * max(0.0, deadline - nothing) * rate
         room -= 2 * OVERHEAD + BYTES_PER_VALUE * num_buffers
-        densities.append(_fitting(room, size, config, pruning.density))
+        densities.append(_fitting(room, size_of(client), config, pruning.density))
     return replace(config, pruning=replace(pruning, client_densities=densities))
 
 

@@ -6,6 +6,7 @@ model.
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from algorithms import make_algorithm
 from compression import OVERHEAD, Memory
 from config import Config
 from distributed import Ranks
+from federation.client_store import ClientStore
 from federation.cohort import Placement
 from federation.densities import fit_to_deadline
 from federation.exchange import Exchange
@@ -25,6 +27,7 @@ from federation.messages import Broadcast, Report
 from federation.pipeline import Pipeline, num_coding_threads
 from federation.setup import (
     build_model,
+    build_models,
     client_data,
     load_data,
     make_clients,
@@ -32,13 +35,18 @@ from federation.setup import (
     make_pictures,
     make_server,
     make_store,
+    make_submodel_clients,
+    make_submodel_server,
+    make_widths,
     partition,
 )
 from federation.utilisation import utilisation
+from federation.widths import Width
 from training.choices import Choices
 from training.evaluation import SHARED, evaluate_models
 from training.local_sgd import batch_sizes, local_lr
 from training.memory import memory_governed_by
+from training.static_norm import static_statistics
 
 T = TypeVar("T")
 Encode = Callable[[Memory], Report]  # encodes what a client has learned, on any thread
@@ -89,14 +97,23 @@ class Federation:
         self._load_data()
         self.model = ranks.on_all_ranks(lambda: build_model(config, self.pictures, ranks.device))
         self.clock = ranks.on_all_ranks(lambda: make_clock(config))
-        num_values = self.model.layout.size, self.model.buffer_layout.size
-        config = fit_to_deadline(config, self._seconds_alone, *num_values)
-        num_examples = list(map(len, self.shards))
-        self.server = ranks.on_all_ranks(lambda: make_server(config, self.model, num_examples))
+        self.models = ranks.on_all_ranks(lambda: build_models(config, self.pictures, self.model))
+        self.widths = ranks.on_all_ranks(
+            lambda: make_widths(
+                config,
+                self.pictures,
+                self.models,
+                self.clock.population.memory_gib,
+                self.candidates,
+                self._seconds_at,
+            )
+        )
+        self.candidates = self.widths.candidates
+        size_of, num_buffers = lambda c: self.widths.of(c).num_values, self.model.buffer_layout.size
+        config = fit_to_deadline(config, self._seconds_alone, size_of, num_buffers)
+        self._make_ends(config, make_store(config, states_folder, ranks.device))
         self.versions: dict[int, int] = {}  # client: version of its saved state, of all ranks
         self.placement = Placement(ranks, [])
-        store = make_store(config, states_folder, ranks.device)
-        self.clients = make_clients(config, self.model, self.pictures, self.shards, store, ranks)
         self.pipeline = Pipeline(ranks.device, num_coding_threads(ranks.device))
         self.exchange = Exchange(ranks, sums=config.distributed.exchange == "allreduce")
         self.progress = Progress()
@@ -117,6 +134,18 @@ class Federation:
             [np.bincount(labels[indices], minlength=num_classes) for indices in self.shards]
         )
         self.candidates = [client for client, indices in enumerate(self.shards) if len(indices)]
+
+    def _make_ends(self, config: Config, store: ClientStore) -> None:
+        """The server and the clients of this rank."""
+        ranks, num_examples = self.ranks, list(map(len, self.shards))
+        at_the_clients = self.pictures, self.shards, store, ranks
+        if config.submodel.widths:
+            both = config, self.models, self.widths
+            self.server = ranks.on_all_ranks(lambda: make_submodel_server(*both, num_examples))
+            self.clients = ranks.on_all_ranks(lambda: make_submodel_clients(*both, *at_the_clients))
+        else:
+            self.server = ranks.on_all_ranks(lambda: make_server(config, self.model, num_examples))
+            self.clients = make_clients(config, self.model, *at_the_clients)
 
     # --- the parts of a round ---------------------------------------------------------------------
 
@@ -148,7 +177,7 @@ class Federation:
 
     def _place(self, cohort: list[int]) -> None:
         """Decide which rank trains whom, by the work that each client has."""
-        costs = {client: float(self.num_trained(client)) for client in cohort}
+        costs = {client: self.work(client, self.widths.of(client)) for client in cohort}
         self.placement.place(costs, self.clients.store)
 
     def _arrivals(
@@ -185,13 +214,17 @@ class Federation:
         before = num_examples if algorithm.takes_full_gradient else 0
         return before + sum(batch_sizes(local, num_examples))
 
+    def work(self, client: int, width: Width) -> float:
+        """How many examples of the whole network would take as long as a client's round."""
+        return self.num_trained(client) * width.work
+
     def _evaluate(self, round_number: int, cohort: list[int]) -> dict[str, float | None]:
         """Scores of the model, or of the cohort's models with their own norm layers, if due."""
         evaluation = self.config.evaluation
         if round_number % evaluation.every and round_number != self.config.rounds:
             return {"test_accuracy": None, "test_loss": None}
         server, clients = self.server, self.clients
-        with memory_governed_by("evaluation.batch_size"):
+        with memory_governed_by("evaluation.batch_size"), self._statistics():
             scores = evaluate_models(
                 [SHARED] if clients.own_positions is None else cohort,
                 lambda c: clients.load(
@@ -207,6 +240,19 @@ class Federation:
             )
         self.progress.evaluations.append(scores)
         return scores
+
+    def _statistics(self) -> AbstractContextManager[None]:
+        """Where BatchNorm is static: the statistics of the server's model, for its evaluation."""
+        if self.config.model.norm_policy != "static":
+            return nullcontext()
+        self.clients.load(self.server.parameters.data, self.server.buffers)
+        return static_statistics(
+            self.model,
+            self.pictures,
+            self.clients.choices.precision,
+            self.config.evaluation.batch_size,
+            self.config.seed_for("statistics"),
+        )
 
     # --- what is written down ---------------------------------------------------------------------
 
@@ -258,19 +304,28 @@ class Federation:
         self.received = self.ranks.bytes_received
         return row, rows
 
-    def _seconds_alone(self, client: int, num_bytes: int) -> float:
-        """A client's round, if it is alone: a dense model down, and so many bytes up."""
-        model = self.model
-        down = 2 * OVERHEAD + BYTES_PER_VALUE * (model.layout.size + model.buffer_layout.size)
-        return self.clock.seconds_alone(client, down, self.num_trained(client), num_bytes)
+    def _seconds_alone(self, client: int, num_bytes: int | None = None) -> float:
+        """A client's round, if it is alone: a dense model down, and so many bytes up.
+
+        num_bytes: None means a dense update.
+        """
+        return self._seconds_at(client, self.widths.of(client), num_bytes)
+
+    def _seconds_at(self, client: int, width: Width, num_bytes: int | None = None) -> float:
+        """The same, if the client trains a network of this width."""
+        down = BYTES_PER_VALUE * (width.num_values + self.model.buffer_layout.size)
+        up = OVERHEAD + BYTES_PER_VALUE * width.num_values if num_bytes is None else num_bytes
+        work = self.work(client, width)
+        return self.clock.seconds_alone(client, 2 * OVERHEAD + down, work, up)
 
     def _computing_seconds(self, report: Report, round_number: int) -> float:
         """How long a client computes: it trains, and looks at gradients for the mask."""
-        num_examples = self.num_trained(report.client) if round_number > 0 else 0
+        client = report.client
+        num_examples = self.work(client, self.widths.of(client)) if round_number > 0 else 0
         if any(message.kind in ("scores", "growth") for message in report.messages):
             batch = min(self.config.local.batch_size, report.num_examples)
             num_examples += self.config.pruning.mask.batches * batch
-        return self.clock.computing_seconds(report.client, num_examples)
+        return self.clock.computing_seconds(client, num_examples)
 
     # --- checkpoints ------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """From a config to what a federation consists of: data, shards, network, both ends."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,10 +24,17 @@ from federation.client import Clients
 from federation.client_store import ClientStore
 from federation.clock import Clock
 from federation.server import Server
+from federation.slices import Slice, slice_positions
+from federation.submodel_clients import SubmodelClients
+from federation.submodel_server import SubmodelServer
+from federation.widths import Width, Widths, assign_widths
 from network.availability import make_availability
 from network.population import Population, make_population
 from network.simulation import Simulation
 from training.flat_model import FlatModel
+from training.footprint import footprint
+from training.ordered_dropout import OrderedDropoutEngine
+from training.scaler import scale_outputs
 
 
 def load_data(config: Config) -> Dataset:
@@ -86,8 +94,10 @@ def client_data(config: Config, dataset: Dataset, shards: list[np.ndarray]) -> D
     return diversify(dataset, shards, config.seed_for("diversity"), **settings)
 
 
-def build_model(config: Config, pictures: Pictures, device: torch.device) -> FlatModel:
-    """The network with its first weights. Raises ConfigError."""
+def build_model(
+    config: Config, pictures: Pictures, device: torch.device, share: float = 1.0
+) -> FlatModel:
+    """The network, or one with a share of its channels, with first weights. Raises ConfigError."""
     model = config.model
     try:
         network = build_network(
@@ -97,24 +107,84 @@ def build_model(config: Config, pictures: Pictures, device: torch.device) -> Fla
             config.seed_for("network"),
             model.stem,
             model.norm,
-            model.width,
+            model.width * share,
+            tracks_statistics=model.norm_policy != "static",
         )
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
     return FlatModel(network, device, model.norm_policy == "frozen")
 
 
+def build_models(config: Config, pictures: Pictures, model: FlatModel) -> dict[float, FlatModel]:
+    """By share of the channels, the widest first: `model`, which is whole, and narrower ones.
+
+    Ordered dropout takes narrower networks as they are; HeteroFL scales their outputs.
+    """
+    models = {1.0: model}
+    for share in config.submodel.widths[1:]:
+        models[share] = build_model(config, pictures, model.device, share)
+        if not config.submodel.ordered_dropout:
+            scale_outputs(models[share].network, share)
+    return models
+
+
+def make_widths(
+    config: Config,
+    pictures: Pictures,
+    models: dict[float, FlatModel],
+    memory_gib: np.ndarray,  # float64 [clients]: of their devices
+    candidates: list[int],
+    seconds: Callable[[int, Width], float],  # of a client's round at a width
+) -> Widths:
+    """The width of each client, by what its device can do. Raises ConfigError.
+
+    What a width takes is counted only where it decides anything.
+    """
+    sizes = {share: model.layout.size for share, model in models.items()}
+    if len(models) == 1 and np.isinf(memory_gib).all():
+        whole = Width(1.0, sizes[1.0], 0.0, 1.0)
+        return Widths([whole], dict.fromkeys(candidates, whole))
+    local, counts = config.local, {}
+    for share in models:
+        model = build_model(config, pictures, torch.device("meta"), share)
+        batch = local.batch_size, pictures.image_size
+        counts[share] = footprint(model, *batch, has_momentum=local.momentum > 0)
+    choices = [
+        Width(share, sizes[share], count.num_bytes / 2**30, count.flops / counts[1.0].flops)
+        for share, count in counts.items()
+    ]
+    return assign_widths(config, choices, memory_gib, candidates, seconds)
+
+
 def make_server(config: Config, model: FlatModel, num_examples: list[int]) -> Server:
     """The server, with an agreement of its own. Raises ConfigError."""
-    return Server(
-        config,
-        Agreement(config, model.layout, model.buffer_layout),
-        model.read_parameters(),
-        model.read_buffers(),
-        model.is_counter,
-        model.is_variance,
-        num_examples,
-    )
+    agreement = Agreement(config, model.layout, model.buffer_layout)
+    return Server(config, agreement, *_of_a_server(model), num_examples)
+
+
+def make_submodel_server(
+    config: Config, models: dict[float, FlatModel], widths: Widths, num_examples: list[int]
+) -> SubmodelServer:
+    """The server of clients with networks of several widths. Raises ConfigError."""
+    whole, slices = models[1.0], {}
+    for share, model in models.items():
+        positions = None
+        if share < 1:
+            places = slice_positions(whole.layout, model.layout)
+            positions = torch.from_numpy(places).to(whole.device)
+        slices[share] = Slice(_agreement_on(model, whole, config), positions)
+    return SubmodelServer(config, slices, widths.share_of, *_of_a_server(whole), num_examples)
+
+
+def _of_a_server(model: FlatModel) -> tuple[torch.Tensor, ...]:
+    """The first model, and which of its buffers are counters and variances."""
+    vectors = model.read_parameters(), model.read_buffers()
+    return *vectors, model.is_counter, model.is_variance
+
+
+def _agreement_on(model: FlatModel, whole: FlatModel, config: Config) -> Agreement:
+    """What both ends know of a width; a system without compression would send the whole network."""
+    return Agreement(config, model.layout, model.buffer_layout, whole.layout.size)
 
 
 def make_store(config: Config, folder: Path, device: torch.device) -> ClientStore:
@@ -173,4 +243,44 @@ def make_clients(
         store,
         ranks.team,
         make_engine,
+    )
+
+
+def make_submodel_clients(
+    config: Config,
+    models: dict[float, FlatModel],
+    widths: Widths,
+    pictures: Pictures,
+    shards: list[np.ndarray],
+    store: ClientStore,
+    ranks: Ranks,
+) -> SubmodelClients:
+    """The clients of this rank, with agreements of their own. Raises ConfigError."""
+    if ranks.use_deepspeed:
+        raise ConfigError("submodel.widths: DeepSpeed trains one network; start it by torchrun")
+    indices = [torch.from_numpy(some).to(ranks.device) for some in shards]
+    by_share = {}
+    for share, model in models.items():
+        narrower = [other for below, other in models.items() if below < share]
+        by_share[share] = Clients(
+            config,
+            _agreement_on(model, models[1.0], config),
+            model,
+            pictures,
+            indices,
+            store,
+            ranks.team,
+            _ordered_dropout(config, model, narrower, ranks),
+        )
+    return SubmodelClients(by_share, widths.share_of)
+
+
+def _ordered_dropout(
+    config: Config, model: FlatModel, narrower: list[FlatModel], ranks: Ranks
+) -> Callable[[str], OrderedDropoutEngine] | None:
+    """What builds the engine of ordered dropout; None if batches train one width."""
+    if not config.submodel.ordered_dropout:
+        return None
+    return lambda precision: OrderedDropoutEngine(
+        model, config.local, precision, ranks.team, narrower
     )

@@ -13,11 +13,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from compression import OVERHEAD, Decoded
+from compression import Decoded
 from config import Config, ConfigError
 from distributed import Ranks
 from federation.federation import Encode, Federation
-from federation.ledger import BYTES_PER_VALUE, LedgerRow
+from federation.ledger import LedgerRow
 from federation.messages import Broadcast, Report, pack_reports, unpack_reports
 from federation.oort import Oort
 from federation.sampling import Uniform
@@ -38,10 +38,7 @@ class Synchronous(Federation):
         waits = schedule.over_selection == 1 and schedule.deadline_seconds is None
         self.waits_for_all = waits and self.clock.all_stay
         self.earlier: list[Report] = []  # of round 0, until they are recorded with round 1
-        dense = OVERHEAD + BYTES_PER_VALUE * self.model.layout.size
-        self.sampler = SAMPLERS[schedule.sampling](
-            config, lambda client: self._seconds_alone(client, dense)
-        )
+        self.sampler = SAMPLERS[schedule.sampling](config, self._seconds_alone)
         self._check_deadline()
 
     def run_round(self) -> tuple[dict[str, Any], list[LedgerRow]]:
@@ -145,10 +142,13 @@ class Synchronous(Federation):
         deadline = self.config.schedule.deadline_seconds
         if deadline is None:
             return
-        broadcast = self.server.broadcast(1, self.candidates[:1])
-        size = sum(message.num_bytes for message in broadcast.messages[self.candidates[0]])
+        received = self.server.broadcast(1, self.candidates).messages
         soonest = min(
-            self.clock.seconds_alone(client, size, self.num_trained(client))
+            self.clock.seconds_alone(
+                client,
+                sum(message.num_bytes for message in received[client]),
+                self.work(client, self.widths.of(client)),
+            )
             for client in self.candidates
         )
         if soonest > deadline:

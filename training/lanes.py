@@ -217,7 +217,7 @@ class Lanes:
         is_active = self.share[:, :1] > 0
         vectors = self.weights, self.gradients, self.momentum
         flat_sgd(*vectors, self.lr, self.local, self._correct_all, is_active)
-        if self.has_statistics:
+        if self.has_statistics and self.stacked_buffers:
             before = self.buffers.clone()
             torch._foreach_copy_(self.buffer_views, self.stacked_buffers)
             self.buffers.copy_(torch.where(is_active, self.buffers, before))
