@@ -20,6 +20,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,10 +85,11 @@ class FedBuff(Federation):
         started: list[int] = []
         lost: list[Report] = []
         while len(self.buffer) < self.buffer_size and len(lost) <= self.concurrency:
-            busy = {*self.flights, *started, *(flight.report.client for flight in self.buffer)}
-            idle = [client for client in self.candidates if client not in busy]
             free = self.concurrency - len(self.flights)
-            if free and idle:
+            idle = self._idle(started) if free else []
+            if not self.flights and not len(idle):
+                break  # everybody has taken part in this round
+            if len(idle):
                 there = self.clock.who_is_there(idle)
                 seed = self.config.seed_for("cohort", round_number, len(started))
                 wave = sample(there, free, seed)
@@ -101,9 +103,12 @@ class FedBuff(Federation):
                     lost.append(flight.report)
                 else:
                     self.buffer.append(flight)
-            if not self.flights and not idle:
-                break  # everybody has taken part in this round
         return started, lost
+
+    def _idle(self, started: list[int]) -> np.ndarray:
+        """Who may begin: clients that neither began in this round nor are under way or waiting."""
+        waiting = [flight.report.client for flight in self.buffer]
+        return self.candidates[~np.isin(self.candidates, [*started, *self.flights, *waiting])]
 
     def _start(self, wave: list[int], round_number: int) -> None:
         """Train these clients from the present model, and send them on their way."""

@@ -186,10 +186,6 @@ class Clients:
         trained.state = self.store.get(client)
         if self.store.is_older_than_mask(client):  # the client has it, even if it fails later
             self.store.stage(client, trained.state, round_number)
-        if self.store.is_older_than_mask(
-            client
-        ):  # it has arrived even if the client fails in this round
-            self.store.stage(client, trained.state, round_number)
         known = self.team.broadcast({k: v for k, v in trained.state.items() if k not in OWED})
         self.load(broadcast.parameters, broadcast.buffers, known)
         trained.known, trained.received = known, broadcast.parameters

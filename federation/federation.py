@@ -15,7 +15,7 @@ import numpy as np
 
 from algorithms import make_algorithm
 from compression import OVERHEAD, Memory
-from config import Config
+from config import Config, Local
 from distributed import Ranks
 from federation.cohort import Placement
 from federation.densities import fit_to_deadline
@@ -89,9 +89,10 @@ class Federation:
         self._load_data()
         self.model = ranks.on_all_ranks(lambda: build_model(config, self.pictures, ranks.device))
         self.clock = ranks.on_all_ranks(lambda: make_clock(config))
+        self.num_trained = num_trained(config.local, self.num_examples)
         num_values = self.model.layout.size, self.model.buffer_layout.size
         config = fit_to_deadline(config, self._seconds_alone, *num_values)
-        num_examples = list(map(len, self.shards))
+        num_examples = self.num_examples.tolist()
         self.server = ranks.on_all_ranks(lambda: make_server(config, self.model, num_examples))
         self.versions: dict[int, int] = {}  # client: version of its saved state, of all ranks
         self.placement = Placement(ranks, [])
@@ -116,7 +117,8 @@ class Federation:
         self.labels_per_client = np.array(
             [np.bincount(labels[indices], minlength=num_classes) for indices in self.shards]
         )
-        self.candidates = [client for client, indices in enumerate(self.shards) if len(indices)]
+        self.num_examples = np.array(list(map(len, self.shards)))
+        self.candidates = np.flatnonzero(self.num_examples)  # int64: clients that have pictures
 
     # --- the parts of a round ---------------------------------------------------------------------
 
@@ -148,7 +150,7 @@ class Federation:
 
     def _place(self, cohort: list[int]) -> None:
         """Decide which rank trains whom, by the work that each client has."""
-        costs = {client: float(self.num_trained(client)) for client in cohort}
+        costs = {client: float(self.num_trained[client]) for client in cohort}
         self.placement.place(costs, self.clients.store)
 
     def _arrivals(
@@ -176,14 +178,6 @@ class Federation:
         own = (report for report in self.pipeline.run(trained, keep=True) if leads)
         reports = self.exchange.gather(own)
         yield from self.pipeline.run((lambda _, r=r: with_more(r) for r in reports), keep=True)
-
-    def num_trained(self, client: int) -> int:
-        """How many examples a client computes gradients of in a round."""
-        num_examples = len(self.shards[client])
-        local = self.config.local
-        algorithm = make_algorithm(local.algorithm, **local.options)
-        before = num_examples if algorithm.takes_full_gradient else 0
-        return before + sum(batch_sizes(local, num_examples))
 
     def _evaluate(self, round_number: int, cohort: list[int]) -> dict[str, float | None]:
         """Scores of the model, or of the cohort's models with their own norm layers, if due."""
@@ -258,15 +252,15 @@ class Federation:
         self.received = self.ranks.bytes_received
         return row, rows
 
-    def _seconds_alone(self, client: int, num_bytes: int) -> float:
-        """A client's round, if it is alone: a dense model down, and so many bytes up."""
+    def _seconds_alone(self, clients: np.ndarray | int, num_bytes: int) -> np.ndarray:
+        """Each client's round, if it is alone: a dense model down, and so many bytes up."""
         model = self.model
         down = 2 * OVERHEAD + BYTES_PER_VALUE * (model.layout.size + model.buffer_layout.size)
-        return self.clock.seconds_alone(client, down, self.num_trained(client), num_bytes)
+        return self.clock.seconds_alone(clients, down, self.num_trained[clients], num_bytes)
 
     def _computing_seconds(self, report: Report, round_number: int) -> float:
         """How long a client computes: it trains, and looks at gradients for the mask."""
-        num_examples = self.num_trained(report.client) if round_number > 0 else 0
+        num_examples = int(self.num_trained[report.client]) if round_number > 0 else 0
         if any(message.kind in ("scores", "growth") for message in report.messages):
             batch = min(self.config.local.batch_size, report.num_examples)
             num_examples += self.config.pruning.mask.batches * batch
@@ -321,6 +315,13 @@ class Federation:
         """The versions of the states that this rank holds, of those that a checkpoint names."""
         holds = self.placement.holds_state
         return {client: version for client, version in self.versions.items() if holds(client)}
+
+
+def num_trained(local: Local, num_examples: np.ndarray) -> np.ndarray:
+    """How many examples each client computes gradients of in a round: int64 (clients)."""
+    full = make_algorithm(local.algorithm, **local.options).takes_full_gradient
+    of = {n: n * full + sum(batch_sizes(local, n)) for n in set(num_examples.tolist())}
+    return np.array([of[n] for n in num_examples.tolist()])
 
 
 def _mean_loss(reports: list[Report]) -> float | None:

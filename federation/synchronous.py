@@ -40,7 +40,7 @@ class Synchronous(Federation):
         self.earlier: list[Report] = []  # of round 0, until they are recorded with round 1
         dense = OVERHEAD + BYTES_PER_VALUE * self.model.layout.size
         self.sampler = SAMPLERS[schedule.sampling](
-            config, lambda client: self._seconds_alone(client, dense)
+            config, lambda clients: self._seconds_alone(clients, dense)
         )
         self._check_deadline()
 
@@ -145,12 +145,10 @@ class Synchronous(Federation):
         deadline = self.config.schedule.deadline_seconds
         if deadline is None:
             return
-        broadcast = self.server.broadcast(1, self.candidates[:1])
-        size = sum(message.num_bytes for message in broadcast.messages[self.candidates[0]])
-        soonest = min(
-            self.clock.seconds_alone(client, size, self.num_trained(client))
-            for client in self.candidates
-        )
+        candidates, first = self.candidates, int(self.candidates[0])
+        broadcast = self.server.broadcast(1, [first])
+        size = sum(message.num_bytes for message in broadcast.messages[first])
+        soonest = self.clock.seconds_alone(candidates, size, self.num_trained[candidates]).min()
         if soonest > deadline:
             raise ConfigError(
                 f"schedule.deadline_seconds: {deadline} s are too few for every client; the "
