@@ -191,6 +191,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         )
     if len(config.pruning.client_densities) > clients.total:
         yield "pruning.client_densities", f"more densities than clients.total={clients.total}"
+    if len(local.client_steps) > clients.total:
+        yield "local.client_steps", f"more numbers than clients.total={clients.total}"
     yield from _momentum_contradictions(config)
     yield from _selection_contradictions("pruning", config.pruning)
     yield from _selection_contradictions("downlink.pruning", config.downlink.pruning)
@@ -207,8 +209,11 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     if config.server.scheduler_options and not config.server.scheduler:
         yield "server.scheduler_options", "given without server.scheduler"
     yield from _network_contradictions(config.network)
-    if config.pruning.fit_deadline and config.schedule.deadline_seconds is None:
-        yield "pruning.fit_deadline", "fits updates to schedule.deadline_seconds, and none is set"
+    for section in ("local", "pruning"):
+        if getattr(config, section).fit_deadline and config.schedule.deadline_seconds is None:
+            yield f"{section}.fit_deadline", "fits to schedule.deadline_seconds, and none is set"
+    if local.fit_deadline and local.client_steps:
+        yield "local.client_steps", "local.fit_deadline chooses them; give one of the two"
     if config.pruning.fit_deadline and config.pruning.method not in ("topk", "random"):
         yield "pruning.fit_deadline", f"method {config.pruning.method} has no density"
     yield from _schedule_contradictions(config)
@@ -234,7 +239,7 @@ def _momentum_contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "uplink.momentum", "does nothing where all is sent: needs a pruning.method"
     if not uplink.error_feedback:
         yield "uplink.momentum", "corrects what error feedback keeps: needs error_feedback: true"
-    if local.steps != 1 or local.momentum:
+    if local.steps != 1 or local.momentum or local.client_steps:
         yield "uplink.momentum", "needs local.steps: 1 and local.momentum: 0 (momentum twice)"
 
 

@@ -119,12 +119,17 @@ class LrSchedule:
 
 @dataclass(frozen=True)
 class Local:
-    """How a client trains. options: settings of the algorithm, such as mu of FedProx."""
+    """How a client trains. options: settings of the algorithm, such as mu of FedProx.
+
+    Client i trains client_steps[i % how many] batches a round, if any.
+    """
 
     algorithm: str = "FedAvg"  # one of algorithms.py's, such as SCAFFOLD
     options: dict[str, Any] = field(default_factory=dict)
     epochs: int = between(1, 1)
     steps: int | None = between(None, 1)  # this many batches a round, in place of epochs
+    client_steps: list[int] = each_between(1)
+    fit_deadline: bool = False  # each client trains as many of its batches as leave time to send
     batch_size: int = between(64, 1)
     optimizer: str = one_of("SGD")
     lr: float = between(0.05, 0.0, open_low=True)

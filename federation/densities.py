@@ -1,9 +1,11 @@
 """Densities by capability: each client sends what its link can carry until the deadline."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
+
+from algorithms import make_algorithm
 from compression import OVERHEAD, parse_coder
 from config import Config
 from federation.ledger import BYTES_PER_VALUE
@@ -11,50 +13,54 @@ from federation.ledger import BYTES_PER_VALUE
 MARGIN = 0.9  # of the time that is left: jitter, other flows and heads of payloads take some
 LEAST = 1e-4  # of the coordinates; a client that cannot even send these is late
 PROBE = 1_000_000  # bytes, by which the speed of an upload is told
+Seconds = Callable[[np.ndarray, int], np.ndarray]  # of clients that send so many bytes
 
 
-def fit_to_deadline(
-    config: Config, seconds: Callable[[int, int], float], size: int, num_buffers: int
-) -> Config:
+def fit_to_deadline(config: Config, seconds: Seconds, size: int, num_buffers: int) -> Config:
     """The config with a density for each client, such that its update arrives in time.
 
-    seconds: of a client's whole round with so many bytes up, if it is alone; size: coordinates;
+    seconds: of each client's whole round with so many bytes up, if it is alone; size: coordinates;
     num_buffers: float32 values that travel besides. Both ends build it from the same config.
     """
     if not config.pruning.fit_deadline:
         return config
-    deadline, pruning = config.schedule.deadline_seconds, config.pruning
-    densities = []
-    for client in range(config.clients.total):
-        nothing = seconds(client, 1)
-        rate = PROBE / (seconds(client, 1 + PROBE) - nothing)  # bytes a second
-        room = MARGIN * max(0.0, deadline - nothing) * rate
-        room -= 2 * OVERHEAD + BYTES_PER_VALUE * num_buffers
-        densities.append(_fitting(room, size, config, pruning.density))
-    return replace(config, pruning=replace(pruning, client_densities=densities))
+    clients = np.arange(config.clients.total)
+    nothing = seconds(clients, 1)
+    rates = PROBE / (seconds(clients, 1 + PROBE) - nothing)  # bytes a second
+    room = MARGIN * np.maximum(0.0, config.schedule.deadline_seconds - nothing) * rates
+    densities = _fitting(config, room, size, num_buffers).tolist()
+    return replace(config, pruning=replace(config.pruning, client_densities=densities))
 
 
-def _fitting(num_bytes: float, size: int, config: Config, largest: float) -> float:
-    """The largest density, LEAST to `largest`, whose payload has at most so many bytes."""
-    with_positions = config.pruning.method == "topk"
-    bits = parse_coder(config.uplink.values).bits_per_value
-    low, high = LEAST, largest
-    if size * bits_at(high, bits, with_positions) <= 8 * num_bytes:
-        return high
-    for _ in range(40):  # the bits grow with the density wherever values cost more than half a bit
+def _fitting(config: Config, room: np.ndarray, size: int, num_buffers: int) -> np.ndarray:
+    """The largest densities, LEAST to pruning.density, whose uploads have at most `room` bytes."""
+    low, high = np.full_like(room, LEAST), np.full_like(room, config.pruning.density)
+    middle = high
+    for _ in range(41):  # the bits grow with the density wherever values cost more than half a bit
+        fits = upload_bytes(config, middle, size, num_buffers) <= room
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
         middle = (low + high) / 2
-        fits = size * bits_at(middle, bits, with_positions) <= 8 * num_bytes
-        low, high = (middle, high) if fits else (low, middle)
     return low
 
 
-def bits_at(density: float, bits_per_value: float, with_positions: bool) -> float:
+def upload_bytes(
+    config: Config, density: np.ndarray | float, size: int, num_buffers: int
+) -> np.ndarray:
+    """About how many bytes a client sends at a density: update, control variate, buffers."""
+    algorithm = make_algorithm(config.local.algorithm, **config.local.options)
+    bits = parse_coder(config.uplink.values).bits_per_value
+    if config.pruning.method in ("topk", "random"):
+        bits = bits_at(density, bits, with_positions=config.pruning.method == "topk")
+    vector = OVERHEAD + np.ceil(size * bits / 8)
+    return vector * (1 + bool(algorithm.up)) + OVERHEAD + BYTES_PER_VALUE * num_buffers
+
+
+def bits_at(density: np.ndarray | float, bits_per_value: float, with_positions: bool) -> np.ndarray:
     """Bits for each coordinate of a vector of which this share travels, about.
 
     Positions cost the entropy of a coin, which wire/ comes within a few percent of; positions that
     both ends draw from a seed cost nothing.
     """
-    if not with_positions or density >= 1:
-        return density * bits_per_value
-    p, q = density, 1 - density
-    return p * bits_per_value - p * math.log2(p) - q * math.log2(q)
+    p = np.asarray(density, float)
+    values, q = p * bits_per_value, np.maximum(1 - p, 1e-300)  # at 1, q * log2(q) is 0
+    return values - p * np.log2(p) - q * np.log2(q) if with_positions else values

@@ -15,7 +15,7 @@ import numpy as np
 
 from algorithms import make_algorithm
 from compression import OVERHEAD, Memory
-from config import Config, Local
+from config import Config
 from distributed import Ranks
 from federation.cohort import Placement
 from federation.densities import fit_to_deadline
@@ -34,10 +34,11 @@ from federation.setup import (
     make_store,
     partition,
 )
+from federation.steps import fit_steps, num_trained
 from federation.utilisation import utilisation
 from training.choices import Choices
 from training.evaluation import SHARED, evaluate_models
-from training.local_sgd import batch_sizes, local_lr
+from training.local_sgd import local_lr
 from training.memory import memory_governed_by
 
 T = TypeVar("T")
@@ -89,9 +90,7 @@ class Federation:
         self._load_data()
         self.model = ranks.on_all_ranks(lambda: build_model(config, self.pictures, ranks.device))
         self.clock = ranks.on_all_ranks(lambda: make_clock(config))
-        self.num_trained = num_trained(config.local, self.num_examples)
-        num_values = self.model.layout.size, self.model.buffer_layout.size
-        config = fit_to_deadline(config, self._seconds_alone, *num_values)
+        config = ranks.on_all_ranks(lambda: self._fit(config))
         num_examples = self.num_examples.tolist()
         self.server = ranks.on_all_ranks(lambda: make_server(config, self.model, num_examples))
         self.versions: dict[int, int] = {}  # client: version of its saved state, of all ranks
@@ -102,6 +101,18 @@ class Federation:
         self.exchange = Exchange(ranks, sums=config.distributed.exchange == "allreduce")
         self.progress = Progress()
         self.received = 0  # bytes that collectives had brought to this rank up to the last round
+
+    def _fit(self, config: Config) -> Config:
+        """The config with how much each client trains and sends; both ends are built from it.
+
+        Sets num_trained: int64 (clients), the examples that each trains on in a round.
+        """
+        num_values = self.model.layout.size, self.model.buffer_layout.size
+        seconds = self.clock.computing_seconds(np.arange(config.clients.total), 1)
+        self.num_trained = np.zeros_like(self.num_examples)
+        config = fit_steps(config, self._seconds_alone, seconds, self.num_examples, *num_values)
+        self.num_trained = num_trained(config.local, self.num_examples)
+        return fit_to_deadline(config, self._seconds_alone, *num_values)
 
     def _load_data(self) -> None:
         config, ranks = self.config, self.ranks
@@ -254,8 +265,10 @@ class Federation:
 
     def _seconds_alone(self, clients: np.ndarray | int, num_bytes: int) -> np.ndarray:
         """Each client's round, if it is alone: a dense model down, and so many bytes up."""
-        model = self.model
-        down = 2 * OVERHEAD + BYTES_PER_VALUE * (model.layout.size + model.buffer_layout.size)
+        model, local = self.model, self.config.local
+        vectors = 1 + bool(make_algorithm(local.algorithm, **local.options).down)
+        size = vectors * model.layout.size + model.buffer_layout.size
+        down = (1 + vectors) * OVERHEAD + BYTES_PER_VALUE * size
         return self.clock.seconds_alone(clients, down, self.num_trained[clients], num_bytes)
 
     def _computing_seconds(self, report: Report, round_number: int) -> float:
@@ -315,13 +328,6 @@ class Federation:
         """The versions of the states that this rank holds, of those that a checkpoint names."""
         holds = self.placement.holds_state
         return {client: version for client, version in self.versions.items() if holds(client)}
-
-
-def num_trained(local: Local, num_examples: np.ndarray) -> np.ndarray:
-    """How many examples each client computes gradients of in a round: int64 (clients)."""
-    full = make_algorithm(local.algorithm, **local.options).takes_full_gradient
-    of = {n: n * full + sum(batch_sizes(local, n)) for n in set(num_examples.tolist())}
-    return np.array([of[n] for n in num_examples.tolist()])
 
 
 def _mean_loss(reports: list[Report]) -> float | None:

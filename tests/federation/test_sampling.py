@@ -30,9 +30,7 @@ def test_a_cohort_is_of_different_clients_that_are_there(name):
     one, two = (SAMPLERS[name](config(name), lambda client: 1.0 + client) for _ in range(2))
     for round_number in range(1, 30):
         cohort = one.choose(there, round_number)
-        assert (
-            cohort == sorted(set(cohort)) and len(cohort) == 4 and np.isin(cohort, there).all()
-        )
+        assert cohort == sorted(set(cohort)) and len(cohort) == 4 and np.isin(cohort, there).all()
         assert two.choose(there, round_number) == cohort
         for sampler in (one, two):
             sampler.observe(round_number, [report(c) for c in cohort], dict.fromkeys(cohort, 2.0))
