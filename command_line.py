@@ -254,7 +254,10 @@ def _selection_contradictions(section: str, selection: Selection) -> Iterator[tu
 
 def _schedule_contradictions(config: Config) -> Iterator[tuple[str, str]]:
     """What the schedule of the config does not take."""
+    if config.schedule.period_seconds is not None and config.schedule.name != "semi_synchronous":
+        yield "schedule.period_seconds", "goes with schedule.name: semi_synchronous"
     checks = {
+        "semi_synchronous": [_semi_synchronous_contradictions],
         "fedbuff": [_asynchronous_contradictions],
         "fedasync": [_asynchronous_contradictions],
         "hierarchical": [_topology_contradictions],
@@ -262,6 +265,20 @@ def _schedule_contradictions(config: Config) -> Iterator[tuple[str, str]]:
     }
     for check in checks.get(config.schedule.name, []):
         yield from check(config)
+
+
+def _semi_synchronous_contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """What would end a round before all have sent, or sets the steps of clients as well."""
+    for key in ("over_selection", "deadline_seconds"):
+        if getattr(config.schedule, key) != getattr(Schedule(), key):
+            yield (
+                f"schedule.{key}",
+                "semi_synchronous waits for all; use name: synchronous",
+            )
+    if config.local.client_steps:
+        yield "local.client_steps", "semi_synchronous chooses them; leave it out"
+    if config.uplink.momentum:
+        yield "uplink.momentum", "is for one step a round, and semi_synchronous makes it many"
 
 
 def _asynchronous_contradictions(config: Config) -> Iterator[tuple[str, str]]:

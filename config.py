@@ -249,9 +249,13 @@ class Network:
 class Schedule:
     """For whom the server waits before it steps."""
 
-    name: str = one_of("synchronous", "fedbuff", "fedasync", "hierarchical", "gossip")
+    name: str = one_of(
+        "synchronous", "semi_synchronous", "fedbuff", "fedasync", "hierarchical", "gossip"
+    )
     over_selection: float = between(1.0, 1.0)  # so many times per_round begin; the fastest count
     deadline_seconds: float | None = between(None, 0.0, open_low=True)  # of a round; null: none
+    # semi_synchronous: how long each client trains; null: as long as the slowest one takes
+    period_seconds: float | None = between(None, 0.0, open_low=True)
     sampling: str = one_of("uniform", "tifl", "oort")  # synchronous: who begins a round
     tiers: int = between(5, 1)  # tifl: groups of equally fast clients
     concurrency: int | None = between(None, 1)  # asynchronous: under way at once; null: per_round

@@ -8,10 +8,12 @@ from federation.buffered import FedAsync, FedBuff
 from federation.federation import Federation
 from federation.gossip import Gossip
 from federation.hierarchical import Hierarchical
+from federation.semi_synchronous import SemiSynchronous
 from federation.synchronous import Synchronous
 
 SCHEDULES: dict[str, type[Federation]] = {
     "synchronous": Synchronous,
+    "semi_synchronous": SemiSynchronous,
     "fedbuff": FedBuff,
     "fedasync": FedAsync,
     "hierarchical": Hierarchical,
