@@ -256,6 +256,8 @@ def _schedule_contradictions(config: Config) -> Iterator[tuple[str, str]]:
     """What the schedule of the config does not take."""
     if config.schedule.period_seconds is not None and config.schedule.name != "semi_synchronous":
         yield "schedule.period_seconds", "goes with schedule.name: semi_synchronous"
+    if config.schedule.late == "carry":
+        yield from _carry_contradictions(config)
     checks = {
         "semi_synchronous": [_semi_synchronous_contradictions],
         "fedbuff": [_asynchronous_contradictions],
@@ -265,6 +267,20 @@ def _schedule_contradictions(config: Config) -> Iterator[tuple[str, str]]:
     }
     for check in checks.get(config.schedule.name, []):
         yield from check(config)
+
+
+def _carry_contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """What needs every update in the round in which it began."""
+    if config.schedule.name != "synchronous" or config.schedule.deadline_seconds is None:
+        yield "schedule.late", "carry goes with name: synchronous and a deadline_seconds"
+    if config.pruning.mask.method == "dynamic":
+        yield "pruning.mask.method", "a dynamic mask changes while late updates are under way"
+    if config.local.algorithm not in ("FedAvg", "FedProx", "FedNova"):
+        yield "local.algorithm", "schedule.late: carry takes FedAvg, FedProx and FedNova"
+    if config.model.norm_policy == "local":
+        yield "model.norm_policy", "with schedule.late: carry a round may have no models to score"
+    if config.distributed.exchange != "gather":
+        yield "distributed.exchange", "schedule.late: carry keeps payloads; use gather"
 
 
 def _semi_synchronous_contradictions(config: Config) -> Iterator[tuple[str, str]]:

@@ -254,6 +254,7 @@ class Schedule:
     )
     over_selection: float = between(1.0, 1.0)  # so many times per_round begin; the fastest count
     deadline_seconds: float | None = between(None, 0.0, open_low=True)  # of a round; null: none
+    late: str = one_of("drop", "carry")  # synchronous: updates after the deadline
     # semi_synchronous: how long each client trains; null: as long as the slowest one takes
     period_seconds: float | None = between(None, 0.0, open_low=True)
     sampling: str = one_of("uniform", "tifl", "oort")  # synchronous: who begins a round

@@ -96,9 +96,9 @@ class Clock:
         alone = float(self.simulation.seconds_alone(client, stages))
         return min(leaves, self.now + share * alone)
 
-    def advance(self) -> End | None:
-        """Let time pass until a client is done; None if nobody is under way any more."""
-        return self.simulation.advance()
+    def advance(self, until: float = math.inf) -> End | None:
+        """Let time pass until a client is done; None if nobody is by then, or is under way."""
+        return self.simulation.advance(until)
 
     def advance_together(self) -> list[End]:
         """Let time pass until a client is done; all that are done at that moment, by client."""

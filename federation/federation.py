@@ -56,7 +56,7 @@ class Progress:
     bytes_down: int = 0
     num_failed: int = 0  # updates that could not be used
     num_late: int = 0  # updates for which the server did not wait
-    empty_rounds: int = 0  # the last so many rounds in a row had no update that could be used
+    empty_rounds: int = 0  # in the last so many rounds in a row, no update could be used
     last_failure: str = ""  # why the last one could not be used
     evaluations: list[dict[str, float | None]] = field(default_factory=list)  # oldest first
 
@@ -238,7 +238,7 @@ class Federation:
         progress.add_failures(failures)
         progress.num_late += len(late)
         left_out = {*late, *map(int, failures)}
-        progress.empty_rounds = 0 if averaged else progress.empty_rounds + 1
+        progress.empty_rounds = progress.empty_rounds + 1 if left_out and not averaged else 0
         wall = time.perf_counter() - begin
         progress.wall_seconds += wall
         row = {
