@@ -191,6 +191,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         )
     if len(config.pruning.client_densities) > clients.total:
         yield "pruning.client_densities", f"more densities than clients.total={clients.total}"
+    if len(local.client_steps) > clients.total:
+        yield "local.client_steps", f"more numbers than clients.total={clients.total}"
     yield from _momentum_contradictions(config)
     yield from _selection_contradictions("pruning", config.pruning)
     yield from _selection_contradictions("downlink.pruning", config.downlink.pruning)
@@ -207,8 +209,11 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     if config.server.scheduler_options and not config.server.scheduler:
         yield "server.scheduler_options", "given without server.scheduler"
     yield from _network_contradictions(config.network)
-    if config.pruning.fit_deadline and config.schedule.deadline_seconds is None:
-        yield "pruning.fit_deadline", "fits updates to schedule.deadline_seconds, and none is set"
+    for section in ("local", "pruning"):
+        if getattr(config, section).fit_deadline and config.schedule.deadline_seconds is None:
+            yield f"{section}.fit_deadline", "fits to schedule.deadline_seconds, and none is set"
+    if local.fit_deadline and local.client_steps:
+        yield "local.client_steps", "local.fit_deadline chooses them; give one of the two"
     if config.pruning.fit_deadline and config.pruning.method not in ("topk", "random"):
         yield "pruning.fit_deadline", f"method {config.pruning.method} has no density"
     yield from _schedule_contradictions(config)
@@ -234,7 +239,7 @@ def _momentum_contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "uplink.momentum", "does nothing where all is sent: needs a pruning.method"
     if not uplink.error_feedback:
         yield "uplink.momentum", "corrects what error feedback keeps: needs error_feedback: true"
-    if local.steps != 1 or local.momentum:
+    if local.steps != 1 or local.momentum or local.client_steps:
         yield "uplink.momentum", "needs local.steps: 1 and local.momentum: 0 (momentum twice)"
 
 
@@ -249,7 +254,12 @@ def _selection_contradictions(section: str, selection: Selection) -> Iterator[tu
 
 def _schedule_contradictions(config: Config) -> Iterator[tuple[str, str]]:
     """What the schedule of the config does not take."""
+    if config.schedule.period_seconds is not None and config.schedule.name != "semi_synchronous":
+        yield "schedule.period_seconds", "goes with schedule.name: semi_synchronous"
+    if config.schedule.late == "carry":
+        yield from _carry_contradictions(config)
     checks = {
+        "semi_synchronous": [_semi_synchronous_contradictions],
         "fedbuff": [_asynchronous_contradictions],
         "fedasync": [_asynchronous_contradictions],
         "hierarchical": [_topology_contradictions],
@@ -257,6 +267,34 @@ def _schedule_contradictions(config: Config) -> Iterator[tuple[str, str]]:
     }
     for check in checks.get(config.schedule.name, []):
         yield from check(config)
+
+
+def _carry_contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """What needs every update in the round in which it began."""
+    if config.schedule.name != "synchronous" or config.schedule.deadline_seconds is None:
+        yield "schedule.late", "carry goes with name: synchronous and a deadline_seconds"
+    if config.pruning.mask.method == "dynamic":
+        yield "pruning.mask.method", "a dynamic mask changes while late updates are under way"
+    if config.local.algorithm not in ("FedAvg", "FedProx", "FedNova"):
+        yield "local.algorithm", "schedule.late: carry takes FedAvg, FedProx and FedNova"
+    if config.model.norm_policy == "local":
+        yield "model.norm_policy", "with schedule.late: carry a round may have no models to score"
+    if config.distributed.exchange != "gather":
+        yield "distributed.exchange", "schedule.late: carry keeps payloads; use gather"
+
+
+def _semi_synchronous_contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """What would end a round before all have sent, or sets the steps of clients as well."""
+    for key in ("over_selection", "deadline_seconds"):
+        if getattr(config.schedule, key) != getattr(Schedule(), key):
+            yield (
+                f"schedule.{key}",
+                "semi_synchronous waits for all; use name: synchronous",
+            )
+    if config.local.client_steps:
+        yield "local.client_steps", "semi_synchronous chooses them; leave it out"
+    if config.uplink.momentum:
+        yield "uplink.momentum", "is for one step a round, and semi_synchronous makes it many"
 
 
 def _asynchronous_contradictions(config: Config) -> Iterator[tuple[str, str]]:

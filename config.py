@@ -129,12 +129,17 @@ class LrSchedule:
 
 @dataclass(frozen=True)
 class Local:
-    """How a client trains. options: settings of the algorithm, such as mu of FedProx."""
+    """How a client trains. options: settings of the algorithm, such as mu of FedProx.
+
+    Client i trains client_steps[i % how many] batches a round, if any.
+    """
 
     algorithm: str = "FedAvg"  # one of algorithms.py's, such as SCAFFOLD
     options: dict[str, Any] = field(default_factory=dict)
     epochs: int = between(1, 1)
     steps: int | None = between(None, 1)  # this many batches a round, in place of epochs
+    client_steps: list[int] = each_between(1)
+    fit_deadline: bool = False  # each client trains as many of its batches as leave time to send
     batch_size: int = between(64, 1)
     optimizer: str = one_of("SGD")
     lr: float = between(0.05, 0.0, open_low=True)
@@ -254,9 +259,14 @@ class Network:
 class Schedule:
     """For whom the server waits before it steps."""
 
-    name: str = one_of("synchronous", "fedbuff", "fedasync", "hierarchical", "gossip")
+    name: str = one_of(
+        "synchronous", "semi_synchronous", "fedbuff", "fedasync", "hierarchical", "gossip"
+    )
     over_selection: float = between(1.0, 1.0)  # so many times per_round begin; the fastest count
     deadline_seconds: float | None = between(None, 0.0, open_low=True)  # of a round; null: none
+    late: str = one_of("drop", "carry")  # synchronous: updates after the deadline
+    # semi_synchronous: how long each client trains; null: as long as the slowest one takes
+    period_seconds: float | None = between(None, 0.0, open_low=True)
     sampling: str = one_of("uniform", "tifl", "oort")  # synchronous: who begins a round
     tiers: int = between(5, 1)  # tifl: groups of equally fast clients
     concurrency: int | None = between(None, 1)  # asynchronous: under way at once; null: per_round

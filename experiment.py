@@ -29,7 +29,7 @@ from network.population import write_clients
 from run_folder import RunFolder, RunFolderError
 from training.choices import Choices
 from training.determinism import use_deterministic_kernels
-from training.local_sgd import Interrupted, batch_sizes
+from training.local_sgd import Interrupted, batch_sizes, local_of
 from training.precision import choose_precision, probe_precision
 
 # So many rounds in a row in which no client's update can be used end a run.
@@ -260,13 +260,12 @@ def finish(federation: Federation, folder: RunFolder) -> None:
 def plan(config: Config, ranks: Ranks) -> int:
     """Print the resolved config, the messages of one real round, and how long a run may take.
 
-    The round is the first one with a single step a client, so that it is soon over; every message
-    is encoded as in a run.
+    The round is the first one. Its clients really train a single step, so that it is soon over, and
+    on the simulated clock all of theirs; every message is encoded as in a run.
     """
     quick = replace(
         config,
         rounds=config.rounds + 1,  # or the last one would be evaluated
-        local=replace(config.local, steps=1),
         evaluation=replace(config.evaluation, every=config.rounds + 1),
     )
     with tempfile.TemporaryDirectory() as states:
@@ -275,9 +274,13 @@ def plan(config: Config, ranks: Ranks) -> int:
         seconds = ranks.gather_json(seconds)[0]
         precision = config.precision if config.precision != "auto" else choose_precision(seconds)
         federation.clients.choices.precision = precision
+        clients = federation.clients
+        local = clients.config.local
+        clients.config = replace(clients.config, local=replace(local, steps=1, client_steps=[]))
         _, messages = federation.run_round()
-    steps = sum(len(batch_sizes(config.local, len(shard))) for shard in federation.shards)
-    estimate = config.rounds * config.clients.per_round * steps / len(federation.shards)
+    shards = enumerate(federation.shards)
+    steps = [len(batch_sizes(local_of(local, client), len(shard))) for client, shard in shards]
+    estimate = config.rounds * config.clients.per_round * sum(steps) / len(steps)
     estimate *= seconds.get(precision, seconds["fp32"]) / ranks.size
     _say(
         ranks,
@@ -285,6 +288,8 @@ def plan(config: Config, ranks: Ranks) -> int:
         f"{federation.model.layout.size:,} parameters, "
         f"{federation.model.buffer_layout.size:,} values in norm buffers\n"
         f"{_summed_up(messages)}\n"
+        f"a client trains {min(steps)} to {max(steps)} steps a round, half of them at most "
+        f"{sorted(steps)[(len(steps) - 1) // 2]}\n"
         f"about {tqdm.format_interval(estimate)} for the training of "
         f"{config.rounds} rounds in {precision}",
     )

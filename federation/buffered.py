@@ -11,38 +11,24 @@ where s_i counts the steps that the server has taken since client i began. A rou
 FedAsync (Xie et al. 2019, arXiv 1903.03934, Algorithm 1) steps with each client:
 
     x <- (1 - alpha_s) * x + alpha_s * x_i,    alpha_s = alpha * (1 + s)^-a
-
-The clients that are under way have been trained and encoded already, since only the length of a
-payload tells when it arrives.
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from config import Config
 from distributed import Ranks
 from federation.cohort import sample
 from federation.federation import Federation
+from federation.flights import Flight, packed, unpacked, with_own_payloads
 from federation.ledger import LedgerRow
-from federation.messages import Report, pack_reports, unpack_reports
+from federation.messages import Report
 from federation.server import Average
 from training.local_sgd import Interrupted
-
-
-@dataclass
-class Flight:
-    """A client under way, or in the buffer."""
-
-    report: Report  # with its payloads
-    round_number: int  # in which it began
-
-    def staleness(self, round_number: int) -> int:
-        """How many steps the server has taken since."""
-        return round_number - self.round_number
 
 
 class FedBuff(Federation):
@@ -84,10 +70,11 @@ class FedBuff(Federation):
         started: list[int] = []
         lost: list[Report] = []
         while len(self.buffer) < self.buffer_size and len(lost) <= self.concurrency:
-            busy = {*self.flights, *started, *(flight.report.client for flight in self.buffer)}
-            idle = [client for client in self.candidates if client not in busy]
             free = self.concurrency - len(self.flights)
-            if free and idle:
+            idle = self._idle(started) if free else []
+            if not self.flights and not len(idle):
+                break  # everybody has taken part in this round
+            if len(idle):
                 there = self.clock.who_is_there(idle)
                 seed = self.config.seed_for("cohort", round_number, len(started))
                 wave = sample(there, free, seed)
@@ -96,14 +83,18 @@ class FedBuff(Federation):
             for end in self.clock.advance_together():
                 flight = self.flights.pop(end.client)
                 if not end.is_complete:
-                    self._lose(flight, round_number)
+                    holds_state = self.placement.holds_state(end.client)
+                    flight.lose(self.clients.uplink if holds_state else None, round_number)
                 if flight.report.failure:
                     lost.append(flight.report)
                 else:
                     self.buffer.append(flight)
-            if not self.flights and not idle:
-                break  # everybody has taken part in this round
         return started, lost
+
+    def _idle(self, started: list[int]) -> np.ndarray:
+        """Who may begin: clients that neither began in this round nor are under way or waiting."""
+        waiting = [flight.report.client for flight in self.buffer]
+        return self.candidates[~np.isin(self.candidates, [*started, *self.flights, *waiting])]
 
     def _start(self, wave: list[int], round_number: int) -> None:
         """Train these clients from the present model, and send them on their way."""
@@ -113,21 +104,12 @@ class FedBuff(Federation):
         self.clients.receive(broadcast, round_number)
         self._place(wave)
         trained = self._train(wave, round_number, broadcast)
-        for report, messages in self._arrivals(trained, _with_own_payloads):
+        for report, messages in self._arrivals(trained, with_own_payloads):
             report.messages = messages
             computing = self._computing_seconds(report, round_number)
             sent = [*broadcast.messages[report.client], *messages]
             self.clock.start([(round_number, replace(report, messages=sent), computing)])
             self.flights[report.client] = Flight(report, round_number)
-
-    def _lose(self, flight: Flight, round_number: int) -> None:
-        """The client has left before it was done: what it would have sent is owed again."""
-        report = flight.report
-        [sent] = [m.payload for m in report.messages if m.kind == "update"] or [None]
-        if sent is not None and self.placement.holds_state(report.client):
-            uplink = self.clients.uplink
-            uplink.owe_lost(report.client, sent, flight.round_number, round_number)
-        report.is_late, report.failure = True, report.failure or "it left before it was done"
 
     def _average(self, used: list[Flight], round_number: int) -> Average:
         """What the buffer holds, each update discounted by its staleness."""
@@ -139,20 +121,20 @@ class FedBuff(Federation):
         return average
 
     def _discount(self, flight: Flight, round_number: int) -> float:
-        return (1 + flight.staleness(round_number)) ** -self.config.schedule.staleness_power
+        return flight.discount(round_number, self.config.schedule.staleness_power)
 
     # --- checkpoints ------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         return super().state() | {
-            "flights": _packed(list(self.flights.values())),
-            "buffer": _packed(self.buffer),
+            "flights": packed(list(self.flights.values())),
+            "buffer": packed(self.buffer),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
-        self.flights = {f.report.client: f for f in _unpacked(state["flights"])}
-        self.buffer = _unpacked(state["buffer"])
+        self.flights = {f.report.client: f for f in unpacked(state["flights"])}
+        self.buffer = unpacked(state["buffer"])
 
 
 class FedAsync(FedBuff):
@@ -189,21 +171,3 @@ class FedAsync(FedBuff):
         super().load(state)
         device = self.server.device
         self.models = {number: model.to(device) for number, model in state["models"].items()}
-
-
-def _with_own_payloads(report: Report) -> list[Any]:
-    """The report's messages with payloads that outlive the memory that they were written on."""
-    return [replace(message, payload=bytes(message.payload)) for message in report.messages]
-
-
-def _packed(flights: list[Flight]) -> dict[str, Any]:
-    blob = b"".join(pack_reports([flight.report for flight in flights]))
-    return {
-        "rounds": [flight.round_number for flight in flights],
-        "reports": torch.frombuffer(bytearray(blob), dtype=torch.uint8),
-    }
-
-
-def _unpacked(packed: dict[str, Any]) -> list[Flight]:
-    reports = unpack_reports(memoryview(packed["reports"].numpy().tobytes()))
-    return [Flight(*pair) for pair in zip(reports, packed["rounds"], strict=True)]

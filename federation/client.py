@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from algorithms import LocalRound, step_length
-from config import Config
+from config import Config, Local
 from data import Pictures
 from distributed import Team
 from federation.agreement import Agreement
@@ -28,7 +28,14 @@ from training.engines import Engine
 from training.flat_model import FlatModel
 from training.graph_engine import make_engine as make_torch_engine
 from training.lanes import Job, Lanes, group_by_steps
-from training.local_sgd import Interrupted, batch_sizes, local_lr, loss_gradient, train_client
+from training.local_sgd import (
+    Interrupted,
+    batch_sizes,
+    local_lr,
+    local_of,
+    loss_gradient,
+    train_client,
+)
 
 
 class Clients:
@@ -107,7 +114,7 @@ class Clients:
         if self.num_lanes == 1:
             yield from (self._train_one(client, round_number, broadcast) for client in clients)
             return
-        steps = [len(batch_sizes(self.config.local, len(self.pictures_of[c]))) for c in clients]
+        steps = [len(batch_sizes(self._local(c), len(self.pictures_of[c]))) for c in clients]
         for group in group_by_steps(steps, self.num_lanes):
             yield from self._train_in_lanes([clients[i] for i in group], round_number, broadcast)
 
@@ -142,7 +149,7 @@ class Clients:
             return trained
         if self.engine is None:
             self.engine = self.make_engine(self.choices.precision)
-        task = self.pictures, self.pictures_of[client], self.config.local, trained.lr
+        task = self.pictures, self.pictures_of[client], self._local(client), trained.lr
         seed = self.config.seed_for("training", round_number, client)
         more = self._stops, self._correction(trained.algorithm)
         trained.loss, trained.report.num_skipped_steps = train_client(
@@ -167,8 +174,8 @@ class Clients:
             begun.append(trained)
             seed = self.config.seed_for("training", round_number, client)
             vectors = model.parameters.clone(), model.buffers.clone()
-            correction = self._correction(trained.algorithm)
-            jobs.append(Job(self.pictures_of[client], trained.lr, seed, *vectors, correction))
+            more = self._correction(trained.algorithm), self._local(client).steps
+            jobs.append(Job(self.pictures_of[client], trained.lr, seed, *vectors, *more))
         results = self.lanes.train(jobs, self._stops) if jobs else []
         for trained, result in zip(begun, results, strict=True):
             model.parameters.copy_(result.parameters)
@@ -186,10 +193,6 @@ class Clients:
         trained.state = self.store.get(client)
         if self.store.is_older_than_mask(client):  # the client has it, even if it fails later
             self.store.stage(client, trained.state, round_number)
-        if self.store.is_older_than_mask(
-            client
-        ):  # it has arrived even if the client fails in this round
-            self.store.stage(client, trained.state, round_number)
         known = self.team.broadcast({k: v for k, v in trained.state.items() if k not in OWED})
         self.load(broadcast.parameters, broadcast.buffers, known)
         trained.known, trained.received = known, broadcast.parameters
@@ -205,7 +208,7 @@ class Clients:
 
     def _finish(self, trained: LocalUpdate, round_number: int, broadcast: Broadcast) -> LocalUpdate:
         """Take what the client, whose weights are in the network, has learned."""
-        report, local = trained.report, self.config.local
+        report, local = trained.report, self._local(trained.report.client)
         steps = len(batch_sizes(local, report.num_examples)) - report.num_skipped_steps
         report.step_length = step_length(trained.lr, steps, local.momentum, local.nesterov)
         if not self.team.is_leader:
@@ -292,6 +295,10 @@ class Clients:
         """How many clients train at once."""
         lanes = self.choices.lanes
         return 1 if self.one_by_one or lanes == "auto" else int(lanes)
+
+    def _local(self, client: int) -> Local:
+        """How this client trains."""
+        return local_of(self.config.local, client)
 
     def _report(self, client: int) -> Report:
         report = Report(client, len(self.pictures_of[client]))

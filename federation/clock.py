@@ -43,29 +43,30 @@ class Clock:
         """Simulated seconds since the run began."""
         return self.simulation.now
 
-    def computing_seconds(self, client: int, num_examples: float) -> float:
-        """How long a client's device trains on so many examples."""
-        return num_examples * float(self.population.ms_per_example[client]) / 1e3
+    def computing_seconds(
+        self, clients: np.ndarray | int, num_examples: np.ndarray | float
+    ) -> np.ndarray:
+        """How long each client's device trains on so many examples of the whole network."""
+        return num_examples * self.population.ms_per_example[clients] / 1e3
 
     @property
     def all_stay(self) -> bool:
         """Whether nobody ever leaves before it is done."""
         return type(self.availability) is Availability and not self.dropout
 
-    def who_is_there(self, clients: list[int]) -> list[int]:
-        """Those of the clients that are there now.
+    def who_is_there(self, clients: np.ndarray) -> np.ndarray:
+        """Those of the clients that are there now, int64.
 
         If none is, and nobody is under way, time passes until one comes. Raises ConfigError if
         none ever does.
         """
-        table = np.array(clients, np.int64)
-        coming = self.availability.comes(table, self.now)
+        coming = self.availability.comes(clients, self.now)
         if not self.simulation.under_way:
             first = float(coming.min(initial=math.inf))
             if math.isinf(first):
                 raise ConfigError("network.availability: no client ever comes again; lower rounds")
             self.simulation.advance(until=max(first, self.now))
-        return table[coming <= self.now].tolist()
+        return clients[coming <= self.now]
 
     def start(self, parts: list[Part], deadline: float = math.inf) -> None:
         """A client starts now: in each part it receives, computes, and sends.
@@ -92,11 +93,12 @@ class Clock:
         share = float(dropouts(self.dropout, self.simulation.seed, round_number, who)[0])
         if math.isinf(share):
             return leaves
-        return min(leaves, self.now + share * self.simulation.seconds_alone(client, stages))
+        alone = float(self.simulation.seconds_alone(client, stages))
+        return min(leaves, self.now + share * alone)
 
-    def advance(self) -> End | None:
-        """Let time pass until a client is done; None if nobody is under way any more."""
-        return self.simulation.advance()
+    def advance(self, until: float = math.inf) -> End | None:
+        """Let time pass until a client is done; None if nobody is by then, or is under way."""
+        return self.simulation.advance(until)
 
     def advance_together(self) -> list[End]:
         """Let time pass until a client is done; all that are done at that moment, by client."""
@@ -128,11 +130,17 @@ class Clock:
         self.simulation.spans.clear()
         return rows
 
-    def seconds_alone(self, client: int, down: int, num_examples: float, up: int = 0) -> float:
-        """How long the client takes to receive so many bytes, train, and send, if it is alone."""
-        computes = Stage("compute", seconds=self.computing_seconds(client, num_examples))
+    def seconds_alone(
+        self,
+        clients: np.ndarray | int,
+        down: np.ndarray | int,
+        num_examples: np.ndarray | float,
+        up: np.ndarray | int = 0,
+    ) -> np.ndarray:
+        """How long each client takes to receive so many bytes, train, and send, if it is alone."""
+        computes = Stage("compute", seconds=self.computing_seconds(clients, num_examples))
         stages = [Stage("down", down), computes, Stage("up", up)]
-        return float(self.simulation.seconds_alone(client, stages if up else stages[:2]))
+        return self.simulation.seconds_alone(clients, stages if np.any(up) else stages[:2])
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: plain values."""

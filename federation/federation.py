@@ -29,6 +29,7 @@ from federation.setup import (
     build_model,
     build_models,
     client_data,
+    count_widths,
     load_data,
     make_clients,
     make_clock,
@@ -37,14 +38,14 @@ from federation.setup import (
     make_store,
     make_submodel_clients,
     make_submodel_server,
-    make_widths,
     partition,
 )
+from federation.steps import fit_steps, num_trained
 from federation.utilisation import utilisation
-from federation.widths import Width
+from federation.widths import Width, Widths, assign_widths
 from training.choices import Choices
 from training.evaluation import SHARED, evaluate_models
-from training.local_sgd import batch_sizes, local_lr
+from training.local_sgd import local_lr
 from training.memory import memory_governed_by
 from training.static_norm import static_statistics
 
@@ -63,7 +64,7 @@ class Progress:
     bytes_down: int = 0
     num_failed: int = 0  # updates that could not be used
     num_late: int = 0  # updates for which the server did not wait
-    empty_rounds: int = 0  # the last so many rounds in a row had no update that could be used
+    empty_rounds: int = 0  # in the last so many rounds in a row, no update could be used
     last_failure: str = ""  # why the last one could not be used
     evaluations: list[dict[str, float | None]] = field(default_factory=list)  # oldest first
 
@@ -98,19 +99,10 @@ class Federation:
         self.model = ranks.on_all_ranks(lambda: build_model(config, self.pictures, ranks.device))
         self.clock = ranks.on_all_ranks(lambda: make_clock(config))
         self.models = ranks.on_all_ranks(lambda: build_models(config, self.pictures, self.model))
-        self.widths = ranks.on_all_ranks(
-            lambda: make_widths(
-                config,
-                self.pictures,
-                self.models,
-                self.clock.population.memory_gib,
-                self.candidates,
-                self._seconds_at,
-            )
-        )
+        self.num_trained = num_trained(config.local, self.num_examples)
+        self.widths = ranks.on_all_ranks(lambda: self._make_widths(config))
         self.candidates = self.widths.candidates
-        size_of, num_buffers = lambda c: self.widths.of(c).num_values, self.model.buffer_layout.size
-        config = fit_to_deadline(config, self._seconds_alone, size_of, num_buffers)
+        config = ranks.on_all_ranks(lambda: self._fit(config))
         self._make_ends(config, make_store(config, states_folder, ranks.device))
         self.versions: dict[int, int] = {}  # client: version of its saved state, of all ranks
         self.placement = Placement(ranks, [])
@@ -118,6 +110,18 @@ class Federation:
         self.exchange = Exchange(ranks, sums=config.distributed.exchange == "allreduce")
         self.progress = Progress()
         self.received = 0  # bytes that collectives had brought to this rank up to the last round
+
+    def _fit(self, config: Config) -> Config:
+        """The config with how much each client trains and sends; both ends are built from it.
+
+        Sets num_trained: int64 (clients), the examples that each trains on in a round.
+        """
+        num_values = self.widths.num_values, self.model.buffer_layout.size
+        seconds = self.clock.computing_seconds(np.arange(config.clients.total), self.widths.work)
+        self.num_trained = np.zeros_like(self.num_examples)
+        config = fit_steps(config, self._seconds_alone, seconds, self.num_examples, *num_values)
+        self.num_trained = num_trained(config.local, self.num_examples)
+        return fit_to_deadline(config, self._seconds_alone, *num_values)
 
     def _load_data(self) -> None:
         config, ranks = self.config, self.ranks
@@ -133,7 +137,26 @@ class Federation:
         self.labels_per_client = np.array(
             [np.bincount(labels[indices], minlength=num_classes) for indices in self.shards]
         )
-        self.candidates = [client for client, indices in enumerate(self.shards) if len(indices)]
+        self.num_examples = np.array(list(map(len, self.shards)))
+        self.candidates = np.flatnonzero(self.num_examples)  # int64: clients that have pictures
+
+    @property
+    def work(self) -> np.ndarray:
+        """How many examples of the whole network take as long as each client's round."""
+        return self.num_trained * self.widths.work
+
+    def _make_widths(self, config: Config) -> Widths:
+        """Which width each client trains. Raises ConfigError."""
+
+        def seconds(width: Width) -> np.ndarray:
+            down, up = self._dense_bytes_down(width.num_values), BYTES_PER_VALUE * width.num_values
+            work = self.num_trained * width.work
+            everybody = np.arange(config.clients.total)
+            return self.clock.seconds_alone(everybody, down, work, OVERHEAD + up)
+
+        choices = count_widths(config, self.pictures, self.models, self.clock.population)
+        memory = self.clock.population.memory_gib
+        return assign_widths(config, choices, memory, self.candidates, seconds)
 
     def _make_ends(self, config: Config, store: ClientStore) -> None:
         """The server and the clients of this rank."""
@@ -177,7 +200,7 @@ class Federation:
 
     def _place(self, cohort: list[int]) -> None:
         """Decide which rank trains whom, by the work that each client has."""
-        costs = {client: self.work(client, self.widths.of(client)) for client in cohort}
+        costs = {client: float(self.work[client]) for client in cohort}
         self.placement.place(costs, self.clients.store)
 
     def _arrivals(
@@ -205,18 +228,6 @@ class Federation:
         own = (report for report in self.pipeline.run(trained, keep=True) if leads)
         reports = self.exchange.gather(own)
         yield from self.pipeline.run((lambda _, r=r: with_more(r) for r in reports), keep=True)
-
-    def num_trained(self, client: int) -> int:
-        """How many examples a client computes gradients of in a round."""
-        num_examples = len(self.shards[client])
-        local = self.config.local
-        algorithm = make_algorithm(local.algorithm, **local.options)
-        before = num_examples if algorithm.takes_full_gradient else 0
-        return before + sum(batch_sizes(local, num_examples))
-
-    def work(self, client: int, width: Width) -> float:
-        """How many examples of the whole network would take as long as a client's round."""
-        return self.num_trained(client) * width.work
 
     def _evaluate(self, round_number: int, cohort: list[int]) -> dict[str, float | None]:
         """Scores of the model, or of the cohort's models with their own norm layers, if due."""
@@ -279,7 +290,7 @@ class Federation:
         progress.add_failures(failures)
         progress.num_late += len(late)
         left_out = {*late, *map(int, failures)}
-        progress.empty_rounds = 0 if averaged else progress.empty_rounds + 1
+        progress.empty_rounds = progress.empty_rounds + 1 if left_out and not averaged else 0
         wall = time.perf_counter() - begin
         progress.wall_seconds += wall
         row = {
@@ -304,28 +315,33 @@ class Federation:
         self.received = self.ranks.bytes_received
         return row, rows
 
-    def _seconds_alone(self, client: int, num_bytes: int | None = None) -> float:
-        """A client's round, if it is alone: a dense model down, and so many bytes up.
+    def _seconds_alone(
+        self, clients: np.ndarray | int, num_bytes: np.ndarray | int | None = None
+    ) -> np.ndarray:
+        """Each client's round, if it is alone: a dense slice down, and so many bytes up.
 
         num_bytes: None means a dense update.
         """
-        return self._seconds_at(client, self.widths.of(client), num_bytes)
+        sizes = self.widths.num_values[clients]
+        if num_bytes is None:
+            num_bytes = OVERHEAD + BYTES_PER_VALUE * sizes
+        down = self._dense_bytes_down(sizes)
+        return self.clock.seconds_alone(clients, down, self.work[clients], num_bytes)
 
-    def _seconds_at(self, client: int, width: Width, num_bytes: int | None = None) -> float:
-        """The same, if the client trains a network of this width."""
-        down = BYTES_PER_VALUE * (width.num_values + self.model.buffer_layout.size)
-        up = OVERHEAD + BYTES_PER_VALUE * width.num_values if num_bytes is None else num_bytes
-        work = self.work(client, width)
-        return self.clock.seconds_alone(client, 2 * OVERHEAD + down, work, up)
+    def _dense_bytes_down(self, size: np.ndarray | int) -> np.ndarray | int:
+        """What a client with so many parameters receives, without compression."""
+        local, num_buffers = self.config.local, self.model.buffer_layout.size
+        vectors = 1 + bool(make_algorithm(local.algorithm, **local.options).down)
+        return (1 + vectors) * OVERHEAD + BYTES_PER_VALUE * (vectors * size + num_buffers)
 
     def _computing_seconds(self, report: Report, round_number: int) -> float:
         """How long a client computes: it trains, and looks at gradients for the mask."""
         client = report.client
-        num_examples = self.work(client, self.widths.of(client)) if round_number > 0 else 0
+        num_examples = float(self.work[client]) if round_number > 0 else 0.0
         if any(message.kind in ("scores", "growth") for message in report.messages):
             batch = min(self.config.local.batch_size, report.num_examples)
             num_examples += self.config.pruning.mask.batches * batch
-        return self.clock.computing_seconds(client, num_examples)
+        return float(self.clock.computing_seconds(client, num_examples))
 
     # --- checkpoints ------------------------------------------------------------------------------
 

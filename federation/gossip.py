@@ -93,7 +93,7 @@ class Gossip(Federation):
 
     def run_round(self) -> tuple[dict[str, Any], list[LedgerRow]]:
         begin, round_number = time.perf_counter(), self.progress.round_number + 1
-        nodes = self.candidates
+        nodes = self.candidates.tolist()
         self._place(nodes)
         check = partial(self._check, round_number=round_number)
         try:

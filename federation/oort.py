@@ -33,13 +33,13 @@ class Oort(Uniform):
 
     def choose(self, there, round_number):
         rng, wanted = self._rng(round_number), min(self.wanted, len(there))
-        explored = [client for client in there if client in self.utility]
-        others = [client for client in there if client not in self.utility]
+        is_explored = np.isin(there, list(self.utility))
+        explored, others = there[is_explored].tolist(), there[~is_explored]
         epsilon = max(LEAST, EXPLORATION * DECAY ** (round_number - 1))
         num_new = max(min(len(others), round(epsilon * wanted)), wanted - len(explored))
         chosen = self._exploit(explored, wanted - num_new, round_number, rng)
         # Faster clients are explored sooner.
-        speeds = np.array([1 / self.seconds(client) for client in others])
+        speeds = 1 / self.seconds(others)
         new = rng.choice(others, num_new, replace=False, p=speeds / speeds.sum()) if num_new else []
         return sorted([*chosen, *map(int, new)])
 
@@ -68,7 +68,7 @@ class Oort(Uniform):
                 continue
             self.utility[report.client] = report.num_examples * max(report.loss, 1e-9)
             self.last[report.client] = round_number
-            seconds = lasted.get(report.client, self.seconds(report.client))
+            seconds = lasted.get(report.client, float(self.seconds(report.client)))
             self.lasted[report.client] = max(seconds, 1e-9)
 
     def state(self):

@@ -16,12 +16,12 @@ from federation.messages import Report
 class Uniform:
     """Every client that is there is equally likely (McMahan et al. 2017, arXiv 1602.05629)."""
 
-    def __init__(self, config: Config, seconds: Callable[[int], float]):
-        """seconds: of a client's whole round, with a dense model both ways, if it is alone."""
+    def __init__(self, config: Config, seconds: Callable[[np.ndarray | int], np.ndarray]):
+        """seconds: of each client's whole round, with a dense model both ways, if it is alone."""
         self.config, self.seconds, self.wanted = config, seconds, cohort_size(config)
 
-    def choose(self, there: list[int], round_number: int) -> list[int]:
-        """The cohort of a round, ascending; there: clients, ascending."""
+    def choose(self, there: np.ndarray, round_number: int) -> list[int]:
+        """The cohort of a round, ascending; there: int64 clients, ascending."""
         return sample_cohort(self.config, there, round_number)
 
     def observe(self, round_number: int, reports: list[Report], lasted: dict[int, float]) -> None:

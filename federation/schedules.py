@@ -5,13 +5,16 @@ from pathlib import Path
 from config import Config
 from distributed import Ranks
 from federation.buffered import FedAsync, FedBuff
+from federation.carried import CarriedOver
 from federation.federation import Federation
 from federation.gossip import Gossip
 from federation.hierarchical import Hierarchical
+from federation.semi_synchronous import SemiSynchronous
 from federation.synchronous import Synchronous
 
 SCHEDULES: dict[str, type[Federation]] = {
     "synchronous": Synchronous,
+    "semi_synchronous": SemiSynchronous,
     "fedbuff": FedBuff,
     "fedasync": FedAsync,
     "hierarchical": Hierarchical,
@@ -21,4 +24,6 @@ SCHEDULES: dict[str, type[Federation]] = {
 
 def make_schedule(config: Config, ranks: Ranks, states_folder: Path) -> Federation:
     """The schedule that the config names, with all that it holds. Raises ConfigError, DataError."""
-    return SCHEDULES[config.schedule.name](config, ranks, states_folder)
+    settings = config.schedule
+    schedule = CarriedOver if settings.late == "carry" else SCHEDULES[settings.name]
+    return schedule(config, ranks, states_folder)

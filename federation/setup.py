@@ -27,7 +27,7 @@ from federation.server import Server
 from federation.slices import Slice, slice_positions
 from federation.submodel_clients import SubmodelClients
 from federation.submodel_server import SubmodelServer
-from federation.widths import Width, Widths, assign_widths
+from federation.widths import Width, Widths
 from network.availability import make_availability
 from network.population import Population, make_population
 from network.simulation import Simulation
@@ -128,32 +128,22 @@ def build_models(config: Config, pictures: Pictures, model: FlatModel) -> dict[f
     return models
 
 
-def make_widths(
-    config: Config,
-    pictures: Pictures,
-    models: dict[float, FlatModel],
-    memory_gib: np.ndarray,  # float64 [clients]: of their devices
-    candidates: list[int],
-    seconds: Callable[[int, Width], float],  # of a client's round at a width
-) -> Widths:
-    """The width of each client, by what its device can do. Raises ConfigError.
-
-    What a width takes is counted only where it decides anything.
-    """
+def count_widths(
+    config: Config, pictures: Pictures, models: dict[float, FlatModel], population: Population
+) -> list[Width]:
+    """What each width takes of a device, which is counted only where it decides anything."""
     sizes = {share: model.layout.size for share, model in models.items()}
-    if len(models) == 1 and np.isinf(memory_gib).all():
-        whole = Width(1.0, sizes[1.0], 0.0, 1.0)
-        return Widths([whole], dict.fromkeys(candidates, whole))
+    if len(models) == 1 and np.isinf(population.memory_gib).all():
+        return [Width(1.0, sizes[1.0], 0.0, 1.0)]
     local, counts = config.local, {}
     for share in models:
         model = build_model(config, pictures, torch.device("meta"), share)
         batch = local.batch_size, pictures.image_size
         counts[share] = footprint(model, *batch, has_momentum=local.momentum > 0)
-    choices = [
+    return [
         Width(share, sizes[share], count.num_bytes / 2**30, count.flops / counts[1.0].flops)
         for share, count in counts.items()
     ]
-    return assign_widths(config, choices, memory_gib, candidates, seconds)
 
 
 def make_server(config: Config, model: FlatModel, num_examples: list[int]) -> Server:

@@ -5,13 +5,16 @@ payload decodes to, prunes and encodes what the clients learned, decodes and ave
 in client order, lets the server's optimizer step, and evaluates.
 
 The server may begin with more clients than it needs and keep the fastest, or wait until a deadline
-(Bonawitz et al. 2019, arXiv 1902.01046). What the others learned is lost, but for what they owe.
+(Bonawitz et al. 2019, arXiv 1902.01046). What the others learned is lost, but for what they owe;
+carried.py waits for it instead.
 """
 
 import math
 import time
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from compression import Decoded
 from config import Config, ConfigError
@@ -43,7 +46,7 @@ class Synchronous(Federation):
 
     def run_round(self) -> tuple[dict[str, Any], list[LedgerRow]]:
         begin, round_number = time.perf_counter(), self.progress.round_number + 1
-        there = self.clock.who_is_there(self.candidates)
+        there = self.clock.who_is_there(self._idle())
         cohort = self.sampler.choose(there, round_number)
         if self.server.mask.awaits_scores:
             self._choose_mask(cohort)
@@ -51,19 +54,27 @@ class Synchronous(Federation):
         self.clients.receive(broadcast, round_number)
         self._place(cohort)
         trained = self._train(cohort, round_number, broadcast)
-        average, rows = self._average(cohort, round_number, broadcast, trained)
+        average, rows, more = self._average(cohort, round_number, broadcast, trained)
         averaged = self.server.step(average, round_number)
         self.clients.store.commit()
         self.server.commit(round_number, cohort)
         scores = self._evaluate(round_number, cohort)
-        lasted = _lasted(rows, self.progress.simulated_seconds, averaged)
+        on_time = [client for client in averaged if client in cohort]
+        lasted = _lasted(rows, self.progress.simulated_seconds, on_time)
         self.sampler.observe(round_number, average.reports, lasted)
-        return self._record(round_number, begin, average.reports, averaged, scores, rows)
+        return self._record(round_number, begin, average.reports, averaged, scores, rows, **more)
+
+    def _idle(self) -> np.ndarray:
+        """Who may begin, if it is there: int64 clients."""
+        return self.candidates
 
     def _average(
         self, cohort: list[int], round_number: int, broadcast: Broadcast, trained: Iterator[Encode]
-    ) -> tuple[Average, list[LedgerRow]]:
-        """Let the cohort work, and average what arrives in time. Raises Interrupted."""
+    ) -> tuple[Average, list[LedgerRow], dict[str, Any]]:
+        """Let the cohort work, and average what arrives in time. Raises Interrupted.
+
+        Returns the average, the ledger's rows, and columns of rounds.jsonl.
+        """
         average, uplink = self.server.new_average(cohort), self.clients.uplink
         try:
             rows, keep = None, not self.waits_for_all
@@ -80,7 +91,7 @@ class Synchronous(Federation):
         self.exchange.add_up(average)
         if rows is None:
             rows, _ = self._play(average.reports, round_number)
-        return average, rows
+        return average, rows, {}
 
     def _with_messages(
         self, report: Report, arrived: dict[str, Decoded], broadcast: Broadcast
@@ -106,18 +117,11 @@ class Synchronous(Federation):
 
     def _play(self, reports: list[Report], round_number: int) -> tuple[list[LedgerRow], list[int]]:
         """Let the round pass; return a row for each message, and who was done in time."""
-        schedule, earlier = self.config.schedule, {r.client: r for r in self.earlier}
-        wanted = self.config.clients.per_round
+        schedule, wanted, done = self.config.schedule, self.config.clients.per_round, []
         deadline = math.inf
         if schedule.deadline_seconds is not None:
             deadline = self.clock.now + schedule.deadline_seconds
-        for report in reports:
-            parts = [(round_number, report)]
-            if report.client in earlier:
-                parts.insert(0, (0, earlier[report.client]))
-            timed = [(n, part, self._computing_seconds(part, n)) for n, part in parts]
-            self.clock.start(timed, deadline)
-        self.earlier, done = [], []
+        self._start(reports, round_number, deadline)
         while end := self.clock.advance():
             if end.is_complete:
                 done.append(end.client)
@@ -125,6 +129,16 @@ class Synchronous(Federation):
                 for client in self.clock.simulation.under_way:
                     self.clock.stop(client)
         return self.clock.take_rows(round_number), done
+
+    def _start(self, reports: list[Report], round_number: int, deadline: float = math.inf) -> None:
+        """Send the cohort on its way; reports: with the messages of both directions."""
+        earlier, self.earlier = {r.client: r for r in self.earlier}, []
+        for report in reports:
+            parts = [(round_number, report)]
+            if report.client in earlier:
+                parts.insert(0, (0, earlier[report.client]))
+            timed = [(n, part, self._computing_seconds(part, n)) for n, part in parts]
+            self.clock.start(timed, deadline)
 
     def _on_time(
         self, arrivals: list[Arrival], round_number: int
@@ -142,15 +156,11 @@ class Synchronous(Federation):
         deadline = self.config.schedule.deadline_seconds
         if deadline is None:
             return
-        received = self.server.broadcast(1, self.candidates).messages
-        soonest = min(
-            self.clock.seconds_alone(
-                client,
-                sum(message.num_bytes for message in received[client]),
-                self.work(client, self.widths.of(client)),
-            )
-            for client in self.candidates
-        )
+        candidates, some = self.candidates, self.widths.one_of_each
+        sent = self.server.broadcast(1, some).messages  # all clients of a width receive as much
+        sizes = {self.widths.share_of(c): sum(m.num_bytes for m in sent[c]) for c in some}
+        down = np.array([sizes[share] for share in self.widths.shares[candidates]])
+        soonest = self.clock.seconds_alone(candidates, down, self.work[candidates]).min()
         if soonest > deadline:
             raise ConfigError(
                 f"schedule.deadline_seconds: {deadline} s are too few for every client; the "

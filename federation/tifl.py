@@ -17,10 +17,10 @@ class TiFL(Uniform):
     """
 
     def choose(self, there, round_number):
-        slowest_last = sorted(there, key=lambda client: (self.seconds(client), client))
+        slowest_last = there[np.argsort(self.seconds(there), kind="stable")]
         # No more tiers than can fill a cohort each.
         num_tiers = max(1, min(self.config.schedule.tiers, len(there) // self.wanted))
         tiers = np.array_split(slowest_last, num_tiers)
         tier = tiers[self._rng(round_number).integers(num_tiers)]
         seed = self.config.seed_for("cohort", round_number)
-        return sample(sorted(tier.tolist()), self.wanted, seed)
+        return sample(np.sort(tier), self.wanted, seed)

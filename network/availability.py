@@ -41,7 +41,7 @@ class Diurnal(Availability):
 
     period: float  # seconds
     share: float  # above 0, at most 1
-    seed: int
+    phases: np.ndarray  # float64 (clients), 0 to 1: where in its period each is at time 0
 
     def comes(self, clients: np.ndarray, seconds: float) -> np.ndarray:
         since = self._since_coming(clients, seconds)
@@ -56,8 +56,7 @@ class Diurnal(Availability):
 
     def _since_coming(self, clients: np.ndarray, seconds: float) -> np.ndarray:
         """Seconds since each client last came."""
-        phases = uniform(self.seed, "availability", np.asarray(clients))
-        since = (seconds + phases * self.period) % self.period
+        since = (seconds + self.phases[clients] * self.period) % self.period
         return np.where(self.period - since < SOON * self.period, 0.0, since)
 
 
@@ -101,7 +100,8 @@ def make_availability(
     if settings.name == "trace":
         return Traced(read_intervals(locate(settings.file), num_clients))
     if settings.name == "diurnal":
-        return Diurnal(3600 * settings.period_hours, settings.share, seed)
+        phases = uniform(seed, "availability", np.arange(num_clients))
+        return Diurnal(3600 * settings.period_hours, settings.share, phases)
     return Availability()
 
 

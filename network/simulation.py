@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from network.draws import normal, uniform
 from network.pipe import Pipe, payload_rate
 from network.population import Population
@@ -149,17 +151,18 @@ class Simulation:
         del self._chains[client]
         return End(self.now, client, is_complete=False)
 
-    def seconds_alone(self, client: int, stages: Sequence[Stage]) -> float:
-        """How long the chain would take if nobody else were there, without jitter or traces."""
-        seconds = 0.0
+    def seconds_alone(self, clients: np.ndarray | int, stages: Sequence[Stage]) -> np.ndarray:
+        """How long each client's chain would take if it were alone, without jitter or traces."""
+        seconds = np.zeros(np.shape(clients))
         for stage in stages:
             if stage.kind == "compute":
-                seconds += stage.seconds
+                seconds = seconds + stage.seconds
             else:
-                fastest = self._fastest(client, stage, traced=False)
-                rate = min(fastest, self._pipes[stage.kind].capacity)
-                seconds += self.population.latency_ms[client] / 1e3 + stage.num_bytes / rate
-        return float(seconds)
+                fastest = self._fastest(clients, stage, traced=False)
+                rate = np.minimum(fastest, self._pipes[stage.kind].capacity)
+                latency = self.population.latency_ms[clients] / 1e3
+                seconds = seconds + (latency + stage.num_bytes / rate)
+        return seconds
 
     def state(self) -> dict[str, Any]:
         """All that is under way, as plain numbers, lists and dicts; the spans stay outside.
@@ -203,7 +206,7 @@ class Simulation:
             client,
             self.now,
             stage.num_bytes,
-            self._fastest(client, stage, traced=pipe.trace is not None),
+            float(self._fastest(client, stage, traced=pipe.trace is not None)),
             self._first_step(client, pipe.trace),
         )
         return None
@@ -240,17 +243,18 @@ class Simulation:
             latency += jitter * float(normal(self.seed, "jitter", client, message))
         return max(0.0, float(latency)) / 1e3
 
-    def _fastest(self, client: int, stage: Stage, traced: bool) -> float:
-        """Bytes of payload per second that the client's link, its losses and its coding allow."""
+    def _fastest(self, clients: np.ndarray | int, stage: Stage, traced: bool) -> np.ndarray:
+        """Bytes of payload per second that each one's link, its losses and its coding allow."""
         people = self.population
-        mbps = (people.uplink_mbps if stage.kind == "up" else people.downlink_mbps)[client]
+        mbps = (people.uplink_mbps if stage.kind == "up" else people.downlink_mbps)[clients]
         rate = math.inf if traced else payload_rate(mbps)
-        round_trip = 2 * people.latency_ms[client] / 1e3
-        if people.loss[client] * round_trip > 0:
-            rate = min(rate, 1448 * MATHIS / (round_trip * math.sqrt(people.loss[client])))
+        round_trip = 2 * people.latency_ms[clients] / 1e3
+        with np.errstate(divide="ignore"):  # where nothing is lost, TCP sets no limit: inf
+            limit = 1448 * MATHIS / (round_trip * np.sqrt(people.loss[clients]))
+        rate = np.minimum(rate, limit)
         if stage.seconds and stage.num_bytes:
-            rate = min(rate, stage.num_bytes / stage.seconds)
-        return float(rate)
+            rate = np.minimum(rate, stage.num_bytes / stage.seconds)
+        return rate
 
     def _first_step(self, client: int, trace: Trace | None) -> int:
         """Where in a trace the client is at time 0: clients are spread over all of it."""

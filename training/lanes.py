@@ -7,7 +7,7 @@ which clients a rank trains together.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,11 @@ class Job:
     parameters: Tensor
     buffers: Tensor
     correction: Correction | None = None
+    steps: int | None = None  # how many batches; None: as the config says
+
+    def batch_sizes(self, local: Local) -> list[int]:
+        """The sizes of its batches, in order."""
+        return batch_sizes(replace(local, steps=self.steps or local.steps), len(self.indices))
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Plan:
         """fills_up: whether smaller batches are; num_jobs: those after so many take no step."""
         device, wanted = draws.key.device, local.batch_size
         lengths = [len(job.indices) for job in jobs]
-        places = [batch_places(batch_sizes(local, length), length) for length in lengths]
+        places = [batch_places(job.batch_sizes(local), len(job.indices)) for job in jobs]
         self.num_steps = max(map(len, places))
         orders = _shuffled(jobs, draws, num_epochs=1 + max(lane[-1][0] for lane in places))
         starts = torch.zeros(self.num_steps, len(jobs), 1, dtype=torch.int64)
@@ -182,7 +187,7 @@ class Lanes:
                 self.graphs.run(kinds, self._step_together)
             for lane, batch in plan.alone[step]:
                 self._step_alone(lane, batch, keys[lane])
-        steps = [len(batch_sizes(local, len(job.indices))) for job in jobs]
+        steps = [len(job.batch_sizes(local)) for job in jobs]
         return [
             Trained(
                 self.weights[lane, : self.model.parameters.numel()],

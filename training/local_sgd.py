@@ -6,6 +6,7 @@ rank that trains the client or on the clients that were trained before.
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import cycle, islice
 
 import torch
@@ -33,6 +34,12 @@ def local_lr(local: Local, round_number: int, rounds: int) -> float:
         "step": lambda: schedule.gamma ** sum(done >= m for m in schedule.milestones),
     }
     return local.lr * factors[schedule.name]()
+
+
+def local_of(local: Local, client: int) -> Local:
+    """How this client trains: for a number of steps of its own, if the config gives it one."""
+    steps = local.client_steps
+    return replace(local, steps=steps[client % len(steps)], client_steps=[]) if steps else local
 
 
 def batch_sizes(local: Local, num_examples: int) -> list[int]:

@@ -53,7 +53,7 @@ def test_each_update_arrives_before_the_deadline_and_not_long_before(tmp_path, w
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["schedule.deadline_seconds=null"], "fits updates to schedule.deadline_seconds"),
+        (["schedule.deadline_seconds=null"], "fits to schedule.deadline_seconds"),
         (["pruning.method=none"], "method none has no density"),
     ],
 )

@@ -1,5 +1,6 @@
 """hierarchical.py: against the synchronous schedule, plain sums, and a closed form of time."""
 
+import numpy as np
 import pytest
 import torch
 from helpers.runs import (
@@ -48,7 +49,7 @@ def test_edges_average_several_times_before_the_cloud_does(tmp_path):
     moved = torch.zeros_like(start)
     for edge in range(2):
         star = make_federation(tmp_path, *words, "clients.per_round=2", name=f"star{edge}")
-        star.candidates = [edge, edge + 2]
+        star.candidates = np.array([edge, edge + 2])
         for _ in range(3):
             star.run_round()
         share = sum(star.server.weights[c] for c in star.candidates) / sum(star.server.weights)
@@ -74,7 +75,7 @@ def test_every_hop_is_in_the_ledger_and_takes_the_time_of_its_link(tmp_path):
     assert all(abs(r.bytes - 4 * one.model.layout.size) < 0.15 * r.bytes for r in rows)
     latency = LINKS["datacenter"].latency_ms
     cloud, edge = (LINKS["datacenter"].uplink_mbps, latency), (8, 50)
-    training = one.num_trained(0) * 5e-3
+    training = one.num_trained[0] * 5e-3
     down = message_seconds(size["model"], *edge)  # the formula has no way down
     expected = hierarchical_seconds(size["update"], training + down, 1, 2, edge, cloud)
     expected += message_seconds(size["model"], *cloud)

@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 
 from network.availability import Availability, Diurnal, Traced, dropouts, read_intervals
+from network.draws import uniform
 
 CLIENTS = np.arange(20_000)
+
+
+def phases(seed: int) -> np.ndarray:
+    return uniform(seed, "availability", CLIENTS)
 
 
 def test_always():
@@ -19,7 +24,7 @@ def test_always():
 @pytest.mark.parametrize("seconds", [0.0, 1234.5, 1e7])
 @pytest.mark.parametrize("share", [0.2, 0.9, 1.0])
 def test_by_day_a_share_of_the_clients_is_there(seconds, share):
-    daily = Diurnal(period=86_400.0, share=share, seed=3)
+    daily = Diurnal(86_400.0, share, phases(3))
     there = daily.is_there(CLIENTS, seconds)
     assert there.mean() == pytest.approx(share, abs=0.01)
     comes, leaves = daily.comes(CLIENTS, seconds), daily.leaves(CLIENTS, seconds)
@@ -33,7 +38,7 @@ def test_by_day_a_share_of_the_clients_is_there(seconds, share):
 
 
 def test_who_has_come_is_there_and_who_has_left_is_not():
-    daily = Diurnal(period=100.0, share=0.25, seed=1)
+    daily = Diurnal(100.0, 0.25, phases(1))
     for seconds in (0.0, 33.3, 1e6):
         for client in range(200):
             comes = float(daily.comes([client], seconds)[0])

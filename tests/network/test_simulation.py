@@ -112,6 +112,18 @@ def test_coding_that_overlaps_hides_behind_the_upload_or_the_upload_behind_it():
         assert simulation.seconds_alone(0, [up(100, coding)]) == pytest.approx(seconds)
 
 
+def test_seconds_alone_of_many_clients_are_those_that_each_takes_on_the_clock():
+    rng = np.random.default_rng(0)
+    people = population(*rng.uniform(1, 50, (2, 20)), latency_ms=rng.uniform(0, 99, 20), loss=0.01)
+    seconds = rng.uniform(0, 5, 20)
+    simulation = Simulation(people, egress_mbps=20 * MBPS, ingress_mbps=30 * MBPS)
+    alone = simulation.seconds_alone(np.arange(20), [down(50), compute(seconds), up(70)])
+    for client in range(20):
+        begin = simulation.now
+        simulation.start(client, [down(50), compute(seconds[client]), up(70)])
+        assert simulation.advance().time - begin == pytest.approx(alone[client])
+
+
 def test_loss_limits_a_flow_as_mathis_says():
     """RTT 0.2 s, loss 0.01: 1448 * sqrt(3/2) / (0.2 * 0.1) bytes a second."""
     simulation = Simulation(population([1e9, 1e9], latency_ms=100.0, loss=[0.01, 0.0]))
