@@ -1,0 +1,95 @@
+"""Whole runs of HeteroFL and FjORD: they equal FedAvg at width 1, and end the same anywhere."""
+
+import pytest
+import torch
+from helpers.runs import (
+    PYTHON,
+    SCRIPTS,
+    killed_before_logging,
+    launch,
+    make_federation,
+    summary,
+    tiny_command,
+)
+
+SLICES = ["submodel.widths=[1,0.5,0.25]", "clients.total=6", "clients.per_round=5"]
+STATIC = ["model.name=resnet18", "model.width=0.0625", "model.norm_policy=static"]
+DROPOUT = [*SLICES, "submodel.ordered_dropout=true"]
+FEDBUFF = ["schedule.name=fedbuff", "schedule.buffer=2", "schedule.concurrency=3"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["submodel.ordered_dropout=true"],
+        [*STATIC, "uplink.values=eden2", "uplink.error_feedback=false", "pruning.method=random"],
+        [*FEDBUFF, "network.availability.dropout=0.2"],
+        ["downlink.mode=change", "downlink.values=int8", "local.algorithm=FedNova"],
+    ],
+    ids=["plain", "ordered dropout", "static", "fedbuff", "changes"],
+)
+def test_width_1_everywhere_is_fedavg(run, words):
+    words = ["server.optimizer=FedAvg", *words]
+    plain = [word for word in words if "submodel" not in word]
+    status, one = run(*plain, name="plain")
+    other_status, other = run(*words, "submodel.widths=[1]", name="submodel")
+    assert status == other_status == 0
+    assert summary(one)["model_sha256"] == summary(other)["model_sha256"]
+    assert (one / "ledger.csv").read_text() == (other / "ledger.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*SLICES, "server.optimizer=FedYogi"],
+        [*DROPOUT, "local.algorithm=FedProx"],
+        [*SLICES, *FEDBUFF, "network.availability.dropout=0.2"],
+        [*SLICES, *STATIC, "downlink.mode=change", "downlink.values=int8"],
+        [*SLICES, "schedule.over_selection=1.2", "schedule.deadline_seconds=60"],
+    ],
+    ids=["FedYogi", "ordered dropout", "fedbuff", "static", "over-selection"],
+)
+def test_a_run_that_was_killed_ends_as_one_that_was_not(run, monkeypatch, words):
+    status, whole = run(*words, name="whole")
+    killed = killed_before_logging(run, monkeypatch, 3, *words)
+    assert status == 0
+    assert summary(killed)["model_sha256"] == summary(whole)["model_sha256"]
+    assert (killed / "ledger.csv").read_text() == (whole / "ledger.csv").read_text()
+
+
+def test_two_ranks_end_as_one(tmp_path):
+    words = [*DROPOUT, "server.optimizer=FedYogi"]
+    alone = launch(PYTHON, *tiny_command(tmp_path / "one", *words))
+    assert alone.returncode == 0, alone.stderr
+    torchrun = [str(SCRIPTS / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+    both = launch(*torchrun, *tiny_command(tmp_path / "two", *words))
+    assert both.returncode == 0, both.stderr
+    one, two = (tmp_path / name / "tiny-s1" for name in ("one", "two"))
+    assert summary(one)["model_sha256"] == summary(two)["model_sha256"]
+    assert (one / "ledger.csv").read_text() == (two / "ledger.csv").read_text()
+
+
+def test_what_a_narrow_client_owes_is_in_its_own_coordinates(tmp_path):
+    one = make_federation(tmp_path, *SLICES, "clients.per_round=6")
+    one.run_round()
+    for client in range(6):
+        residual = one.clients.store.get(client)["residual"]
+        assert len(residual) == one.models[one.widths.share_of(client)].layout.size
+
+
+def test_lanes_train_each_width_together(tmp_path):
+    """As on a GPU: the model is that of clients trained one by one, but for rounding."""
+    words = [*SLICES, *STATIC, "pruning.method=none", "uplink.values=fp32", "local.lr=0.01"]
+    words += ["server.optimizer=FedAvg"]
+    one = make_federation(tmp_path, *words, "local.lanes=1", name="one")
+    many = make_federation(tmp_path, *words, "local.lanes=2", name="many")
+    for federation in (one, many):
+        federation.run_round()
+    torch.testing.assert_close(one.server.parameters, many.server.parameters, rtol=0, atol=1e-4)
+
+
+def test_the_seconds_of_ordered_dropout_and_the_wish_to_stop_reach_every_width(tmp_path):
+    one = make_federation(tmp_path, *DROPOUT)
+    one.clients.stop_requested = True
+    assert all(clients.stop_requested for clients in one.clients.by_share.values())
