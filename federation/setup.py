@@ -111,7 +111,8 @@ def build_model(
             tracks_statistics=model.norm_policy != "static",
         )
     except ValueError as error:
-        raise ConfigError(f"model: {error}") from None
+        place = "model" if share == 1 else f"submodel.widths: {share:g}"
+        raise ConfigError(f"{place}: {error}") from None
     return FlatModel(network, device, model.norm_policy == "frozen")
 
 
