@@ -150,10 +150,12 @@ def make_widths(
         model = build_model(config, pictures, torch.device("meta"), share)
         batch = local.batch_size, pictures.image_size
         counts[share] = footprint(model, *batch, has_momentum=local.momentum > 0)
-    choices = [
-        Width(share, sizes[share], count.num_bytes / 2**30, count.flops / counts[1.0].flops)
-        for share, count in counts.items()
-    ]
+    choices = []
+    for share, count in counts.items():
+        drawn = [c.flops for s, c in counts.items() if s <= share]  # by ordered dropout
+        flops = sum(drawn) / len(drawn) if config.submodel.ordered_dropout else count.flops
+        work = flops / counts[1.0].flops
+        choices.append(Width(share, sizes[share], count.num_bytes / 2**30, work))
     return assign_widths(config, choices, memory_gib, candidates, seconds)
 
 

@@ -1,16 +1,11 @@
-"""Whole runs of HeteroFL and FjORD: they equal FedAvg at width 1, and end the same anywhere."""
+"""Whole runs of HeteroFL and FjORD: at width 1 they equal FedAvg, and a kill changes nothing.
+
+tests/test_ranks.py runs them on two ranks.
+"""
 
 import pytest
 import torch
-from helpers.runs import (
-    PYTHON,
-    SCRIPTS,
-    killed_before_logging,
-    launch,
-    make_federation,
-    summary,
-    tiny_command,
-)
+from helpers.runs import killed_before_logging, make_federation, summary
 
 SLICES = ["submodel.widths=[1,0.5,0.25]", "clients.total=6", "clients.per_round=5"]
 STATIC = ["model.name=resnet18", "model.width=0.0625", "model.norm_policy=static"]
@@ -53,18 +48,6 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(run, monkeypatch, words)
     assert status == 0
     assert summary(killed)["model_sha256"] == summary(whole)["model_sha256"]
     assert (killed / "ledger.csv").read_text() == (whole / "ledger.csv").read_text()
-
-
-def test_two_ranks_end_as_one(tmp_path):
-    words = [*DROPOUT, "server.optimizer=FedYogi"]
-    alone = launch(PYTHON, *tiny_command(tmp_path / "one", *words))
-    assert alone.returncode == 0, alone.stderr
-    torchrun = [str(SCRIPTS / "torchrun"), "--standalone", "--nproc_per_node", "2"]
-    both = launch(*torchrun, *tiny_command(tmp_path / "two", *words))
-    assert both.returncode == 0, both.stderr
-    one, two = (tmp_path / name / "tiny-s1" for name in ("one", "two"))
-    assert summary(one)["model_sha256"] == summary(two)["model_sha256"]
-    assert (one / "ledger.csv").read_text() == (two / "ledger.csv").read_text()
 
 
 def test_what_a_narrow_client_owes_is_in_its_own_coordinates(tmp_path):

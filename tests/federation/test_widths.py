@@ -67,7 +67,9 @@ def test_a_run_leaves_out_who_has_too_little_memory(tmp_path):
     row, _ = one.run_round()
     assert one.candidates == [0, 2, 3] and row["num_clients"] == 3
     [line] = one.widths.describe()
-    assert line.startswith("1 clients take no part: a batch takes 0.000333 GiB of memory")
+    assert line.startswith(
+        "clients that take no part: 1, because training a batch takes 0.000333 GiB"
+    )
     path.write_text(HEADING + rows[1] * 4)
     with pytest.raises(ConfigError, match="network: no device can train the network"):
         make_federation(tmp_path, *words, name="none")
@@ -78,7 +80,9 @@ def test_gossip_needs_every_node(tmp_path):
     path.write_text(HEADING + "".join(f"10,50,50,5,{memory}\n" for memory in (1, 1e-4, 1, 1)))
     words = ["schedule.name=gossip", "uplink.error_feedback=false", "server.optimizer=FedAvg"]
     words += [f"network.clients_file={path}", "clients.per_round=4"]
-    with pytest.raises(ConfigError, match="in gossip every node trains; 1 clients take no part"):
+    with pytest.raises(
+        ConfigError, match="in gossip every node trains; clients that take no part: 1"
+    ):
         make_federation(tmp_path, *words)
 
 
@@ -99,3 +103,13 @@ def test_a_narrow_client_computes_and_waits_for_less(tmp_path):
         work = one.widths.of(client).work
         assert computed == pytest.approx(one.num_trained(client) * 5e-3 * work)
     assert 0.2 < one.widths.of(1).work < 0.5
+
+
+def test_ordered_dropout_computes_for_the_mean_of_its_widths(tmp_path):
+    words = ["submodel.widths=[1,0.5,0.25]"]
+    plain = make_federation(tmp_path, *words, name="plain").widths.choices
+    drawn = make_federation(tmp_path, *words, "submodel.ordered_dropout=true").widths.choices
+    works = [width.work for width in plain]
+    assert works[0] == 1 and works[0] > works[1] > works[2]
+    expected = [sum(works) / 3, sum(works[1:]) / 2, works[2]]
+    assert [width.work for width in drawn] == pytest.approx(expected)
