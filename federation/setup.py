@@ -152,9 +152,10 @@ def make_widths(
         counts[share] = footprint(model, *batch, has_momentum=local.momentum > 0)
     choices = []
     for share, count in counts.items():
-        drawn = [c.flops for s, c in counts.items() if s <= share]  # by ordered dropout
-        flops = sum(drawn) / len(drawn) if config.submodel.ordered_dropout else count.flops
-        work = flops / counts[1.0].flops
+        flops = [count.flops]
+        if config.submodel.ordered_dropout:  # which draws from all widths up to this one
+            flops = [other.flops for below, other in counts.items() if below <= share]
+        work = sum(flops) / len(flops) / counts[1.0].flops
         choices.append(Width(share, sizes[share], count.num_bytes / 2**30, work))
     return assign_widths(config, choices, memory_gib, candidates, seconds)
 
