@@ -150,8 +150,7 @@ class Federation:
 
         def seconds(width: Width) -> np.ndarray:
             down, up = self._dense_bytes_down(width.num_values), BYTES_PER_VALUE * width.num_values
-            work = self.num_trained * width.work
-            everybody = np.arange(config.clients.total)
+            everybody, work = np.arange(config.clients.total), self.num_trained * width.work
             return self.clock.seconds_alone(everybody, down, work, OVERHEAD + up)
 
         choices = count_widths(config, self.pictures, self.models, self.clock.population)
@@ -160,7 +159,7 @@ class Federation:
 
     def _make_ends(self, config: Config, store: ClientStore) -> None:
         """The server and the clients of this rank."""
-        ranks, num_examples = self.ranks, list(map(len, self.shards))
+        ranks, num_examples = self.ranks, self.num_examples.tolist()
         at_the_clients = self.pictures, self.shards, store, ranks
         if config.submodel.widths:
             both = config, self.models, self.widths

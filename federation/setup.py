@@ -111,7 +111,8 @@ def build_model(
             tracks_statistics=model.norm_policy != "static",
         )
     except ValueError as error:
-        raise ConfigError(f"model: {error}") from None
+        place = "model" if share == 1 else f"submodel.widths: {share:g}"
+        raise ConfigError(f"{place}: {error}") from None
     return FlatModel(network, device, model.norm_policy == "frozen")
 
 
@@ -140,10 +141,14 @@ def count_widths(
         model = build_model(config, pictures, torch.device("meta"), share)
         batch = local.batch_size, pictures.image_size
         counts[share] = footprint(model, *batch, has_momentum=local.momentum > 0)
-    return [
-        Width(share, sizes[share], count.num_bytes / 2**30, count.flops / counts[1.0].flops)
-        for share, count in counts.items()
-    ]
+    choices = []
+    for share, count in counts.items():
+        flops = [count.flops]
+        if config.submodel.ordered_dropout:  # which draws from all widths up to this one
+            flops = [other.flops for below, other in counts.items() if below <= share]
+        work = sum(flops) / len(flops) / counts[1.0].flops
+        choices.append(Width(share, sizes[share], count.num_bytes / 2**30, work))
+    return choices
 
 
 def make_server(config: Config, model: FlatModel, num_examples: list[int]) -> Server:

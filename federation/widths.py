@@ -15,7 +15,7 @@ class Width:
     share: float
     num_values: int  # parameters
     memory_gib: float  # of a device that trains a batch, see training/footprint.py
-    work: float  # of an example, as a multiple of what it is in the whole network
+    work: float  # of an example, as a multiple of a step of the whole network
 
 
 class Widths:
@@ -57,8 +57,8 @@ class Widths:
         if self.num_left_out:
             least = self.choices[-1].memory_gib
             lines.append(
-                f"{self.num_left_out} clients take no part: a batch takes {least:.3g} GiB of "
-                f"memory, and their devices have less"
+                f"clients that take no part: {self.num_left_out}, because training a batch takes "
+                f"{least:.3g} GiB of memory, and their devices have less"
             )
         if len(self.choices) > 1:
             trained = self._choice_of[self.candidates]

@@ -69,6 +69,17 @@ CASES = {
         "made the model inf or NaN",
     ),
     "groups that do not divide": (["model.name=resnet18", "model.norm=group(7)"], "group(7)"),
+    "a width that no device fits": (
+        ["submodel.widths=[1,0.5]", "network.memory_gib=0.0001"],
+        "network: no device can train the network: a batch takes 0.000333 GiB of memory, and the",
+    ),
+    "a width that groups do not divide": (
+        [
+            *("model.name=resnet18", "model.width=0.0625", "model.norm=group(4)"),
+            "submodel.widths=[1,0.5]",
+        ],
+        "submodel.widths: 0.5: model.norm: group(4) does not divide the 2 channels",
+    ),
     "shares that do not sum to one": (
         ["network.links={4g: 0.5, wifi: 0.4}"],
         "network.links: the shares sum to 0.9, not to 1",

@@ -26,6 +26,8 @@ GROUP = ["model.name=resnet18", "model.width=0.0625", "model.norm=group(2)", *UN
 GOSSIP = ["schedule.name=gossip", "clients.per_round=4", "server.optimizer=FedAvg"]
 GOSSIP += ["uplink.error_feedback=false", "schedule.gamma=0.5"]
 EDGES = ["schedule.name=hierarchical", "schedule.edges=2", "schedule.edge_rounds=2"]
+# Owed in the coordinates of a slice, and widths drawn in every batch.
+SLICES = ["submodel.widths=[1,0.5,0.25]", "submodel.ordered_dropout=true"]
 BATCH = ["model.name=resnet18", "model.width=0.0625", *UNEQUAL, "data.partition.name=linear"]
 
 
@@ -134,8 +136,8 @@ def test_states_move_between_ranks_and_the_model_is_that_of_one(alone, tmp_path)
     assert_same(alone, torchrun(4, tmp_path, *GROUP))
 
 
-@pytest.mark.parametrize("words", [GOSSIP, EDGES], ids=["gossip", "hierarchical"])
-def test_topologies_end_the_same_on_two_ranks(tmp_path, words):
+@pytest.mark.parametrize("words", [GOSSIP, EDGES, SLICES], ids=["gossip", "hierarchical", "slices"])
+def test_topologies_and_slices_end_the_same_on_two_ranks(tmp_path, words):
     one = run_alone(tmp_path / "one", words)
     assert_same(one, torchrun(2, tmp_path / "two", *words))
 

@@ -50,7 +50,9 @@ def _pass_batches(
     draws = Draws.from_seed(seed, model.device)
     some = draws.order(pictures.num_train)[: NUM_BATCHES * batch_size]
     model.train()
-    for step, batch in enumerate(some.split(batch_size)):
+    for step, batch in enumerate(some.split(max(2, batch_size))):
+        if len(batch) == 1:  # which BatchNorm cannot normalise
+            break
         images, _ = pictures.train_batch(batch, draws.at(step))
         with autocast(model.device, precision):
             model.network(images)

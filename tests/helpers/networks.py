@@ -13,5 +13,5 @@ def build(name: str, size=(8, 8), seed: int = 0, **settings) -> nn.Module:
     return build_network(name, settings.pop("num_classes", 10), size, seed, **settings)
 
 
-def flat(name: str, **settings) -> FlatModel:
-    return FlatModel(build(name, **settings), torch.device("cpu"))
+def flat(name: str, device: str = "cpu", **settings) -> FlatModel:
+    return FlatModel(build(name, **settings), torch.device(device))

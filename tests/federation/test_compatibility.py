@@ -1,0 +1,97 @@
+"""compatibility.py: what slices of the network do not go with is one line; the rest is in
+tests/test_config.py.
+"""
+
+import pytest
+from helpers.configs import load, mistake
+
+WIDTHS = ["model.name=lenet", "submodel.widths=[1,0.5]"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["submodel.widths=[0.5,0.25]"], "submodel.widths: [0.5, 0.25] must begin with 1"),
+        (["submodel.widths=[1,0.25,0.5]"], "must begin with 1 and then go down"),
+        (["submodel.widths=[1,0.5,0.5]"], "must begin with 1 and then go down"),
+        (["submodel.widths=[1,0]"], "submodel.widths: 0.0 is out of range"),
+        (["submodel.widths=[2,1]"], "submodel.widths: 2.0 is out of range"),
+        (["submodel.widths=[]", "submodel.ordered_dropout=true"], "need widths, such as [1, 0.5]"),
+        (["submodel.assignment=capability"], "submodel.assignment: capability fits widths to"),
+        (["model.name=resnet18"], "model.norm_policy: statistics differ from width to width"),
+        (["model.name=resnet18", "model.norm_policy=frozen"], "it must be static"),
+        (["model.name=resnet18", "model.norm_policy=local"], "it must be static"),
+        (
+            ["model.name=resnet18", "model.norm=group(2)", "model.norm_policy=local"],
+            "model.norm_policy: norm layers of different widths",
+        ),
+        (["pruning.mask.method=snip"], "pruning.mask.method: snip does not go with"),
+        (["pruning.mask.method=dynamic"], "pruning.mask.method: dynamic does not go with"),
+        (["local.algorithm=SCAFFOLD"], "local.algorithm: SCAFFOLD does not go with"),
+        (["local.algorithm=FedCM"], "local.algorithm: FedCM does not go with"),
+        (
+            ["local.algorithm=FedDyn", "uplink.error_feedback=false"],
+            "local.algorithm: FedDyn does not go with",
+        ),
+        (["schedule.name=hierarchical"], "schedule.name: hierarchical does not go with"),
+        (["schedule.name=fedasync"], "schedule.name: fedasync does not go with"),
+        (
+            [
+                *("schedule.name=gossip", "clients.total=4", "clients.per_round=4"),
+                "uplink.error_feedback=false",
+            ],
+            "schedule.name: gossip does not go with",
+        ),
+        (["distributed.exchange=allreduce"], "distributed.exchange: allreduce does not go with"),
+        (["distributed.engine=deepspeed"], "distributed.engine: deepspeed does not go with"),
+        (
+            ["submodel.ordered_dropout=true", "local.lanes=2"],
+            "local.lanes: ordered_dropout trains one client at a time",
+        ),
+    ],
+)
+def test_what_slices_do_not_go_with(words, message):
+    assert message in mistake("", *WIDTHS, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model.norm=group(2)"], "group(2) has no statistics"),
+        (["model.name=lenet"], "lenet has no norm layers"),
+        (
+            [
+                *("schedule.name=gossip", "clients.total=4", "clients.per_round=4"),
+                "uplink.error_feedback=false",
+            ],
+            "gossip scores every node's model",
+        ),
+        (["distributed.ranks_per_client=2"], "each rank's BatchNorm would see a part"),
+    ],
+)
+def test_what_static_batch_norm_does_not_go_with(words, message):
+    assert message in mistake("", "model.norm_policy=static", *words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["local.algorithm=FedProx"],
+        ["local.algorithm=FedNova"],
+        ["server.optimizer=FedAdam"],
+        ["schedule.name=fedbuff"],
+        ["schedule.over_selection=1.5", "schedule.deadline_seconds=9"],
+        ["submodel.assignment=capability", "schedule.deadline_seconds=9"],
+        ["submodel.ordered_dropout=true"],
+        ["model.name=resnet18", "model.norm_policy=static"],
+        ["model.name=resnet18", "model.norm=group(2)"],
+        ["downlink.mode=change", "downlink.values=int8"],
+    ],
+)
+def test_what_slices_go_with(words):
+    load("", *WIDTHS, *words)
