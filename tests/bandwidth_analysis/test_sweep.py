@@ -134,7 +134,7 @@ def wait_for(sweep: Path, num_finished: int) -> None:
 
 def table(sweep: Path) -> str:
     folders = sorted(str(path) for path in (sweep.parent / "runs").iterdir() if path.name[0] != ".")
-    command = [PYTHON, "-m", "bandwidth_analysis", *folders, "--format", "csv"]
+    command = [PYTHON, "-m", "bandwidth_analysis", *folders, "--table", "csv"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     return done.stdout
 
