@@ -14,7 +14,7 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
-from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import Formatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from bandwidth_analysis.runs import Run, fallback_notes, run_labels
 
@@ -40,6 +40,8 @@ STYLE = {
 NOTE_FRAME = {"facecolor": "#FFF3E0", "edgecolor": "#D55E00", "boxstyle": "round,pad=0.4"}
 LOG_RATIO = 20  # An axis is logarithmic if its values differ by a larger factor than this.
 MAX_LINES = 4  # A longer title or label is cut off.
+PLAIN_NUMBER = FuncFormatter(lambda tick, _: f"{tick:,.10g}")
+LEGEND_WIDTH = 90  # characters of a line of one entry
 LEGEND_CHARACTERS = 105  # This many fit side by side under a plot.
 
 
@@ -78,6 +80,12 @@ def alike(runs: list[Run], content: Callable[[Run], Any]) -> list[tuple[Run, lis
         if (key := content(run)) is not None:
             found.setdefault(key, (run, []))[1].append(label)
     return list(found.values())
+
+
+def title(what: str, runs: list[Run], width: int = 80) -> str:
+    """Return a title that names the model and the data set if all runs share them."""
+    subjects = {f"{run.model} on {run.dataset}" for run in runs}
+    return plain(f"{what}: {subjects.pop()}" if len(subjects) == 1 else what, width)
 
 
 def plain(text: str, width: int) -> str:

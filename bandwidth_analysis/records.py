@@ -87,9 +87,9 @@ def _record(group: Group, target: float | None, base: Record | None = None) -> R
         ratio_down=_ratio(dense_down.mean, down.mean),
         ratio=_ratio(dense_up.mean + dense_down.mean, up.mean + down.mean),
         simulated_seconds=Spread(tuple(run.simulated_seconds for run in runs)),
-        computation=_over_rounds(runs, "device_utilisation"),
-        communication=_over_rounds(runs, "link_utilisation"),
-        step=_over_rounds(runs),
+        computation=over_rounds(runs, "device_utilisation"),
+        communication=over_rounds(runs, "link_utilisation"),
+        step=over_rounds(runs),
         target=None if target is None else _target(runs, target),
         comparison=None,
     )
@@ -97,7 +97,7 @@ def _record(group: Group, target: float | None, base: Record | None = None) -> R
     return _compared(record, base) if is_comparable else record
 
 
-def _over_rounds(runs: list[Run], share: str = "") -> Spread:
+def over_rounds(runs: list[Run], share: str = "") -> Spread:
     """The seconds of the rounds of all runs after the warm-up, or a share of each round."""
     seconds = [
         run.per_round("simulated_seconds") * (run.per_round(share) if share else 1) for run in runs

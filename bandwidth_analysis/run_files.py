@@ -12,7 +12,8 @@ import yaml
 from bandwidth_analysis.errors import REPAIR, AnalysisError
 
 # The columns of the ledger that are read, wherever they stand, and numpy's types for them.
-LEDGER_FIELDS = {"round": "i8", "direction": "U5", "bytes": "i8", "dense_bytes": "i8"}
+LEDGER_FIELDS = {"round": "i8", "direction": "U5", "kind": "U32"}
+LEDGER_FIELDS |= dict.fromkeys(("bytes", "dense_bytes", "num_values"), "i8")
 NUMBER = (int, float)
 NUMBER_OR_NULL = (int, float, type(None))
 MEANS = ("waited_seconds", "link_utilisation", "device_utilisation")  # taken over the rounds
@@ -92,8 +93,8 @@ def read_ledger(path: Path, may_be_missing: bool) -> np.ndarray:
         raise AnalysisError(f"{path}: damaged ({str(error).splitlines()[0]}); {REPAIR}") from None
     if not np.isin(ledger["direction"], ("up", "down")).all():
         raise AnalysisError(f"{path}: damaged, a direction is neither up nor down; {REPAIR}")
-    if min(ledger[field].min(initial=0) for field in ("bytes", "dense_bytes")) < 0:
-        raise AnalysisError(f"{path}: damaged, a number of bytes is negative; {REPAIR}")
+    if min(ledger[field].min(initial=0) for field in ("bytes", "dense_bytes", "num_values")) < 0:
+        raise AnalysisError(f"{path}: damaged, a number of bytes or values is negative; {REPAIR}")
     if ledger["round"].min(initial=1) < 0:
         raise AnalysisError(f"{path}: damaged, a round is below 0; {REPAIR}")
     ledger["round"] = np.maximum(ledger["round"], 1)  # messages before round 1 count with round 1

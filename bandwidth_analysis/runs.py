@@ -28,6 +28,7 @@ from bandwidth_analysis.samples import Samples, read_samples
 from bandwidth_analysis.timeline import Timeline, read_timeline
 
 LINKS = ("uplink", "downlink")
+BYTES_PER_VALUE = 4  # of a message in float32
 MEAN_OVER = 5  # evaluations to average for a run without a summary; evaluation.last in the config
 DATASET_NAMES = {"cifar10": "CIFAR-10", "digits": "scikit-learn's digits"}
 
@@ -60,6 +61,8 @@ class Run:
     population: Population | None  # of links and devices, from a run whose clients are not alike
     traced: list[str]  # columns of the population that the traces of the config stand in for
     timeline: Timeline | None  # of the last round or the one asked for; None before round 1
+    num_values_up: np.ndarray  # int64 [R], in all clients' messages of a round
+    bytes_by_kind: dict[tuple[str, str], int]  # of all messages of a direction and a kind
     rows: list[dict]  # R rows of rounds.jsonl
     config: dict  # what config.yaml says
     environment: dict  # what environment.json says
@@ -72,6 +75,18 @@ class Run:
     def total(self, kind: str) -> int:
         """Return the bytes of all rounds; kind is a key of `traffic`, such as "dense_bytes_up"."""
         return int(self.traffic[kind].sum())
+
+    @property
+    def density_up(self) -> np.ndarray:
+        """Which share of the values of a dense update travelled up: float64 [R], from 0 to 1."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self.num_values_up / (self.traffic["dense_bytes_up"] / BYTES_PER_VALUE)
+
+    @property
+    def bits_per_value_up(self) -> np.ndarray:
+        """The bits of all payloads, positions and headers included, for each value: float64 [R]."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return 8 * self.traffic["bytes_up"] / self.num_values_up
 
     def per_round(self, key: str) -> np.ndarray:
         """Return what the rows hold under the key, float64 [R]; NaN in a round without it."""
@@ -112,6 +127,8 @@ def read_run(folder: Path, timeline_round: int | None = None) -> Run:
         samples=read_samples(folder / "samples.npz", *labels_per_client.shape),
         population=read_population(folder / "population.csv", len(labels_per_client)),
         timeline=_read_timeline(folder, rows, timeline_round),
+        num_values_up=_sum_per_round(ledger, len(rows), "up", "num_values"),
+        bytes_by_kind=_bytes_by_kind(ledger, len(rows)),
         rows=rows,
     )
 
@@ -166,14 +183,31 @@ def _read_identity(config_path: Path, environment_path: Path) -> dict[str, Any]:
 
 def _bytes_per_round(ledger: np.ndarray, num_rounds: int) -> dict[str, np.ndarray]:
     """Sum up bytes_up, bytes_down, dense_bytes_up and dense_bytes_down: int64 [num_rounds] each."""
-    traffic = {}
-    for direction in ("up", "down"):
-        messages = ledger[(ledger["direction"] == direction) & (ledger["round"] <= num_rounds)]
-        for kind in ("bytes", "dense_bytes"):
-            # bincount adds in float64, which is exact below 2^53 bytes (9 petabytes) in a round.
-            sums = np.bincount(messages["round"] - 1, messages[kind], minlength=num_rounds)
-            traffic[f"{kind}_{direction}"] = sums.astype(np.int64)
-    return traffic
+    return {
+        f"{column}_{direction}": _sum_per_round(ledger, num_rounds, direction, column)
+        for direction in ("up", "down")
+        for column in ("bytes", "dense_bytes")
+    }
+
+
+def _sum_per_round(ledger: np.ndarray, num_rounds: int, direction: str, column: str) -> np.ndarray:
+    messages = ledger[(ledger["direction"] == direction) & (ledger["round"] <= num_rounds)]
+    # bincount adds in float64, which is exact below 2^53 bytes (9 petabytes) in a round.
+    sums = np.bincount(messages["round"] - 1, messages[column], minlength=num_rounds)
+    return sums.astype(np.int64)
+
+
+def _bytes_by_kind(ledger: np.ndarray, num_rounds: int) -> dict[tuple[str, str], int]:
+    messages = ledger[ledger["round"] <= num_rounds]
+    kinds = sorted({(str(row["direction"]), str(row["kind"])) for row in messages})
+    return {
+        (direction, kind): int(
+            messages["bytes"][
+                (messages["direction"] == direction) & (messages["kind"] == kind)
+            ].sum()
+        )
+        for direction, kind in kinds
+    }
 
 
 def _rows_in_ledger(
