@@ -11,6 +11,7 @@ from pathlib import Path
 from bandwidth_analysis.errors import AnalysisError, printable
 from bandwidth_analysis.group_table import FORMATS, format_table
 from bandwidth_analysis.groups import Group, group_runs
+from bandwidth_analysis.page import write_page
 from bandwidth_analysis.plot_files import write_plots
 from bandwidth_analysis.records import make_records
 from bandwidth_analysis.runs import Run, read_run
@@ -22,17 +23,15 @@ COMPARISON = "comparison"  # the folder, next to the first run, for the plots of
 def main(argv: list[str] | None = None) -> int:
     """Print the table and write the plots; return the exit status."""
     arguments = _parser().parse_args(argv)
-    if arguments.target or arguments.baseline:
+    if (arguments.target or arguments.baseline) and not arguments.html:
         arguments.table = arguments.table or "text"
     try:
         folders = run_folders(arguments.runs)
         if arguments.timeline is not None and len(folders) > 1:
             raise AnalysisError("--timeline: a timeline shows one run; give one run folder")
         runs, problems = read_runs(folders, arguments)
-        if arguments.table:
-            groups = group_runs(runs)
-            baseline = _group_of(groups, arguments.baseline) if arguments.baseline else None
-            _print(format_table(make_records(groups, arguments.target, baseline), arguments.table))
+        if arguments.table or arguments.html:
+            _show_groups(group_runs(runs), arguments)
         else:
             _print(comparison_table(runs))
             folder = arguments.output or default_output([run.folder for run in runs])
@@ -41,6 +40,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 1 if problems else 0
+
+
+def _show_groups(groups: list[Group], arguments: argparse.Namespace) -> None:
+    """Print the table of the groups and write the page, as far as they are asked for."""
+    baseline = _group_of(groups, arguments.baseline) if arguments.baseline else None
+    records = make_records(groups, arguments.target, baseline)
+    if arguments.table:
+        _print(format_table(records, arguments.table))
+    if arguments.html:
+        write_page(records, arguments.html)
+        print(printable(f"page: {arguments.html}"), file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
         "--table",
         choices=FORMATS,
         help="print a row for each group of runs that differ in their seed only, and draw nothing",
+    )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page that opens anywhere, draw nothing"
     )
     parser.add_argument(
         "--target", type=_accuracy, metavar="ACCURACY", help="0.6: when was 60 %% reached?"

@@ -4,9 +4,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bandwidth_analysis.curves import group_names
-from bandwidth_analysis.drawing import COLOURS, GREY, PLAIN_NUMBER, cut, drawable, new_figure, title
-from bandwidth_analysis.groups import Group, group_runs
+from bandwidth_analysis.drawing import PLAIN_NUMBER, cut, drawable, new_figure, title
+from bandwidth_analysis.groups import Group, group_names, group_runs
+from bandwidth_analysis.palette import COLOURS, GREY
 from bandwidth_analysis.records import over_rounds
 from bandwidth_analysis.runs import Run
 

@@ -4,8 +4,6 @@ Where a group has several seeds, its line is their mean, and a band reaches from
 most of them.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -14,8 +12,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from bandwidth_analysis.drawing import (
-    COLOURS,
-    GREY,
     LEGEND_CHARACTERS,
     LEGEND_WIDTH,
     PLAIN_NUMBER,
@@ -25,41 +21,25 @@ from bandwidth_analysis.drawing import (
     scale,
     title,
 )
-from bandwidth_analysis.groups import Group, group_runs
-from bandwidth_analysis.runs import Run, run_labels
+from bandwidth_analysis.groups import Group, group_names, group_runs
+from bandwidth_analysis.palette import COLOURS, GREY
+from bandwidth_analysis.runs import Run
+from bandwidth_analysis.series import (
+    Over,
+    curve,
+    megabytes,
+    megabytes_down,
+    megabytes_up,
+    rounds,
+    simulated_minutes,
+    wall_minutes,
+)
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINE_STYLES = ("-", "-.", ":")  # each time the colours are used up, the next style begins
 REFERENCE_LINE = {"linestyle": "--", "linewidth": 1.3}
 MAX_MARKED = 30  # A line of more points than this has no markers.
 BAND = {"alpha": 0.2, "linewidth": 0}
-
-# What a curve runs over, as arrays [R] of a run: what has been sent or has passed by a round's end.
-Over = Callable[[Run], np.ndarray]
-
-
-def rounds(run: Run) -> np.ndarray:
-    return np.arange(1, run.num_rounds + 1)
-
-
-def megabytes_up(run: Run) -> np.ndarray:
-    return np.cumsum(run.traffic["bytes_up"]) / 1e6
-
-
-def megabytes_down(run: Run) -> np.ndarray:
-    return np.cumsum(run.traffic["bytes_down"]) / 1e6
-
-
-def megabytes(run: Run) -> np.ndarray:
-    return megabytes_up(run) + megabytes_down(run)
-
-
-def simulated_minutes(run: Run) -> np.ndarray:
-    return np.cumsum(run.per_round("simulated_seconds")) / 60
-
-
-def wall_minutes(run: Run) -> np.ndarray:
-    return np.cumsum(run.per_round("wall_seconds")) / 60
 
 
 def accuracy_vs_rounds(runs: list[Run]) -> Figure:
@@ -151,7 +131,7 @@ def density_per_round(runs: list[Run]) -> Figure:
     scale(shares.yaxis, np.concatenate([100 * r.density_up for r in runs]), PLAIN_NUMBER)
     lines = _per_round(bits, groups, lambda run: run.bits_per_value_up)
     bits.set(title=title("Bits per value", runs, width=42), xlabel="Round", ylim=(0, None))
-    bits.set_ylabel("Bits per value sent up, positions included")
+    bits.set_ylabel("Bits, positions included")
     for axes in panels:
         _say_if_empty(axes, lines, "no round completed yet")
     add_legend(figure, runs, lines)
@@ -159,18 +139,6 @@ def density_per_round(runs: list[Run]) -> Figure:
 
 
 # --- lines and bands ------------------------------------------------------------------------------
-
-
-def curve(group: Group, over: Over) -> tuple[np.ndarray, np.ndarray]:
-    """Return x, float [E], and the accuracy (%) of each run, float [num_runs, E].
-
-    E counts the rounds in which every run of the group was evaluated; x is a mean over the runs.
-    """
-    length = min(run.num_rounds for run in group.runs)
-    accuracy = np.array([run.accuracy[:length] for run in group.runs])
-    evaluated = np.flatnonzero(~np.isnan(accuracy).any(axis=0))
-    x = np.mean([over(run)[evaluated] for run in group.runs], axis=0)
-    return x, 100 * accuracy[:, evaluated]
 
 
 def _accuracies(axes: Axes, runs: list[Run], over: Over) -> list[Line2D]:
@@ -236,7 +204,8 @@ def _two_panels(runs: list[Run], *panels: tuple[Over, str, str]) -> Figure:
 def _scale_to(axis: Axis, runs: list[Run], over: Over, more: list[float]) -> None:
     """Make the axis logarithmic if the runs' ends differ widely."""
     ends = [over(run)[-1] if run.num_rounds else 0.0 for run in runs]
-    scale(axis, np.array(ends + more), PLAIN_NUMBER)
+    begins = [over(run)[0] for run in runs if run.num_rounds]
+    scale(axis, np.array(ends + more), PLAIN_NUMBER, drawn=np.array(begins + ends + more))
 
 
 def _reference_colours(references: list) -> list[str]:
@@ -249,16 +218,6 @@ def _reference_colours(references: list) -> list[str]:
         if len(references) == 1 or sum(np.array_equal(reference, other) for other in references) > 1
         else COLOURS[index % len(COLOURS)]
         for index, reference in enumerate(references)
-    ]
-
-
-def group_names(runs: list[Run]) -> list[str]:
-    """Name each group for a legend: a single run as elsewhere, several by how many there are."""
-    names = dict(zip(map(id, runs), run_labels(runs), strict=True))
-    return [
-        (names[id(g.first)] if len(g.runs) == 1 else f"{g.label} ({len(g.runs)} runs)")
-        + " (unfinished)" * (not g.finished)
-        for g in group_runs(runs)
     ]
 
 

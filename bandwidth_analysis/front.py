@@ -1,14 +1,14 @@
 """Which groups of runs no other group beats: more accuracy costs more bytes, or more time."""
 
-from collections.abc import Callable
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from bandwidth_analysis.curves import REFERENCE_LINE, add_legend, line_style
-from bandwidth_analysis.drawing import GREY, PLAIN_NUMBER, new_figure, scale, title
+from bandwidth_analysis.drawing import PLAIN_NUMBER, new_figure, scale, title
 from bandwidth_analysis.groups import Spread, group_runs
+from bandwidth_analysis.palette import GREY
 from bandwidth_analysis.pareto import on_front
 from bandwidth_analysis.records import Record, make_records
 from bandwidth_analysis.runs import Run
@@ -23,24 +23,17 @@ def pareto_front(runs: list[Run]) -> Figure:
     figure = new_figure(runs, height=4.2)
     records = make_records(group_runs(runs))
     bytes_axes, time_axes = figure.subplots(1, 2, sharey=True)
-    points = _draw(
-        bytes_axes,
-        records,
-        lambda r: Spread(
-            tuple(up + down for up, down in zip(r.mb_up.values, r.mb_down.values, strict=True))
-        ),
-    )
+    points = _draw(bytes_axes, records, [record.mb for record in records])
     bytes_axes.set(title=title("Accuracy for bytes", runs, width=42), xlabel="Up + down (MB)")
     bytes_axes.set_ylabel("Test accuracy, mean of the last k (%)")
-    _draw(time_axes, records, lambda r: Spread(tuple(s / 60 for s in r.simulated_seconds.values)))
+    _draw(time_axes, records, [record.simulated_minutes for record in records])
     time_axes.set(title=title("Accuracy for time", runs, width=42), xlabel="Simulated minutes")
     add_legend(figure, runs, points, dashed="front: no other run is better for less")
     return figure
 
 
-def _draw(axes: Axes, records: list[Record], cost_of: Callable[[Record], Spread]) -> list:
-    costs = [cost_of(record) for record in records]
-    gains = [Spread(tuple(100 * a for a in r.mean_accuracy.values)) for r in records]
+def _draw(axes: Axes, records: list[Record], costs: list[Spread]) -> list[Line2D]:
+    gains = [record.mean_accuracy.times(100) for record in records]
     front = on_front([cost.mean for cost in costs], [gain.mean for gain in gains])
     front.sort(key=lambda place: costs[place].mean)
     corners = [(costs[place].mean, gains[place].mean) for place in front]

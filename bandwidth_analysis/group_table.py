@@ -7,10 +7,11 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from bandwidth_analysis.groups import Spread
-from bandwidth_analysis.records import TARGET_OVER, Record
+from bandwidth_analysis.records import TARGET_OVER, Comparison, Record
 from bandwidth_analysis.runs import DATASET_NAMES, fallback_notes
 from bandwidth_analysis.table import aligned, duration, megabytes, reduction
 
@@ -20,43 +21,71 @@ LATEX_SPECIAL |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\
 
 @dataclass(frozen=True)
 class Column:
-    """A column for readers: two lines of heading, and the cell of a record."""
+    """A column for readers: two lines of heading, and what it says of a record."""
 
     above: str
     below: str
     cell: Callable[[Record], str]
+    key: Callable[[Record], float | str]  # by which the column can be sorted; NaN for no value
     is_text: bool = False
 
 
+def _text(above: str, value: Callable[[Record], str]) -> Column:
+    return Column(above, "", value, value, is_text=True)
+
+
+def _numbers(
+    above: str, below: str, value: Callable[[Record], float], show: Callable[[float], str]
+) -> Column:
+    return Column(above, below, lambda record: show(value(record)), value)
+
+
+def _spreads(
+    above: str, below: str, spread: Callable[[Record], Spread], show: Callable[[Spread], str]
+) -> Column:
+    return Column(above, below, lambda r: show(spread(r)), lambda r: spread(r).mean)
+
+
+def _against(below: str, value: Callable[[Comparison], Any], show: Callable[[Any], str]) -> Column:
+    """A column about the baseline, which has no such comparison itself."""
+    return Column(
+        "to baseline",
+        below,
+        lambda r: show(value(r.comparison)) if r.comparison else "-",
+        lambda r: value(r.comparison) if r.comparison else float("nan"),
+        is_text=show is str,
+    )
+
+
 COLUMNS = [
-    Column("run", "", lambda r: r.group.label, is_text=True),
-    Column("dataset", "", lambda r: r.group.first.dataset, is_text=True),
-    Column("model", "", lambda r: r.group.first.model, is_text=True),
-    Column("seeds", "", lambda r: str(r.group.num_seeds)),
-    Column("rounds", "", lambda r: _rounds(r)),
-    Column("accuracy %", "last", lambda r: _percent(r.accuracy)),
-    Column("accuracy %", "mean of last k", lambda r: _percent(r.mean_accuracy)),
-    Column("MB up", "", lambda r: megabytes(r.mb_up.mean * 1e6)),
-    Column("MB down", "", lambda r: megabytes(r.mb_down.mean * 1e6)),
-    Column("reduction", "up", lambda r: reduction(r.ratio_up)),
-    Column("reduction", "down", lambda r: reduction(r.ratio_down)),
-    Column("reduction", "both", lambda r: reduction(r.ratio)),
-    Column("time", "simulated", lambda r: duration(r.simulated_seconds.mean)),
-    Column("a round, s", "computing", lambda r: _seconds(r.computation)),
-    Column("a round, s", "sending", lambda r: _seconds(r.communication)),
-    Column("a round, s", "whole", lambda r: _seconds(r.step)),
+    _text("run", lambda r: r.group.label),
+    _text("dataset", lambda r: r.group.first.dataset),
+    _text("model", lambda r: r.group.first.model),
+    _numbers("seeds", "", lambda r: r.group.num_seeds, str),
+    Column("rounds", "", lambda r: _rounds(r), lambda r: r.group.first.num_rounds),
+    _spreads("accuracy %", "last", lambda r: r.accuracy, lambda s: _percent(s)),
+    _spreads("accuracy %", "mean of last k", lambda r: r.mean_accuracy, lambda s: _percent(s)),
+    _spreads("MB up", "", lambda r: r.mb_up, lambda s: _megabytes(s)),
+    _spreads("MB down", "", lambda r: r.mb_down, lambda s: _megabytes(s)),
+    _numbers("reduction", "up", lambda r: r.ratio_up, reduction),
+    _numbers("reduction", "down", lambda r: r.ratio_down, reduction),
+    _numbers("reduction", "both", lambda r: r.ratio, reduction),
+    _numbers("time", "simulated", lambda r: r.simulated_seconds.mean, duration),
+    _spreads("a round, s", "computing", lambda r: r.computation, lambda s: _seconds(s)),
+    _spreads("a round, s", "sending", lambda r: r.communication, lambda s: _seconds(s)),
+    _spreads("a round, s", "whole", lambda r: r.step, lambda s: _seconds(s)),
 ]
 UNTIL_TARGET = [
-    Column("to {target:g} %", "time", lambda r: _time_until(r)),
-    Column("to {target:g} %", "MB up", lambda r: _megabytes_until(r.target.mb_up)),
-    Column("to {target:g} %", "MB down", lambda r: _megabytes_until(r.target.mb_down)),
+    Column("to {:g} %", "time", lambda r: _time_until(r), lambda r: r.target.seconds.mean),
+    _spreads("to {:g} %", "MB up", lambda r: r.target.mb_up, lambda s: _megabytes(s)),
+    _spreads("to {:g} %", "MB down", lambda r: r.target.mb_down, lambda s: _megabytes(s)),
 ]
 AGAINST_BASELINE = [
-    Column("to baseline", "points", lambda r: f"{r.comparison.points:+.2f}"),
-    Column("to baseline", "bytes", lambda r: _factor(r.comparison.fewer_bytes)),
-    Column("to baseline", "time", lambda r: _factor(r.comparison.less_time)),
-    Column("to baseline", "time to target", lambda r: _factor(r.comparison.less_time_to_target)),
-    Column("to baseline", "by chance?", lambda r: r.comparison.verdict, is_text=True),
+    _against("points", lambda c: c.points, lambda points: f"{points:+.2f}"),
+    _against("bytes", lambda c: c.fewer_bytes, lambda factor: _factor(factor)),
+    _against("time", lambda c: c.less_time, lambda factor: _factor(factor)),
+    _against("time to target", lambda c: c.less_time_to_target, lambda factor: _factor(factor)),
+    _against("by chance?", lambda c: c.verdict, str),
 ]
 
 
@@ -69,16 +98,10 @@ def columns_of(records: list[Record]) -> list[Column]:
     """The columns that these records have, with the target in their headings."""
     columns = list(COLUMNS)
     if target := records[0].target:
-        columns += [
-            Column(column.above.format(target=100 * target.accuracy), column.below, column.cell)
-            for column in UNTIL_TARGET
-        ]
+        percent = 100 * target.accuracy
+        columns += [replace(c, above=c.above.format(percent)) for c in UNTIL_TARGET]
     if any(record.comparison for record in records):
-        columns += [
-            Column(column.above, column.below, _or_dash(column.cell), column.is_text)
-            for column in AGAINST_BASELINE
-            if target or column.below != "time to target"
-        ]
+        columns += [c for c in AGAINST_BASELINE if target or c.below != "time to target"]
     return columns
 
 
@@ -147,7 +170,7 @@ def _as_latex(records: list[Record]) -> str:
 
 
 def _as_csv(records: list[Record]) -> str:
-    rows = [dict(_numbers(record)) for record in records]
+    rows = [dict(_flat(record)) for record in records]
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
@@ -159,7 +182,7 @@ def _as_csv(records: list[Record]) -> str:
 FORMATS = {"text": _as_text, "markdown": _as_markdown, "csv": _as_csv, "latex": _as_latex}
 
 
-def _numbers(record: Record) -> Iterator[tuple[str, str]]:
+def _flat(record: Record) -> Iterator[tuple[str, str]]:
     """The columns of CSV: every number of a record, with its unit in its name."""
     group, target, comparison = record.group, record.target, record.comparison
     yield "run", group.label
@@ -204,10 +227,6 @@ def _heading(column: Column) -> str:
     return f"{column.above}, {column.below}" if column.below else column.above
 
 
-def _or_dash(cell: Callable[[Record], str]) -> Callable[[Record], str]:
-    return lambda record: cell(record) if record.comparison else "-"
-
-
 def _rounds(record: Record) -> str:
     run = record.group.first
     return str(run.num_rounds) if run.finished else f"{run.num_rounds}/{run.rounds_planned}"
@@ -233,7 +252,7 @@ def _time_until(record: Record) -> str:
     return f"{num_reached} of {num_runs} runs" if num_reached else "never"
 
 
-def _megabytes_until(mb: Spread) -> str:
+def _megabytes(mb: Spread) -> str:
     return megabytes(mb.mean * 1e6) if mb.values else "-"
 
 

@@ -32,6 +32,9 @@ class Spread:
     def high(self) -> float:
         return max(self.values, default=float("nan"))
 
+    def times(self, factor: float) -> "Spread":
+        return Spread(tuple(factor * value for value in self.values))
+
     def overlaps(self, other: "Spread") -> bool:
         return self.low <= other.high and other.low <= self.high
 
@@ -69,6 +72,16 @@ def group_runs(runs: list[Run]) -> list[Group]:
             [runs[place] for place in places],
         )
         for name, places in zip(names, members.values(), strict=True)
+    ]
+
+
+def group_names(runs: list[Run]) -> list[str]:
+    """Name each group for a legend: a single run as elsewhere, several by how many there are."""
+    names = dict(zip(map(id, runs), run_labels(runs), strict=True))
+    return [
+        (names[id(g.first)] if len(g.runs) == 1 else f"{g.label} ({len(g.runs)} runs)")
+        + " (unfinished)" * (not g.finished)
+        for g in group_runs(runs)
     ]
 
 

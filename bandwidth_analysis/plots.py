@@ -18,18 +18,10 @@ from bandwidth_analysis.curves import (
     bytes_per_round,
     density_per_round,
 )
-from bandwidth_analysis.drawing import (
-    COLOURS,
-    GREY,
-    alike,
-    count_on,
-    cut,
-    drawable,
-    new_figure,
-    plain,
-)
+from bandwidth_analysis.drawing import alike, count_on, cut, drawable, new_figure, plain
 from bandwidth_analysis.front import pareto_front
 from bandwidth_analysis.groups import group_runs
+from bandwidth_analysis.palette import COLOURS, GREY
 from bandwidth_analysis.population_plot import population
 from bandwidth_analysis.runs import Run
 from bandwidth_analysis.timeline_plot import timeline

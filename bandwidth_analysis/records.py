@@ -58,6 +58,16 @@ class Record:
     target: Target | None
     comparison: Comparison | None
 
+    @property
+    def mb(self) -> Spread:
+        """Up and down together."""
+        pairs = zip(self.mb_up.values, self.mb_down.values, strict=True)
+        return Spread(tuple(up + down for up, down in pairs))
+
+    @property
+    def simulated_minutes(self) -> Spread:
+        return self.simulated_seconds.times(1 / 60)
+
 
 def make_records(
     groups: list[Group], target: float | None = None, baseline: Group | None = None
@@ -139,9 +149,7 @@ def _target(runs: list[Run], accuracy: float) -> Target:
 def _compared(record: Record, base: Record) -> Record:
     comparison = Comparison(
         points=100 * (record.mean_accuracy.mean - base.mean_accuracy.mean),
-        fewer_bytes=_ratio(
-            base.mb_up.mean + base.mb_down.mean, record.mb_up.mean + record.mb_down.mean
-        ),
+        fewer_bytes=_ratio(base.mb.mean, record.mb.mean),
         less_time=_ratio(base.simulated_seconds.mean, record.simulated_seconds.mean),
         less_time_to_target=_ratio(base.target.seconds.mean, record.target.seconds.mean)
         if record.target

@@ -9,7 +9,7 @@ from helpers.run_folders import FALLBACK, NOTE, PLOT_NAMES_OF_SEVERAL, write_run
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from bandwidth_analysis import comparison_table, drawing, plots, read_run, write_plots
+from bandwidth_analysis import comparison_table, drawing, palette, plots, read_run, write_plots
 from bandwidth_analysis.pareto import on_front
 
 
@@ -129,7 +129,7 @@ def test_sample_pictures_stand_with_their_clients_labels(tmp_path):
     assert axes.get_title() == "Pictures by client: topk-s0, same-s0"
     assert [text.get_text() for text in axes.texts] == ["dog (cat)", "dog", "ship"]
     assert axes.get_xlabel() == "Coloured: the client's label (and the server's)"
-    assert [text.get_color() == drawing.COLOURS[1] for text in axes.texts] == [True, False, False]
+    assert [text.get_color() == palette.COLOURS[1] for text in axes.texts] == [True, False, False]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0\n(3)", "1\n(12)"]
     corners = np.array([image.get_extent() for image in axes.images])  # left, right, bottom, top
     assert np.allclose(corners.reshape(3, 2, 2).mean(axis=2), [(0, 0), (0, 1), (1, 1)])
