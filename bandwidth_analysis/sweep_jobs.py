@@ -145,7 +145,7 @@ class SlurmJobs:
             self._executor = AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=100)
             self._executor.update_parameters(**{"name": "sweep"} | parameters)
         except (RuntimeError, NameError, TypeError, ValueError) as error:
-            raise ValueError(" ".join(str(error).split())) from None
+            raise ValueError(str(error).split("\n")[0]) from None
         self._jobs: list[Any] = []
 
     def submit(self, training: Training) -> Job:

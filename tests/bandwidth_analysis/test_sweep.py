@@ -4,17 +4,19 @@ import os
 import signal
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
+from helpers.fake_slurm import write_commands
 from helpers.runs import PYTHON, REPOSITORY, TINY
 
 from bandwidth_analysis.sweep import train
 from bandwidth_analysis.sweep_file import Sweep, read_sweep
 from bandwidth_analysis.sweep_jobs import machine_shares
+from config import ConfigError
 
 
 @dataclass
@@ -93,6 +95,39 @@ def test_a_run_that_an_earlier_start_left_behind_is_waited_for(tmp_path):
     assert train(scripts(tmp_path, f"{hold.replace('2)', '6)')}"), "x") == 0
     assert time.monotonic() - begin > 0.9
     assert other.wait() == 0
+
+
+def test_the_runs_of_a_sweep_are_jobs_of_slurm(tmp_path, monkeypatch, capsys):
+    """A cluster that is none: submitit writes, submits and watches real job scripts."""
+    write_commands(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.chdir(REPOSITORY)
+    code = "import os; print(os.environ['SLURM_JOB_ID']); print('error: bad'); exit({})"
+    sweep = scripts(tmp_path, code.format(0), code.format(2))
+    sweep = replace(sweep, slurm={"timeout_min": 30, "slurm_partition": "gpu"})
+    assert train(sweep, "x") == 1
+    assert "failed: run1-s0: bad" in capsys.readouterr().err
+    numbers = {(tmp_path / f".x-sweep/run{place}-s0.log").read_text()[:-12] for place in (0, 1)}
+    assert len(numbers) == 2
+    submitted = (tmp_path / "bin/sbatch.submitted").read_text()
+    assert "#SBATCH --time=30" in submitted and "#SBATCH --partition=gpu" in submitted
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({}, "slurm: give timeout_min"),
+        ({"timeout_min": 5}, "slurm: Could not detect"),
+        ({"timeout_min": 5, "slurm_partitoin": "gpu"}, "slurm_partitoin"),
+    ],
+)
+def test_a_wrong_cluster_is_a_mistake(tmp_path, monkeypatch, parameters, message):
+    if "slurm_partitoin" in parameters:
+        write_commands(tmp_path / "bin")
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    sweep = replace(scripts(tmp_path, "exit(0)"), slurm=parameters)
+    with pytest.raises(ConfigError, match=message):
+        train(sweep, "x")
 
 
 # --- kills ----------------------------------------------------------------------------------------
