@@ -21,7 +21,7 @@ MEANS = ("waited_seconds", "link_utilisation", "device_utilisation")  # taken ov
 OPTIONAL: dict[str, Any] = dict.fromkeys(MEANS) | {"late": [], "failures": {}}
 
 
-def read_text(path: Path) -> str:
+def text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -33,7 +33,7 @@ def read_text(path: Path) -> str:
 def read_mapping(path: Path, parse: Callable[[str], Any]) -> dict:
     """Read the mapping that a YAML or JSON file holds."""
     try:
-        mapping = parse(read_text(path))
+        mapping = parse(text_of(path))
     except (ValueError, RecursionError, yaml.YAMLError):
         raise AnalysisError(f"{path}: damaged or half-written; {REPAIR}") from None
     if not isinstance(mapping, dict):
@@ -56,7 +56,7 @@ def read_rounds(path: Path, may_be_missing: bool) -> list[dict]:
     """
     if may_be_missing and not path.exists():
         return []
-    lines = read_text(path).split("\n")
+    lines = text_of(path).split("\n")
     rows = []
     # The text after the last newline is either empty or a line that a kill cut off.
     for round_number, line in enumerate(lines[:-1], start=1):

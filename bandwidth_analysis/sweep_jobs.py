@@ -50,7 +50,7 @@ class Training:
     def is_elsewhere(self) -> bool:
         """Whether a process trains this run that an earlier, killed start of the sweep left."""
         try:
-            with open(self.folder / ".lock") as file:
+            with open(self.folder / ".lock", "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
