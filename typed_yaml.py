@@ -47,7 +47,7 @@ class Settings:
         self.values: dict[str, Any] = {}
         self.places = {"": str(file)}  # "x.yaml:4" or "command line"; sections have a place, too
         try:
-            root = _compose(file.read_text(encoding="utf-8"))
+            root = compose(file.read_text(encoding="utf-8"))
         except OSError as error:
             reason = f"cannot be read: {error.strerror}; give a YAML file to --config"
             raise ConfigError(f"{file}: {reason}") from None
@@ -124,7 +124,7 @@ class Settings:
 # --- from text to YAML's tree -----------------------------------------------------------------
 
 
-def _compose(text: str) -> yaml.Node | None:
+def compose(text: str) -> yaml.Node | None:
     """YAML's tree of a text, every value of it as text. Raises YAMLError."""
     try:
         root = yaml.compose(text, Loader=yaml.BaseLoader)
@@ -168,7 +168,7 @@ def _parse(text: str, kind: Any) -> yaml.Node:
     may_have_parts = kind is Any or is_dataclass(kind) or get_origin(kind) in (list, dict)
     if not may_have_parts or text[:1] not in ("[", "{", "'", '"'):
         return yaml.ScalarNode(TEXT, text)
-    node = _compose(text)
+    node = compose(text)
     if node.end_mark.index < len(text):  # YAML would take it for a comment
         raise yaml.YAMLError(f"{text[node.end_mark.index :]!r} is too much")
     return node

@@ -1,7 +1,7 @@
-"""Read run folders, compare their accuracy and communication in a table, and draw plots.
+"""Read run folders, compare their accuracy and communication in tables, and draw plots.
 
 Use `python -m bandwidth_analysis RUN [RUN ...]` in a shell, or the functions below in Python.
-Nothing is written but the plots, into a folder that the caller names.
+Nothing is written but the plots, into a folder that the caller names. sweep.py trains the runs.
 """
 
 from bandwidth_analysis.errors import AnalysisError

@@ -14,16 +14,14 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
-from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import Formatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from bandwidth_analysis.palette import LOG_RATIO
 from bandwidth_analysis.runs import Run, fallback_notes, run_labels
+from bandwidth_analysis.series import spread_of
 
 WIDTH = 8.0  # inches, or 1,200 pixels, which a README shows at about two thirds of their size
 DPI = 150
-# The palette of Okabe and Ito, whose colours colour-blind readers can tell apart, without its
-# yellow, which is faint on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-GREY = "#555555"
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -38,8 +36,9 @@ STYLE = {
     "text.parse_math": False,  # dollar signs in names do not enclose formulas
 }
 NOTE_FRAME = {"facecolor": "#FFF3E0", "edgecolor": "#D55E00", "boxstyle": "round,pad=0.4"}
-LOG_RATIO = 20  # An axis is logarithmic if its values differ by a larger factor than this.
 MAX_LINES = 4  # A longer title or label is cut off.
+PLAIN_NUMBER = FuncFormatter(lambda tick, _: f"{tick:,.10g}")
+LEGEND_WIDTH = 90  # characters of a line of one entry
 LEGEND_CHARACTERS = 105  # This many fit side by side under a plot.
 
 
@@ -80,6 +79,12 @@ def alike(runs: list[Run], content: Callable[[Run], Any]) -> list[tuple[Run, lis
     return list(found.values())
 
 
+def title(what: str, runs: list[Run], width: int = 80) -> str:
+    """Return a title that names the model and the data set if all runs share them."""
+    subjects = {f"{run.model} on {run.dataset}" for run in runs}
+    return plain(f"{what}: {subjects.pop()}" if len(subjects) == 1 else what, width)
+
+
 def plain(text: str, width: int) -> str:
     """Return the text as it can be drawn, in about MAX_LINES lines of `width` characters."""
     return textwrap.fill(cut(drawable(text), MAX_LINES * width), width)
@@ -109,13 +114,17 @@ def count_on(axis: Axis) -> None:
     axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
 
 
-def scale(axis: Axis, values: np.ndarray, formatter: Formatter) -> None:
-    """Make the axis logarithmic if the values differ widely, else linear from zero."""
-    positive = values[values > 0]
-    spread = positive.max() / positive.min() if positive.size else 1
-    if spread > LOG_RATIO:
+def scale(
+    axis: Axis, values: np.ndarray, formatter: Formatter, drawn: np.ndarray | None = None
+) -> None:
+    """Make the axis logarithmic if the values differ widely, else linear from zero.
+
+    drawn: what stands on the axis, if that is more than the values; it decides on the ticks.
+    """
+    if spread_of(values) > LOG_RATIO:
         axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < 1000 else (1,)))
+        decades = spread_of(values if drawn is None else drawn)
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1000 else (1,)))
         axis.set_minor_locator(NullLocator())
     else:
         axis.axes.set(**{f"{axis.axis_name}lim": (0, None)})

@@ -10,8 +10,6 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from bandwidth_analysis.drawing import (
-    COLOURS,
-    GREY,
     LOG_RATIO,
     alike,
     count_on,
@@ -21,6 +19,7 @@ from bandwidth_analysis.drawing import (
     plain,
     scale,
 )
+from bandwidth_analysis.palette import COLOURS, GREY
 from bandwidth_analysis.runs import Run
 
 PANELS = {  # column: its title, its unit, and the profile that colours it

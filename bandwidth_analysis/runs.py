@@ -6,28 +6,29 @@ summary.json repeat its sums; a run in which they differ is refused, not reporte
 
 import json
 import os
-import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import yaml
 
 from bandwidth_analysis.errors import REPAIR, AnalysisError, printable
 from bandwidth_analysis.population import Population, read_population
+from bandwidth_analysis.run_files import (
+    MEANS,
+    NUMBER,
+    NUMBER_OR_NULL,
+    get,
+    read_ledger,
+    read_mapping,
+    read_rounds,
+)
 from bandwidth_analysis.samples import Samples, read_samples
 from bandwidth_analysis.timeline import Timeline, read_timeline
 
-# The columns of the ledger that are read, wherever they stand, and numpy's types for them.
-LEDGER_FIELDS = {"round": "i8", "direction": "U5", "bytes": "i8", "dense_bytes": "i8"}
-NUMBER = (int, float)
-NUMBER_OR_NULL = (int, float, type(None))
-MEANS = ("waited_seconds", "link_utilisation", "device_utilisation")  # taken over the rounds
-# What a row of rounds.jsonl says that lacks one of these keys.
-OPTIONAL: dict[str, Any] = dict.fromkeys(MEANS) | {"late": [], "failures": {}}
 LINKS = ("uplink", "downlink")
+BYTES_PER_VALUE = 4  # of a message in float32
 MEAN_OVER = 5  # evaluations to average for a run without a summary; evaluation.last in the config
 DATASET_NAMES = {"cifar10": "CIFAR-10", "digits": "scikit-learn's digits"}
 
@@ -60,6 +61,11 @@ class Run:
     population: Population | None  # of links and devices, from a run whose clients are not alike
     traced: list[str]  # columns of the population that the traces of the config stand in for
     timeline: Timeline | None  # of the last round or the one asked for; None before round 1
+    num_values_up: np.ndarray  # int64 [R], in all clients' messages of a round
+    bytes_by_kind: dict[tuple[str, str], int]  # of all messages of a direction and a kind
+    rows: list[dict]  # R rows of rounds.jsonl
+    config: dict  # what config.yaml says
+    environment: dict  # what environment.json says
 
     @property
     def num_rounds(self) -> int:
@@ -69,6 +75,23 @@ class Run:
     def total(self, kind: str) -> int:
         """Return the bytes of all rounds; kind is a key of `traffic`, such as "dense_bytes_up"."""
         return int(self.traffic[kind].sum())
+
+    @property
+    def density_up(self) -> np.ndarray:
+        """Which share of the values of a dense update travelled up: float64 [R], from 0 to 1."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self.num_values_up / (self.traffic["dense_bytes_up"] / BYTES_PER_VALUE)
+
+    @property
+    def bits_per_value_up(self) -> np.ndarray:
+        """The bits of all payloads, positions and headers included, for each value: float64 [R]."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return 8 * self.traffic["bytes_up"] / self.num_values_up
+
+    def per_round(self, key: str) -> np.ndarray:
+        """Return what the rows hold under the key, float64 [R]; NaN in a round without it."""
+        values = [row.get(key) for row in self.rows]
+        return np.array([_or_nan(value) for value in values], dtype=np.float64)
 
 
 def read_run(folder: Path, timeline_round: int | None = None) -> Run:
@@ -87,8 +110,8 @@ def read_run(folder: Path, timeline_round: int | None = None) -> Run:
     finished = (folder / "summary.json").exists()
     # The ledger is read after the rows. If the run goes on meanwhile, the ledger may hold messages
     # of later rounds than the rows, and these are left out.
-    rows = _read_rounds(folder / "rounds.jsonl", may_be_missing=not finished)
-    ledger = _read_ledger(folder / "ledger.csv", may_be_missing=not rows)
+    rows = read_rounds(folder / "rounds.jsonl", may_be_missing=not finished)
+    ledger = read_ledger(folder / "ledger.csv", may_be_missing=not rows)
     rows = _rows_in_ledger(rows, ledger, finished, folder)
     labels_per_client, class_names = _read_partition(folder / "partition.npz")
     return Run(
@@ -104,6 +127,9 @@ def read_run(folder: Path, timeline_round: int | None = None) -> Run:
         samples=read_samples(folder / "samples.npz", *labels_per_client.shape),
         population=read_population(folder / "population.csv", len(labels_per_client)),
         timeline=_read_timeline(folder, rows, timeline_round),
+        num_values_up=_sum_per_round(ledger, len(rows), "up", "num_values"),
+        bytes_by_kind=_bytes_by_kind(ledger, len(rows)),
+        rows=rows,
     )
 
 
@@ -135,125 +161,53 @@ def fallback_notes(runs: list[Run]) -> list[str]:
     return [f"{', '.join(labels)}: {note}" for note, labels in runs_by_note.items()]
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise AnalysisError(f"{path}: cannot be read ({error.strerror}); {REPAIR}") from None
-    except UnicodeDecodeError:
-        raise AnalysisError(f"{path}: damaged, not text; {REPAIR}") from None
-
-
-def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict:
-    """Read the mapping that a YAML or JSON file holds."""
-    try:
-        mapping = parse(_read_text(path))
-    except (ValueError, RecursionError, yaml.YAMLError):
-        raise AnalysisError(f"{path}: damaged or half-written; {REPAIR}") from None
-    if not isinstance(mapping, dict):
-        raise AnalysisError(f"{path}: damaged, holds no keys; {REPAIR}")
-    return mapping
-
-
-def _get(mapping: dict, key: str, kind: type | tuple[type, ...], source: Path) -> Any:
-    """Return mapping[key]; raise AnalysisError if it is missing or is not of the kind."""
-    if key not in mapping or not isinstance(mapping[key], kind):
-        found = repr(mapping[key]) if key in mapping else "nothing"
-        raise AnalysisError(f"{source}: '{key}' has no usable value (found {found}); {REPAIR}")
-    return mapping[key]
-
-
 def _read_identity(config_path: Path, environment_path: Path) -> dict[str, Any]:
     """Read the fields of Run that config.yaml and environment.json hold."""
-    config = _read_mapping(config_path, yaml.safe_load)
-    dataset = _get(_read_mapping(environment_path, json.loads), "dataset", dict, environment_path)
-    model = _get(config, "model", dict, config_path)
-    network = _get({"network": {}} | config, "network", dict, config_path)
+    config = read_mapping(config_path, yaml.safe_load)
+    environment = read_mapping(environment_path, json.loads)
+    dataset = get(environment, "dataset", dict, environment_path)
+    model = get(config, "model", dict, config_path)
+    network = get({"network": {}} | config, "network", dict, config_path)
     return {
-        "name": printable(str(_get(config, "name", (str, int), config_path))),
-        "seed": _get(config, "seed", int, config_path),
-        "rounds_planned": _get(config, "rounds", int, config_path),
-        "model": printable(_get(model, "name", str, config_path)),
+        "name": printable(str(get(config, "name", (str, int), config_path))),
+        "seed": get(config, "seed", int, config_path),
+        "rounds_planned": get(config, "rounds", int, config_path),
+        "model": printable(get(model, "name", str, config_path)),
         "traced": [f"{way}_mbps" for way in LINKS if network.get(f"{way}_trace")],
-        "dataset": printable(_get(dataset, "name", str, environment_path)),
+        "dataset": printable(get(dataset, "name", str, environment_path)),
         "fallback": printable(" ".join(str(dataset.get("fallback") or "").split())),
+        "config": config,
+        "environment": environment,
     }
-
-
-def _read_rounds(path: Path, may_be_missing: bool) -> list[dict]:
-    """Read the rows of rounds.jsonl and check that they count 1, 2, 3 and so on.
-
-    A last line that a kill cut off is left out.
-    """
-    if may_be_missing and not path.exists():
-        return []
-    lines = _read_text(path).split("\n")
-    rows = []
-    # The text after the last newline is either empty or a line that a kill cut off.
-    for round_number, line in enumerate(lines[:-1], start=1):
-        source = f"{path}:{round_number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise AnalysisError(f"{source}: damaged line; {REPAIR}") from None
-        if not isinstance(row, dict) or row.get("round") != round_number:
-            raise AnalysisError(f"{source}: should be round {round_number}; {REPAIR}")
-        for key in ("bytes_up", "bytes_down", "simulated_seconds", "wall_seconds"):
-            _get(row, key, NUMBER, source)
-        _get(row, "test_accuracy", NUMBER_OR_NULL, source)
-        row = OPTIONAL | row
-        for key, otherwise in OPTIONAL.items():
-            _get(row, key, NUMBER_OR_NULL if key in MEANS else type(otherwise), source)
-        rows.append(row)
-    return rows
-
-
-def _read_ledger(path: Path, may_be_missing: bool) -> np.ndarray:
-    """Read the LEDGER_FIELDS of each message; a last line that a kill cut off is left out."""
-    dtype = np.dtype(list(LEDGER_FIELDS.items()))
-    if may_be_missing and not path.exists():
-        return np.empty(0, dtype)
-    try:
-        with path.open(encoding="utf-8") as file:
-            header = file.readline().strip().split(",")
-            columns = [header.index(field) for field in LEDGER_FIELDS]
-            ledger = _parse_ledger(file, dtype, columns)
-    except OSError as error:
-        raise AnalysisError(f"{path}: cannot be read ({error.strerror}); {REPAIR}") from None
-    except ValueError as error:
-        raise AnalysisError(f"{path}: damaged ({str(error).splitlines()[0]}); {REPAIR}") from None
-    if not np.isin(ledger["direction"], ("up", "down")).all():
-        raise AnalysisError(f"{path}: damaged, a direction is neither up nor down; {REPAIR}")
-    if min(ledger[field].min(initial=0) for field in ("bytes", "dense_bytes")) < 0:
-        raise AnalysisError(f"{path}: damaged, a number of bytes is negative; {REPAIR}")
-    if ledger["round"].min(initial=1) < 0:
-        raise AnalysisError(f"{path}: damaged, a round is below 0; {REPAIR}")
-    ledger["round"] = np.maximum(ledger["round"], 1)  # messages before round 1 count with round 1
-    return ledger
-
-
-def _parse_ledger(file: TextIO, dtype: np.dtype, columns: list[int]) -> np.ndarray:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*no data", category=UserWarning)
-        return np.loadtxt(
-            _whole_lines(file), dtype, comments=None, delimiter=",", usecols=columns, ndmin=1
-        )
-
-
-def _whole_lines(file: TextIO) -> Iterator[str]:
-    return (line for line in file if line.endswith("\n"))
 
 
 def _bytes_per_round(ledger: np.ndarray, num_rounds: int) -> dict[str, np.ndarray]:
     """Sum up bytes_up, bytes_down, dense_bytes_up and dense_bytes_down: int64 [num_rounds] each."""
-    traffic = {}
-    for direction in ("up", "down"):
-        messages = ledger[(ledger["direction"] == direction) & (ledger["round"] <= num_rounds)]
-        for kind in ("bytes", "dense_bytes"):
-            # bincount adds in float64, which is exact below 2^53 bytes (9 petabytes) in a round.
-            sums = np.bincount(messages["round"] - 1, messages[kind], minlength=num_rounds)
-            traffic[f"{kind}_{direction}"] = sums.astype(np.int64)
-    return traffic
+    return {
+        f"{column}_{direction}": _sum_per_round(ledger, num_rounds, direction, column)
+        for direction in ("up", "down")
+        for column in ("bytes", "dense_bytes")
+    }
+
+
+def _sum_per_round(ledger: np.ndarray, num_rounds: int, direction: str, column: str) -> np.ndarray:
+    messages = ledger[(ledger["direction"] == direction) & (ledger["round"] <= num_rounds)]
+    # bincount adds in float64, which is exact below 2^53 bytes (9 petabytes) in a round.
+    sums = np.bincount(messages["round"] - 1, messages[column], minlength=num_rounds)
+    return sums.astype(np.int64)
+
+
+def _bytes_by_kind(ledger: np.ndarray, num_rounds: int) -> dict[tuple[str, str], int]:
+    messages = ledger[ledger["round"] <= num_rounds]
+    kinds = sorted({(str(row["direction"]), str(row["kind"])) for row in messages})
+    return {
+        (direction, kind): int(
+            messages["bytes"][
+                (messages["direction"] == direction) & (messages["kind"] == kind)
+            ].sum()
+        )
+        for direction, kind in kinds
+    }
 
 
 def _rows_in_ledger(
@@ -285,21 +239,21 @@ def _read_outcome(
 
     Raises AnalysisError if the summary's rounds and bytes differ from the rows and the ledger.
     """
-    summary = _read_mapping(path, json.loads) if finished else _summary_so_far(rows)
+    summary = read_mapping(path, json.loads) if finished else _summary_so_far(rows)
     if finished:
         _check_summary(path, summary, rows, ledger)
     return {
-        "last_accuracy": _or_nan(_get(summary, "test_accuracy", NUMBER_OR_NULL, path)),
-        "mean_accuracy": _or_nan(_get(summary, "test_accuracy_mean", NUMBER_OR_NULL, path)),
-        "mean_over": _get(summary, "test_accuracy_mean_over", int, path),
-        "simulated_seconds": _get(summary, "simulated_seconds", NUMBER, path),
-        "wall_seconds": _get(summary, "wall_seconds", NUMBER, path),
+        "last_accuracy": _or_nan(get(summary, "test_accuracy", NUMBER_OR_NULL, path)),
+        "mean_accuracy": _or_nan(get(summary, "test_accuracy_mean", NUMBER_OR_NULL, path)),
+        "mean_over": get(summary, "test_accuracy_mean_over", int, path),
+        "simulated_seconds": get(summary, "simulated_seconds", NUMBER, path),
+        "wall_seconds": get(summary, "wall_seconds", NUMBER, path),
     }
 
 
 def _check_summary(path: Path, summary: dict, rows: list[dict], ledger: np.ndarray) -> None:
     """Raise AnalysisError if the summary's rounds and bytes differ from the rows and the ledger."""
-    rounds = _get(summary, "rounds_completed", int, path)
+    rounds = get(summary, "rounds_completed", int, path)
     last_round = ledger["round"].max(initial=0)
     if rounds != len(rows) or last_round > rounds:
         raise AnalysisError(
@@ -307,7 +261,7 @@ def _check_summary(path: Path, summary: dict, rows: list[dict], ledger: np.ndarr
             f"ledger.csv {last_round}; {REPAIR}"
         )
     for key, per_round in _bytes_per_round(ledger, rounds).items():
-        if _get(summary, key, int, path) != per_round.sum():
+        if get(summary, key, int, path) != per_round.sum():
             raise AnalysisError(
                 f"{path.parent}: {key} is {summary[key]} in summary.json but {per_round.sum()} in "
                 f"ledger.csv; {REPAIR}"

@@ -35,10 +35,24 @@ def comparison_table(runs: list[Run]) -> str:
     so far. If a run used another data set than the configured one, a line below the table says why.
     """
     rows = [_row(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
-    rows = [*zip(*HEADER, strict=True), *rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(2, tuple("-" * width for width in widths))
-    return "\n".join([*(_line(row, widths) for row in rows), *fallback_notes(runs)])
+    is_left = [column < NUM_TEXT_COLUMNS for column in range(len(HEADER))]
+    heading = list(zip(*HEADER, strict=True))
+    return "\n".join([*aligned(heading, rows, is_left), *fallback_notes(runs)])
+
+
+def aligned(
+    heading: list[tuple[str, ...]], rows: list[tuple[str, ...]], is_left: list[bool]
+) -> list[str]:
+    """Return the lines of a table with a rule under its heading; is_left: of each column."""
+    widths = [max(map(len, column)) for column in zip(*heading, *rows, strict=True)]
+    rule = tuple("-" * width for width in widths)
+    return [
+        "  ".join(
+            cell.ljust(width) if left else cell.rjust(width)
+            for cell, width, left in zip(row, widths, is_left, strict=True)
+        ).rstrip()
+        for row in [*heading, rule, *rows]
+    ]
 
 
 def _row(run: Run, label: str) -> tuple[str, ...]:
@@ -51,42 +65,39 @@ def _row(run: Run, label: str) -> tuple[str, ...]:
         else f"{run.num_rounds}/{run.rounds_planned} unfinished",
         _percent(run.last_accuracy),
         f"{_percent(run.mean_accuracy)} (k={run.mean_over})",
-        _megabytes(run.total("bytes_up")),
-        _megabytes(run.total("bytes_down")),
-        _reduction(run.total("dense_bytes_up"), run.total("bytes_up")),
-        _reduction(run.total("dense_bytes_down"), run.total("bytes_down")),
-        _duration(run.simulated_seconds),
-        _duration(run.wall_seconds),
-        "-" if math.isnan(run.waited_seconds) else _duration(run.waited_seconds),
+        megabytes(run.total("bytes_up")),
+        megabytes(run.total("bytes_down")),
+        reduction(_ratio(run, "up")),
+        reduction(_ratio(run, "down")),
+        duration(run.simulated_seconds),
+        duration(run.wall_seconds),
+        "-" if math.isnan(run.waited_seconds) else duration(run.waited_seconds),
         _percent(run.link_utilisation),
         _percent(run.device_utilisation),
     )
 
 
-def _line(cells: tuple[str, ...], widths: list[int]) -> str:
-    padded = [
-        cell.ljust(width) if column < NUM_TEXT_COLUMNS else cell.rjust(width)
-        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    ]
-    return "  ".join(padded).rstrip()
+def _ratio(run: Run, direction: str) -> float:
+    sent = run.total(f"bytes_{direction}")
+    return run.total(f"dense_bytes_{direction}") / sent if sent else float("nan")
 
 
 def _percent(fraction: float) -> str:
     return "-" if math.isnan(fraction) else f"{100 * fraction:.2f}"
 
 
-def _megabytes(num_bytes: int) -> str:
+def megabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e6:,.1f}" if num_bytes >= 10e6 else f"{num_bytes / 1e6:.3f}"
 
 
-def _reduction(dense_bytes: int, num_bytes: int) -> str:
-    if num_bytes == 0:
+def reduction(ratio: float) -> str:
+    """Show dense bytes divided by sent bytes; NaN if nothing was sent."""
+    if math.isnan(ratio):
         return "-"
-    ratio = dense_bytes / num_bytes
     return f"{ratio:.0f}x" if ratio >= 100 else f"{ratio:.3g}x"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)

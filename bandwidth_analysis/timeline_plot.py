@@ -5,7 +5,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from bandwidth_analysis.drawing import COLOURS, cut, drawable, new_figure, plain
+from bandwidth_analysis.drawing import cut, drawable, new_figure, plain
+from bandwidth_analysis.palette import COLOURS
 from bandwidth_analysis.runs import Run, run_labels
 
 MAX_CLIENTS = 40  # More bars than this are too thin to read.

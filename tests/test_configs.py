@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.configs import SMALL
+from helpers.configs import CONFIGS, SMALL
 from helpers.runs import REPOSITORY
 
 from command_line import load_config, read_command_line
 from experiment import main
-
-CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

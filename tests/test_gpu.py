@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from helpers.configs import SMALL
+from helpers.configs import CONFIGS, SMALL
 from helpers.runs import PYTHON, REPOSITORY, launch, summary, tiny_command
 
 from command_line import load_config
@@ -20,7 +20,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 
-CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 DEVICE = "device=cuda"
 RESNET = [DEVICE, "model.name=resnet18", "model.width=0.25"]
 

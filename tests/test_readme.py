@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers.configs import SMALL
+from helpers.configs import CONFIGS, SMALL
 from helpers.runs import REPOSITORY, SCRIPTS
 
 from command_line import load_config
@@ -51,7 +51,7 @@ def make_checkout(folder):
         if (REPOSITORY / name).is_file() and not name.startswith(("tests/", "docs/")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, folder / name)
-    for path in (folder / "configs").rglob("*.yaml"):
+    for path in (folder / config.relative_to(REPOSITORY) for config in CONFIGS):
         own_name = [f"name={path.stem}", "model.width=0.125"]
         path.write_text(load_config(path, [*SMALL, *own_name]).to_yaml())
 

@@ -30,7 +30,7 @@ def test_command_line_of_one_run(tmp_path):
     done = run_module(folder)
     assert (done.returncode, done.stderr) == (0, "")
     assert "unfinished" in done.stdout
-    assert [line.strip() for line in done.stdout.splitlines()[-5:]] == [
+    assert [line.strip() for line in done.stdout.splitlines()[-len(PLOT_NAMES_OF_ONE_RUN) :]] == [
         str(folder / "plots" / name) for name in PLOT_NAMES_OF_ONE_RUN
     ]
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
@@ -50,7 +50,7 @@ def test_command_line_of_all_there_is(tmp_path, capsys):
     output = tmp_path / "elsewhere" / "plots"
     assert main([*map(str, sorted(tmp_path.iterdir())), "--output", str(output)]) == 0
     assert f"skipped {tmp_path / 'comparison'}" in capsys.readouterr().err
-    assert len(list(output.iterdir())) == 4
+    assert len(list(output.iterdir())) == len(PLOT_NAMES)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,35 @@ def test_a_damaged_run_is_one_line_and_exit_2(tmp_path):
     )
 
 
+def test_bad_folders_are_named_and_the_rest_is_shown(tmp_path, capsys):
+    good, half, foreign = write_run(tmp_path), tmp_path / "half-s0", tmp_path / "foreign"
+    half.mkdir(), foreign.mkdir()
+    (half / "config.yaml").write_text("name: half\nseed")
+    folders = [str(folder) for folder in (half, good, foreign, tmp_path / "missing")]
+    for more in ([], ["--table", "text"]):
+        assert main([*folders, *more]) == 1
+        out, err = capsys.readouterr()
+        assert "topk" in out
+        left_out = [line.split(": ")[1] for line in err.splitlines()]
+        assert left_out == [f"{half}/partition.npz", str(foreign), str(tmp_path / "missing")]
+
+
+def test_table_draws_nothing_and_takes_a_target_and_a_baseline(tmp_path, capsys):
+    topk, dense = write_run(tmp_path), write_run(tmp_path, "dense", bytes_up=4_000_000)
+    before = sorted(tmp_path.rglob("*"))
+    assert main([str(topk), "--target", "0.5", "--baseline", str(dense)]) == 0
+    out = capsys.readouterr().out
+    assert "to 50 %" in out and "2.99x less" in out and "one seed" in out
+    assert main([str(topk), "--table", "csv"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert sorted(tmp_path.rglob("*")) == before
+    assert main([str(topk), "--baseline", str(tmp_path / "no")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --baseline: {tmp_path / 'no'}: no such")
+    for accuracy in ("60", "x"):
+        with pytest.raises(SystemExit, match="2"):
+            main([str(topk), "--target", accuracy])
+
+
 @pytest.mark.parametrize("locale", LOCALES)
 @pytest.mark.parametrize("name", ["caf\xe9", "\u732b", os.fsdecode(b"caf\xe9")])
 def test_any_locale_can_print_any_name(tmp_path, locale, name):
@@ -93,7 +122,7 @@ def test_any_locale_can_print_any_name(tmp_path, locale, name):
     in_ascii = name.encode("ascii", "backslashreplace").decode()
     shown = name if name.isprintable() and locale == "UTF-8" else in_ascii
     assert f"{shown}-s0" in done.stdout
-    assert len(list((folder / "plots").glob("*.png"))) == 5
+    assert len(list((folder / "plots").glob("*.png"))) == len(PLOT_NAMES_OF_ONE_RUN)
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "\udcff", "\x1b[31m"])

@@ -5,11 +5,12 @@ from dataclasses import replace
 import matplotlib.image
 import numpy as np
 import pytest
-from helpers.run_folders import FALLBACK, NOTE, PLOT_NAMES, write_run
+from helpers.run_folders import FALLBACK, NOTE, PLOT_NAMES_OF_SEVERAL, write_run
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from bandwidth_analysis import comparison_table, drawing, plots, read_run, write_plots
+from bandwidth_analysis import comparison_table, drawing, palette, plots, read_run, write_plots
+from bandwidth_analysis.pareto import on_front
 
 
 def texts(figure: Figure) -> list[str]:
@@ -23,7 +24,7 @@ def test_plots_are_pictures_of_sensible_size(tmp_path, num_clients):
         read_run(write_run(tmp_path, seed=1, finished=False, num_clients=num_clients)),
     ]
     paths = write_plots(runs, tmp_path / "new" / "plots")
-    assert [path.name for path in paths] == PLOT_NAMES
+    assert [path.name for path in paths] == PLOT_NAMES_OF_SEVERAL
     assert sorted(paths[0].parent.iterdir()) == sorted(paths)  # no temporary file is left
     for path in paths:
         height, width, _ = matplotlib.image.imread(path).shape
@@ -67,6 +68,49 @@ def test_volumes_far_apart_stand_on_a_logarithmic_axis(tmp_path):
     assert plots.accuracy_vs_megabytes(runs).axes[0].get_xscale() == "log"
 
 
+def test_the_seeds_of_a_group_are_a_line_with_a_band(tmp_path):
+    runs = [read_run(write_run(tmp_path)), read_run(write_run(tmp_path, seed=1, bytes_up=30_000))]
+    runs[1] = replace(runs[1], accuracy=np.array([0.5, 0.5, 0.95]))
+    with drawing.style():
+        figure = plots.accuracy_vs_megabytes(runs)
+    _, line = figure.axes[0].lines
+    assert line.get_xydata() == pytest.approx(np.array([[4.04, 37.5], [12.12, 85]]))
+    [band] = figure.axes[0].collections
+    edges = {tuple(point) for point in band.get_paths()[0].vertices.round(2).tolist()}
+    assert edges == {(4.04, 25), (4.04, 50), (12.12, 75), (12.12, 95)}
+    assert "topk (2 runs)" in texts(figure)
+
+
+def test_density_is_that_of_the_values_sent(tmp_path):
+    shares, bits = plots.density_per_round([read_run(write_run(tmp_path))]).axes
+    # Of two dense updates of a million values each, 2 x 2000 values travel in 2 x 10 kB.
+    assert shares.lines[0].get_ydata() == pytest.approx([0.2] * 3)
+    assert bits.lines[0].get_ydata() == pytest.approx([40] * 3)
+
+
+def test_bars_add_up_to_bytes_and_rounds(tmp_path):
+    def widths(axes):
+        return [[round(bar.get_width(), 6) for bar in bars] for bars in axes.containers]
+
+    run, other = read_run(write_run(tmp_path)), read_run(write_run(tmp_path, "dense"))
+    busy = [row | {"device_utilisation": 0.5} for row in run.rows]
+    [axes] = plots.time_of_a_round([replace(run, rows=busy), other]).axes
+    assert widths(axes) == [[15, 0], [7.5, 7.5], [7.5, 0], [0, 22.5]]
+    [axes] = plots.bytes_by_kind([run, other]).axes
+    assert widths(axes) == [[0.06, 0.06], [12, 12]]
+
+
+def test_the_front_is_what_nothing_beats(tmp_path):
+    # The second costs more than the first for less, the fourth is as good as the third for more.
+    assert on_front([1, 2, 3, 4, float("nan")], [0.5, 0.4, 0.8, 0.8, 0.9]) == [0, 2]
+    assert on_front([1, 1], [0.5, 0.5]) == [0, 1]
+    runs = [read_run(write_run(tmp_path, name)) for name in ("a", "b")]
+    runs[1] = replace(runs[1], mean_accuracy=0.9, simulated_seconds=7200.0)
+    by_bytes, by_time = plots.pareto_front(runs).axes
+    assert by_bytes.lines[0].get_xydata().tolist() == [[12.06, 90]]
+    assert by_time.lines[0].get_xydata().tolist() == [[62.05, 50], [120, 90]]
+
+
 def test_runs_of_one_partition_share_a_panel(tmp_path):
     runs = [read_run(write_run(tmp_path, name, seed)) for name in "ab" for seed in (0, 1)]
     titles = [axes.get_title() for axes in plots.labels_per_client(runs).axes]
@@ -85,7 +129,7 @@ def test_sample_pictures_stand_with_their_clients_labels(tmp_path):
     assert axes.get_title() == "Pictures by client: topk-s0, same-s0"
     assert [text.get_text() for text in axes.texts] == ["dog (cat)", "dog", "ship"]
     assert axes.get_xlabel() == "Coloured: the client's label (and the server's)"
-    assert [text.get_color() == drawing.COLOURS[1] for text in axes.texts] == [True, False, False]
+    assert [text.get_color() == palette.COLOURS[1] for text in axes.texts] == [True, False, False]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0\n(3)", "1\n(12)"]
     corners = np.array([image.get_extent() for image in axes.images])  # left, right, bottom, top
     assert np.allclose(corners.reshape(3, 2, 2).mean(axis=2), [(0, 0), (0, 1), (1, 1)])
@@ -99,7 +143,7 @@ def test_a_run_without_samples_has_no_such_plot(tmp_path):
     assert [*plots.plots_of([without])] == [*plots.PLOTS, "timeline"]
     run = read_run(write_run(tmp_path, "diverse", has_samples=True))
     paths = write_plots([without, run], tmp_path / "plots")
-    assert [path.name for path in paths] == [*PLOT_NAMES, "sample_pictures.png"]
+    assert [path.name for path in paths] == [*PLOT_NAMES_OF_SEVERAL, "sample_pictures.png"]
     assert matplotlib.image.imread(paths[-1]).shape[1] == 1200
 
 
@@ -154,5 +198,5 @@ def test_long_names_are_cut_and_still_tell_classes_apart(tmp_path, word):
 
 def test_a_run_without_a_round_yet_says_so(tmp_path):
     run = read_run(write_run(tmp_path, accuracies=(), finished=False))
-    assert len(write_plots([run], tmp_path / "plots")) == 4
+    assert len(write_plots([run], tmp_path / "plots")) == len(plots.PLOTS)
     assert "no round evaluated yet" in texts(plots.accuracy_vs_rounds([run]))

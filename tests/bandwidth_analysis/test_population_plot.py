@@ -7,7 +7,7 @@ import pytest
 from helpers.run_folders import edit, write_run
 from matplotlib.axes import Axes
 
-from bandwidth_analysis import drawing, plots, read_run
+from bandwidth_analysis import drawing, palette, plots, read_run
 from bandwidth_analysis.population import NUMBERS, Population
 from bandwidth_analysis.population_plot import population
 
@@ -36,9 +36,9 @@ def test_every_client_is_counted_once_in_each_panel(tmp_path, num_clients):
     up, down, latency, device = population([run]).axes
     for axes in (up, down, latency):
         half = num_clients // 2
-        both = {drawing.COLOURS[0]: num_clients - half}
-        assert counts(axes) == both | ({drawing.COLOURS[1]: half} if half else {})
-    assert counts(device) == {drawing.GREY: num_clients}  # which has no profile
+        both = {palette.COLOURS[0]: num_clients - half}
+        assert counts(axes) == both | ({palette.COLOURS[1]: half} if half else {})
+    assert counts(device) == {palette.GREY: num_clients}  # which has no profile
     assert up.get_xscale() == ("log" if num_clients > 1 else "linear")
     assert down.get_xscale() == "linear"
     assert down.get_xlabel() == "Mbit/s (median 1)"

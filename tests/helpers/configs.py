@@ -1,11 +1,14 @@
-"""A config from YAML text and overrides, in the working directory's x.yaml."""
+"""The configs of the repository, and one from YAML text and overrides in ./x.yaml."""
 
 from pathlib import Path
 
 import pytest
 
 from command_line import load_config
-from config import Config, ConfigError
+from config import PROJECT, Config, ConfigError
+
+SWEEPS = sorted((PROJECT / "configs/sweeps").glob("*.yaml"))
+CONFIGS = sorted({*(PROJECT / "configs").rglob("*.yaml")} - {*SWEEPS})
 
 # Small pictures, few clients and steps; everything else is as a config says.
 SMALL = ["data.name=digits", "data.root=", "data.fallback=", "rounds=2", "trackers=[]"]

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.runs import REPOSITORY
+from helpers.configs import CONFIGS
 
 from command_line import load_config
 from config import Config, ConfigError
@@ -163,7 +163,7 @@ def test_what_is_not_what_we_expect_is_one_line_with_file_and_key(content, messa
 
 
 def test_the_repositorys_file_fits_every_yaml():
-    for config in sorted((REPOSITORY / "configs").rglob("*.yaml")):
+    for config in CONFIGS:
         assert read_deepspeed_file(load_config(config, []))
 
 
