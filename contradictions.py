@@ -17,7 +17,7 @@ from network.profiles import DEVICES, LINKS
 
 def contradictions_of(config: Config) -> Iterator[tuple[str, str]]:
     """The key that is to change, and why."""
-    clients, local, model = config.clients, config.local, config.model
+    clients, local = config.clients, config.local
     if clients.per_round > clients.total:
         yield "clients.per_round", f"{clients.per_round} is more than clients.total={clients.total}"
     if local.nesterov and local.momentum == 0:
@@ -26,8 +26,6 @@ def contradictions_of(config: Config) -> Iterator[tuple[str, str]]:
         yield "local.lanes", f"{local.lanes!r} is neither auto nor a whole number from 1"
     elif local.lanes not in ("auto", "1"):
         yield from _lane_contradictions(config)
-    if not re.fullmatch(r"batch|group\([1-9]\d*\)", model.norm):
-        yield "model.norm", f"{model.norm!r} is neither batch nor group(n), such as group(2)"
     if not re.fullmatch(r"[\w.,+=-]+", config.name) or config.name[0] in ".-":
         yield "name", f"{config.name!r} must be usable as a folder: letters, digits, - _ . , + ="
     if len(os.fsencode(f"{config.name}-s{config.seed}")) > 255:
@@ -46,16 +44,7 @@ def contradictions_of(config: Config) -> Iterator[tuple[str, str]]:
     yield from _momentum_contradictions(config)
     yield from _selection_contradictions("pruning", config.pruning)
     yield from _selection_contradictions("downlink.pruning", config.downlink.pruning)
-    if model.norm_policy != "average" and not model.name.startswith("resnet"):
-        yield "model.norm_policy", f"{model.name} has no norm layers"
-    if model.norm_policy in ("frozen", "static") and model.norm != "batch":
-        yield "model.norm_policy", f"{model.norm} has no statistics: use average"
-    normalises = model.name.startswith("resnet") and model.norm == "batch"
-    if config.distributed.ranks_per_client > 1 and normalises and model.norm_policy != "frozen":
-        yield (
-            "distributed.ranks_per_client",
-            "each rank's BatchNorm would see a part of the batch; use model.norm=group(2)",
-        )
+    yield from _norm_contradictions(config)
     if config.server.scheduler_options and not config.server.scheduler:
         yield "server.scheduler_options", "given without server.scheduler"
     yield from _network_contradictions(config.network)
@@ -67,6 +56,23 @@ def contradictions_of(config: Config) -> Iterator[tuple[str, str]]:
     if config.pruning.fit_deadline and config.pruning.method not in ("topk", "random"):
         yield "pruning.fit_deadline", f"method {config.pruning.method} has no density"
     yield from _schedule_contradictions(config)
+
+
+def _norm_contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """What the norm layers of the network do not take."""
+    model = config.model
+    if not re.fullmatch(r"batch|group\([1-9]\d*\)", model.norm):
+        yield "model.norm", f"{model.norm!r} is neither batch nor group(n), such as group(2)"
+    if model.norm_policy != "average" and not model.name.startswith("resnet"):
+        yield "model.norm_policy", f"{model.name} has no norm layers"
+    if model.norm_policy in ("frozen", "static") and model.norm != "batch":
+        yield "model.norm_policy", f"{model.norm} has no statistics: use average"
+    normalises = model.name.startswith("resnet") and model.norm == "batch"
+    if config.distributed.ranks_per_client > 1 and normalises and model.norm_policy != "frozen":
+        yield (
+            "distributed.ranks_per_client",
+            "each rank's BatchNorm would see a part of the batch; use model.norm=group(2)",
+        )
 
 
 def _lane_contradictions(config: Config) -> Iterator[tuple[str, str]]:
