@@ -147,7 +147,7 @@ def _violations(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield key, f"{value!r} is not one of {', '.join(f.metadata['choices'])}"
         elif "range" in f.metadata:
             for number in value if isinstance(value, list) else [value]:
-                if number is not None and not _is_within(number, *f.metadata["range"]):
+                if number not in (None, "auto") and not _is_within(number, *f.metadata["range"]):
                     yield key, f"{number} is out of range; {_describe(*f.metadata['range'])}"
     if isinstance(section, Config):
         yield from _contradictions(section)
@@ -262,8 +262,9 @@ def _network_contradictions(network: Network) -> Iterator[tuple[str, str]]:
             yield f"network.{key}", message
         if getattr(network, key) and network.clients_file:
             yield f"network.{key}", "clients_file says this already; give one of the two"
-    if network.spread and network.clients_file:
-        yield "network.spread", "clients_file says this already; give one of the two"
+    for key, is_given in (("spread", network.spread), ("ms_per_example", network.is_measured)):
+        if is_given and network.clients_file:
+            yield f"network.{key}", "clients_file says this already; give one of the two"
     if (network.availability.name == "trace") != bool(network.availability.file):
         yield "network.availability.file", "goes with availability.name: trace; give both or none"
 
@@ -274,7 +275,7 @@ def _read_network_files(config: Config, settings: Settings) -> None:
     from network.graph import make_graph
     from network.population import make_population  # numpy takes a while: all else is checked
 
-    network, num_clients = config.network, config.clients.total
+    network, num_clients = config.network.at_speed(1.0), config.clients.total
     try:
         make_population(network, num_clients, config.seed, from_here)
         make_availability(network.availability, num_clients, config.seed, from_here)

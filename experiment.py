@@ -108,12 +108,15 @@ def start(config: Config, ranks: Ranks, folder: RunFolder) -> Federation:
     """
     if summary := ranks.on_all_ranks(lambda: folder.refuse_other_runs(config)):
         raise RunFinished(folder.path, summary)
-    federation = make_schedule(config, ranks, folder.clients)
+    speed = ranks.on_all_ranks(lambda: recorded_speed(config, folder))
+    federation = make_schedule(config, ranks, folder.clients, speed)
     ranks.on_all_ranks(lambda: folder.claim(config) if ranks.is_main else None, main_first=True)
     if state := ranks.on_all_ranks(folder.checkpoint):
         federation.load(state)
         _say(ranks, f"resuming {folder.path} after round {federation.progress.round_number}")
     _announce_data(federation)
+    if config.network.is_measured:
+        _say(ranks, f"network.ms_per_example: {federation.ms_per_example:.3g} on this machine")
     before = folder.environment()
     names = vars(federation.clients.choices)
     resolve_auto(federation, {name: before[name] for name in names} if before else {})
@@ -178,6 +181,13 @@ def resolve_auto(federation: Federation, recorded: dict[str, str]) -> None:
         _say(ranks, line)
 
 
+def recorded_speed(config: Config, folder: RunFolder) -> float:
+    """Milliseconds of an example that this run has measured in an earlier start; 0: none."""
+    if not config.network.is_measured or config.checkpoint.resume == "never":
+        return 0.0
+    return folder.environment().get("ms_per_example", 0.0) if folder.checkpoint() else 0.0
+
+
 def record_environment(federation: Federation, folder: RunFolder) -> None:
     """Write environment.json, partition.npz and, of diverse clients, what they are.
 
@@ -201,6 +211,7 @@ def record_environment(federation: Federation, folder: RunFolder) -> None:
         if population.is_diverse
         else None,
         **vars(federation.clients.choices),
+        "ms_per_example": federation.ms_per_example or None,
     }
     before = folder.environment()
     for key, value in facts.items():

@@ -40,6 +40,7 @@ from training.choices import Choices
 from training.evaluation import SHARED, evaluate_models
 from training.local_sgd import local_lr
 from training.memory import memory_governed_by
+from training.speed import probe_speed
 
 T = TypeVar("T")
 Encode = Callable[[Memory], Report]  # encodes what a client has learned, on any thread
@@ -78,10 +79,13 @@ class Progress:
 class Federation:
     """Everything that a run holds in memory. Every rank has one.
 
-    states_folder: where clients' states go that do not fit into memory.
+    states_folder: where clients' states go that do not fit into memory. ms_per_example: of this
+    machine, as an earlier start of the run has measured it; 0: it is measured if need be.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, states_folder: Path):
+    def __init__(
+        self, config: Config, ranks: Ranks, states_folder: Path, ms_per_example: float = 0.0
+    ):
         self.config, self.ranks = config, ranks
         if ranks.use_deepspeed:
             from training.deepspeed_engine import read_config
@@ -89,7 +93,11 @@ class Federation:
             ranks.on_all_ranks(lambda: read_config(config))  # a mistake in it is answered now
         self._load_data()
         self.model = ranks.on_all_ranks(lambda: build_model(config, self.pictures, ranks.device))
-        self.clock = ranks.on_all_ranks(lambda: make_clock(config))
+        self.ms_per_example = ms_per_example
+        if config.network.is_measured and not ms_per_example:
+            with memory_governed_by("local.batch_size"):
+                self.ms_per_example = self._measure()
+        self.clock = ranks.on_all_ranks(lambda: make_clock(config, self.ms_per_example))
         config = ranks.on_all_ranks(lambda: self._fit(config))
         num_examples = self.num_examples.tolist()
         self.server = ranks.on_all_ranks(lambda: make_server(config, self.model, num_examples))
@@ -101,6 +109,12 @@ class Federation:
         self.exchange = Exchange(ranks, sums=config.distributed.exchange == "allreduce")
         self.progress = Progress()
         self.received = 0  # bytes that collectives had brought to this rank up to the last round
+
+    def _measure(self) -> float:
+        """Milliseconds that the main rank trains on an example."""
+        work = partial(probe_speed, self.model, self.pictures, self.config.local)
+        measured = self.ranks.on_all_ranks(lambda: work() if self.ranks.is_main else 0.0)
+        return self.ranks.gather_json(measured)[0]
 
     def _fit(self, config: Config) -> Config:
         """The config with how much each client trains and sends; both ends are built from it.
