@@ -57,7 +57,7 @@ class Progress:
     bytes_down: int = 0
     num_failed: int = 0  # updates that could not be used
     num_late: int = 0  # updates for which the server did not wait
-    empty_rounds: int = 0  # in the last so many rounds in a row, no update could be used
+    empty_rounds: int = 0  # the last so many rounds in a row lost updates and could use none
     last_failure: str = ""  # why the last one could not be used
     evaluations: list[dict[str, float | None]] = field(default_factory=list)  # oldest first
 
@@ -123,7 +123,7 @@ class Federation:
         """
         num_values = self.model.layout.size, self.model.buffer_layout.size
         seconds = self.clock.computing_seconds(np.arange(config.clients.total), 1)
-        self.num_trained = np.zeros_like(self.num_examples)
+        self.num_trained = np.zeros_like(self.num_examples)  # at first a round without training
         config = fit_steps(config, self._seconds_alone, seconds, self.num_examples, *num_values)
         self.num_trained = num_trained(config.local, self.num_examples)
         return fit_to_deadline(config, self._seconds_alone, *num_values)
