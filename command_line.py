@@ -19,9 +19,12 @@ from config import (
     NEUTRAL,
     Config,
     ConfigError,
+    Network,
+    Selection,
     from_here,
 )
-from contradictions import contradictions_of
+from federation.schedule_settings import schedule_contradictions
+from network.profiles import DEVICES, LINKS, wrong_shares
 from training.deepspeed_file import read_deepspeed_file
 from typed_yaml import Settings
 
@@ -144,10 +147,10 @@ def _violations(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield key, f"{value!r} is not one of {', '.join(f.metadata['choices'])}"
         elif "range" in f.metadata:
             for number in value if isinstance(value, list) else [value]:
-                if number is not None and not _is_within(number, *f.metadata["range"]):
+                if number not in (None, "auto") and not _is_within(number, *f.metadata["range"]):
                     yield key, f"{number} is out of range; {_describe(*f.metadata['range'])}"
     if isinstance(section, Config):
-        yield from contradictions_of(section)
+        yield from _contradictions(section)
 
 
 def _is_within(number: float, low: float, high: float, open_low: bool) -> bool:
@@ -160,13 +163,119 @@ def _describe(low: float, high: float, open_low: bool) -> str:
     return above + f", at most {high}" * (high < math.inf)
 
 
+def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """Settings that are fine alone and make no sense together."""
+    clients, local, model = config.clients, config.local, config.model
+    if clients.per_round > clients.total:
+        yield "clients.per_round", f"{clients.per_round} is more than clients.total={clients.total}"
+    if local.nesterov and local.momentum == 0:
+        yield "local.nesterov", "needs local.momentum above 0"
+    if not re.fullmatch(r"auto|[1-9]\d*", local.lanes):
+        yield "local.lanes", f"{local.lanes!r} is neither auto nor a whole number from 1"
+    elif local.lanes not in ("auto", "1"):
+        yield from _lane_contradictions(config)
+    if not re.fullmatch(r"batch|group\([1-9]\d*\)", model.norm):
+        yield "model.norm", f"{model.norm!r} is neither batch nor group(n), such as group(2)"
+    if not re.fullmatch(r"[\w.,+=-]+", config.name) or config.name[0] in ".-":
+        yield "name", f"{config.name!r} must be usable as a folder: letters, digits, - _ . , + ="
+    if len(os.fsencode(f"{config.name}-s{config.seed}")) > 255:
+        yield "name", "with the seed it is longer than the 255 bytes that a folder's may have"
+    if not config.output_dir:
+        yield "output_dir", "names no folder"
+    if local.lr_schedule.name == "step" and not local.lr_schedule.milestones:
+        yield (
+            "local.lr_schedule.milestones",
+            "step needs the rounds at which lr drops, like [20, 30]",
+        )
+    yield from _capability_contradictions(config)
+    yield from _momentum_contradictions(config)
+    yield from _selection_contradictions("pruning", config.pruning)
+    yield from _selection_contradictions("downlink.pruning", config.downlink.pruning)
+    if model.norm_policy != "average" and not model.name.startswith("resnet"):
+        yield "model.norm_policy", f"{model.name} has no norm layers"
+    if model.norm_policy in ("frozen", "static") and model.norm != "batch":
+        yield "model.norm_policy", f"{model.norm} has no statistics: use average"
+    normalises = model.name.startswith("resnet") and model.norm == "batch"
+    if config.distributed.ranks_per_client > 1 and normalises and model.norm_policy != "frozen":
+        yield (
+            "distributed.ranks_per_client",
+            "each rank's BatchNorm would see a part of the batch; use model.norm=group(2)",
+        )
+    if config.server.scheduler_options and not config.server.scheduler:
+        yield "server.scheduler_options", "given without server.scheduler"
+    yield from _network_contradictions(config.network)
+    yield from schedule_contradictions(config)
+
+
+def _capability_contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """How much each client trains and sends."""
+    local, pruning, total = config.local, config.pruning, config.clients.total
+    if len(pruning.client_densities) > total:
+        yield "pruning.client_densities", f"more densities than clients.total={total}"
+    if len(local.client_steps) > total:
+        yield "local.client_steps", f"more numbers than clients.total={total}"
+    for section in ("local", "pruning"):
+        if getattr(config, section).fit_deadline and config.schedule.deadline_seconds is None:
+            yield f"{section}.fit_deadline", "fits to schedule.deadline_seconds, and none is set"
+    if local.fit_deadline and local.client_steps:
+        yield "local.client_steps", "local.fit_deadline chooses them; give one of the two"
+    if pruning.fit_deadline and pruning.method not in ("topk", "random"):
+        yield "pruning.fit_deadline", f"method {pruning.method} has no density"
+
+
+def _lane_contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """What trains one client at a time."""
+    remedy = "trains one client at a time; use local.lanes: 1"
+    if config.precision == "fp16":
+        yield "local.lanes", f"precision: fp16 {remedy}"
+    if config.distributed.engine == "deepspeed":
+        yield "local.lanes", f"distributed.engine: deepspeed {remedy}"
+    if config.distributed.ranks_per_client > 1:
+        yield "local.lanes", f"distributed.ranks_per_client above 1 {remedy}"
+
+
+def _momentum_contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """DGC's momentum correction, which is for one step a round."""
+    uplink, local = config.uplink, config.local
+    if not uplink.momentum:
+        return
+    if config.pruning.method == "none":
+        yield "uplink.momentum", "does nothing where all is sent: needs a pruning.method"
+    if not uplink.error_feedback:
+        yield "uplink.momentum", "corrects what error feedback keeps: needs error_feedback: true"
+    if local.steps != 1 or local.momentum or local.client_steps:
+        yield "uplink.momentum", "needs local.steps: 1 and local.momentum: 0 (momentum twice)"
+
+
+def _selection_contradictions(section: str, selection: Selection) -> Iterator[tuple[str, str]]:
+    if selection.method not in ("topk", "random"):
+        for key in ("warmup", "client_densities"):
+            if getattr(selection, key, None):
+                yield f"{section}.{key}", f"method {selection.method} has no density"
+    if selection.method == "threshold" and selection.relative and selection.threshold >= 1:
+        yield f"{section}.threshold", "nothing is above the largest: relative needs one below 1"
+
+
+def _network_contradictions(network: Network) -> Iterator[tuple[str, str]]:
+    for key, profiles in (("links", LINKS), ("devices", DEVICES)):
+        for message in wrong_shares(getattr(network, key), list(profiles)):
+            yield f"network.{key}", message
+        if getattr(network, key) and network.clients_file:
+            yield f"network.{key}", "clients_file says this already; give one of the two"
+    for key, is_given in (("spread", network.spread), ("ms_per_example", network.is_measured)):
+        if is_given and network.clients_file:
+            yield f"network.{key}", "clients_file says this already; give one of the two"
+    if (network.availability.name == "trace") != bool(network.availability.file):
+        yield "network.availability.file", "goes with availability.name: trace; give both or none"
+
+
 def _read_network_files(config: Config, settings: Settings) -> None:
     """Read what the network's files say, for their errors. Raises ConfigError."""
     from network.availability import make_availability
     from network.graph import make_graph
     from network.population import make_population  # numpy takes a while: all else is checked
 
-    network, num_clients = config.network, config.clients.total
+    network, num_clients = config.network.at_speed(1.0), config.clients.total
     try:
         make_population(network, num_clients, config.seed, from_here)
         make_availability(network.availability, num_clients, config.seed, from_here)

@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +242,8 @@ class Network:
     latency_ms: float = between(50.0, 0.0)  # one way, once per message
     jitter_ms: float = between(0.0, 0.0)  # standard deviation of a message's latency
     loss: float = between(0.0, 0.0, 0.99)  # share of packets that are lost
-    ms_per_example: float = between(5.0, 0.0)  # training time of one example; a phone's
+    # Training time of one example; a phone's. auto: this machine's, measured once
+    ms_per_example: float | str = between(5.0, 0.0)
     memory_gib: float | None = between(None, 0.0, open_low=True)  # of a device; null: enough
     spread: float = between(0.0, 0.0)  # standard deviation of ln(bandwidth) and of ln(speed)
     links: dict[str, Any] = field(default_factory=dict)  # shares of profiles: {4g: 1}
@@ -253,6 +254,15 @@ class Network:
     server_egress_mbps: float | None = between(None, 0.0, open_low=True)  # null: unlimited
     server_ingress_mbps: float | None = between(None, 0.0, open_low=True)
     availability: Availability = field(default_factory=Availability)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether this machine's speed stands for a phone's."""
+        return self.ms_per_example == "auto"
+
+    def at_speed(self, measured: float) -> "Network":
+        """The same where ms_per_example is a number: the measured one in place of auto."""
+        return replace(self, ms_per_example=measured) if self.is_measured else self
 
 
 @dataclass(frozen=True)

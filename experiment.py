@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 from tqdm import tqdm
@@ -108,13 +109,14 @@ def start(config: Config, ranks: Ranks, folder: RunFolder) -> Federation:
     """
     if summary := ranks.on_all_ranks(lambda: folder.refuse_other_runs(config)):
         raise RunFinished(folder.path, summary)
-    federation = make_schedule(config, ranks, folder.clients)
+    speed = ranks.on_all_ranks(lambda: recorded_speed(config, folder))
+    federation = make_schedule(config, ranks, folder.clients, speed)
     ranks.on_all_ranks(lambda: folder.claim(config) if ranks.is_main else None, main_first=True)
     if state := ranks.on_all_ranks(folder.checkpoint):
         federation.load(state)
         _say(ranks, f"resuming {folder.path} after round {federation.progress.round_number}")
     _announce_data(federation)
-    _announce_widths(federation)
+    _announce_clients(federation)
     before = folder.environment()
     names = vars(federation.clients.choices)
     resolve_auto(federation, {name: before[name] for name in names} if before else {})
@@ -179,6 +181,13 @@ def resolve_auto(federation: Federation, recorded: dict[str, str]) -> None:
         _say(ranks, line)
 
 
+def recorded_speed(config: Config, folder: RunFolder) -> float:
+    """Milliseconds of an example that this run has measured in an earlier start; 0: none."""
+    if not config.network.is_measured or config.checkpoint.resume == "never":
+        return 0.0
+    return folder.environment().get("ms_per_example", 0.0) if folder.checkpoint() else 0.0
+
+
 def record_environment(federation: Federation, folder: RunFolder) -> None:
     """Write environment.json, partition.npz and, of diverse clients, what they are.
 
@@ -202,6 +211,7 @@ def record_environment(federation: Federation, folder: RunFolder) -> None:
         if population.is_diverse
         else None,
         **vars(federation.clients.choices),
+        "ms_per_example": federation.ms_per_example or None,
     }
     before = folder.environment()
     for key, value in facts.items():
@@ -263,11 +273,8 @@ def plan(config: Config, ranks: Ranks) -> int:
     The round is the first one. Its clients really train a single step, so that it is soon over, and
     on the simulated clock all of theirs; every message is encoded as in a run.
     """
-    quick = replace(
-        config,
-        rounds=config.rounds + 1,  # or the last one would be evaluated
-        evaluation=replace(config.evaluation, every=config.rounds + 1),
-    )
+    more = config.rounds + 1  # or the last one would be evaluated
+    quick = replace(config, rounds=more, evaluation=replace(config.evaluation, every=more))
     with tempfile.TemporaryDirectory() as states:
         federation = make_schedule(quick, ranks, Path(states))
         seconds = probe_precision(federation.model, federation.pictures, config.local)
@@ -288,10 +295,8 @@ def plan(config: Config, ranks: Ranks) -> int:
         f"{federation.model.layout.size:,} parameters, "
         f"{federation.model.buffer_layout.size:,} values in norm buffers\n"
         f"{_summed_up(messages)}\n"
-        f"a client trains {min(steps)} to {max(steps)} steps a round, half of them at most "
-        f"{sorted(steps)[(len(steps) - 1) // 2]}\n"
-        f"about {tqdm.format_interval(estimate)} for the training of "
-        f"{config.rounds} rounds in {precision}",
+        f"a client trains {min(steps)} to {max(steps)} steps a round, median {median_low(steps)}\n"
+        f"about {tqdm.format_interval(estimate)} for {config.rounds} rounds in {precision}",
     )
     return 0
 
@@ -312,17 +317,16 @@ def _summed_up(messages: list[LedgerRow]) -> str:
 def _announce_data(federation: Federation) -> None:
     data = federation.dataset
     if data.fallback_reason:
-        line = "=" * 80
-        _say(
-            federation.ranks,
-            f"{line}\n{data.fallback_reason}\nTraining on {data.name} instead.\n{line}",
-        )
+        line, instead = "=" * 80, f"Training on {data.name} instead."
+        _say(federation.ranks, f"{line}\n{data.fallback_reason}\n{instead}\n{line}")
 
 
-def _announce_widths(federation: Federation) -> None:
-    ranks, lines = federation.ranks, federation.widths.describe()
-    if federation.config.submodel.ordered_dropout and ranks.device.type == "cuda":
+def _announce_clients(federation: Federation) -> None:
+    config, ranks, lines = federation.config, federation.ranks, federation.widths.describe()
+    if config.submodel.ordered_dropout and ranks.device.type == "cuda":
         lines.append("submodel.ordered_dropout trains client by client, without CUDA graphs")
+    if config.network.is_measured:
+        lines.append(f"network.ms_per_example: {federation.ms_per_example:.3g} on this machine")
     for line in lines:
         _say(ranks, line)
 

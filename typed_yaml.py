@@ -203,12 +203,15 @@ def _join(prefix: str, name: str) -> str:
 
 def _convert(node: yaml.Node, kind: Any) -> Any:
     """What a node says, as a value of that type. Raises ValueError: what would be right."""
-    is_optional = isinstance(kind, UnionType)  # int | None
-    kind = get_args(kind)[0] if is_optional else kind
+    others = get_args(kind)[1:] if isinstance(kind, UnionType) else ()
+    is_optional, may_be_auto = type(None) in others, str in others  # int | None, float | str
+    kind = get_args(kind)[0] if others else kind
     origin = get_origin(kind) or kind
     is_plain = isinstance(node, yaml.ScalarNode) and not node.style
     if is_optional and is_plain and node.value in NULLS:
         return None
+    if may_be_auto and isinstance(node, yaml.ScalarNode) and node.value == "auto":
+        return "auto"
     if origin is list and isinstance(node, yaml.SequenceNode):
         return [_convert(item, get_args(kind)[0]) for item in node.value]
     if origin is dict and isinstance(node, yaml.MappingNode):
@@ -220,7 +223,7 @@ def _convert(node: yaml.Node, kind: Any) -> Any:
         except (ValueError, KeyError):
             pass
     section = is_dataclass(kind) and f"keys below it ({', '.join(f.name for f in fields(kind))})"
-    null = ", or null" if is_optional else ""
+    null = ", or null" * is_optional + ", or auto" * may_be_auto
     raise ValueError(f"takes {section or EXPECTED[origin]}{null}, not {_show(node)}")
 
 

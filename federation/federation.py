@@ -14,15 +14,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from algorithms import make_algorithm
-from compression import OVERHEAD, Memory
+from compression import Memory
 from config import Config
 from distributed import Ranks
 from federation.client_store import ClientStore
 from federation.cohort import Placement
-from federation.densities import fit_to_deadline
 from federation.exchange import Exchange
-from federation.ledger import BYTES_PER_VALUE, LedgerRow
+from federation.ledger import LedgerRow
 from federation.messages import Broadcast, Report
 from federation.pipeline import Pipeline, num_coding_threads
 from federation.setup import (
@@ -40,13 +38,13 @@ from federation.setup import (
     make_submodel_server,
     partition,
 )
-from federation.steps import fit_steps, num_trained
 from federation.utilisation import utilisation
-from federation.widths import Width, Widths, assign_widths
+from federation.workload import Workload
 from training.choices import Choices
 from training.evaluation import SHARED, evaluate_models
 from training.local_sgd import local_lr
 from training.memory import memory_governed_by
+from training.speed import probe_speed
 from training.static_norm import static_statistics
 
 T = TypeVar("T")
@@ -64,7 +62,7 @@ class Progress:
     bytes_down: int = 0
     num_failed: int = 0  # updates that could not be used
     num_late: int = 0  # updates for which the server did not wait
-    empty_rounds: int = 0  # in the last so many rounds in a row, no update could be used
+    empty_rounds: int = 0  # the last so many rounds in a row lost updates and could use none
     last_failure: str = ""  # why the last one could not be used
     evaluations: list[dict[str, float | None]] = field(default_factory=list)  # oldest first
 
@@ -86,10 +84,13 @@ class Progress:
 class Federation:
     """Everything that a run holds in memory. Every rank has one.
 
-    states_folder: where clients' states go that do not fit into memory.
+    states_folder: where clients' states go that do not fit into memory. ms_per_example: of this
+    machine, as an earlier start of the run has measured it; 0: it is measured if need be.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, states_folder: Path):
+    def __init__(
+        self, config: Config, ranks: Ranks, states_folder: Path, ms_per_example: float = 0.0
+    ):
         self.config, self.ranks = config, ranks
         if ranks.use_deepspeed:
             from training.deepspeed_engine import read_config
@@ -97,13 +98,16 @@ class Federation:
             ranks.on_all_ranks(lambda: read_config(config))  # a mistake in it is answered now
         self._load_data()
         self.model = ranks.on_all_ranks(lambda: build_model(config, self.pictures, ranks.device))
-        self.clock = ranks.on_all_ranks(lambda: make_clock(config))
+        self.ms_per_example = ms_per_example
+        if config.network.is_measured and not ms_per_example:
+            with memory_governed_by("local.batch_size"):
+                self.ms_per_example = self._measure()
+        self.clock = ranks.on_all_ranks(lambda: make_clock(config, self.ms_per_example))
         self.models = ranks.on_all_ranks(lambda: build_models(config, self.pictures, self.model))
-        self.num_trained = num_trained(config.local, self.num_examples)
-        self.widths = ranks.on_all_ranks(lambda: self._make_widths(config))
-        self.candidates = self.widths.candidates
-        config = ranks.on_all_ranks(lambda: self._fit(config))
-        self._make_ends(config, make_store(config, states_folder, ranks.device))
+        self.workload = ranks.on_all_ranks(lambda: self._make_workload(config))
+        self.widths = self.workload.widths
+        self.candidates = self.widths.candidates  # int64: clients that take part
+        self._make_ends(self.workload.config, make_store(config, states_folder, ranks.device))
         self.versions: dict[int, int] = {}  # client: version of its saved state, of all ranks
         self.placement = Placement(ranks, [])
         self.pipeline = Pipeline(ranks.device, num_coding_threads(ranks.device))
@@ -111,17 +115,11 @@ class Federation:
         self.progress = Progress()
         self.received = 0  # bytes that collectives had brought to this rank up to the last round
 
-    def _fit(self, config: Config) -> Config:
-        """The config with how much each client trains and sends; both ends are built from it.
-
-        Sets num_trained: int64 (clients), the examples that each trains on in a round.
-        """
-        num_values = self.widths.num_values, self.model.buffer_layout.size
-        seconds = self.clock.computing_seconds(np.arange(config.clients.total), self.widths.work)
-        self.num_trained = np.zeros_like(self.num_examples)
-        config = fit_steps(config, self._seconds_alone, seconds, self.num_examples, *num_values)
-        self.num_trained = num_trained(config.local, self.num_examples)
-        return fit_to_deadline(config, self._seconds_alone, *num_values)
+    def _measure(self) -> float:
+        """Milliseconds that the main rank trains on an example."""
+        work = partial(probe_speed, self.model, self.pictures, self.config.local)
+        measured = self.ranks.on_all_ranks(lambda: work() if self.ranks.is_main else 0.0)
+        return self.ranks.gather_json(measured)[0]
 
     def _load_data(self) -> None:
         config, ranks = self.config, self.ranks
@@ -138,24 +136,12 @@ class Federation:
             [np.bincount(labels[indices], minlength=num_classes) for indices in self.shards]
         )
         self.num_examples = np.array(list(map(len, self.shards)))
-        self.candidates = np.flatnonzero(self.num_examples)  # int64: clients that have pictures
 
-    @property
-    def work(self) -> np.ndarray:
-        """How many examples of the whole network take as long as each client's round."""
-        return self.num_trained * self.widths.work
-
-    def _make_widths(self, config: Config) -> Widths:
-        """Which width each client trains. Raises ConfigError."""
-
-        def seconds(width: Width) -> np.ndarray:
-            down, up = self._dense_bytes_down(width.num_values), BYTES_PER_VALUE * width.num_values
-            everybody, work = np.arange(config.clients.total), self.num_trained * width.work
-            return self.clock.seconds_alone(everybody, down, work, OVERHEAD + up)
-
+    def _make_workload(self, config: Config) -> Workload:
+        """How much each client trains and sends. Raises ConfigError."""
         choices = count_widths(config, self.pictures, self.models, self.clock.population)
-        memory = self.clock.population.memory_gib
-        return assign_widths(config, choices, memory, self.candidates, seconds)
+        num_buffers = self.model.buffer_layout.size
+        return Workload(config, self.clock, self.num_examples, choices, num_buffers)
 
     def _make_ends(self, config: Config, store: ClientStore) -> None:
         """The server and the clients of this rank."""
@@ -199,7 +185,7 @@ class Federation:
 
     def _place(self, cohort: list[int]) -> None:
         """Decide which rank trains whom, by the work that each client has."""
-        costs = {client: float(self.work[client]) for client in cohort}
+        costs = {client: float(self.workload.work[client]) for client in cohort}
         self.placement.place(costs, self.clients.store)
 
     def _arrivals(
@@ -314,29 +300,10 @@ class Federation:
         self.received = self.ranks.bytes_received
         return row, rows
 
-    def _seconds_alone(
-        self, clients: np.ndarray | int, num_bytes: np.ndarray | int | None = None
-    ) -> np.ndarray:
-        """Each client's round, if it is alone: a dense slice down, and so many bytes up.
-
-        num_bytes: None means a dense update.
-        """
-        sizes = self.widths.num_values[clients]
-        if num_bytes is None:
-            num_bytes = OVERHEAD + BYTES_PER_VALUE * sizes
-        down = self._dense_bytes_down(sizes)
-        return self.clock.seconds_alone(clients, down, self.work[clients], num_bytes)
-
-    def _dense_bytes_down(self, size: np.ndarray | int) -> np.ndarray | int:
-        """What a client with so many parameters receives, without compression."""
-        local, num_buffers = self.config.local, self.model.buffer_layout.size
-        vectors = 1 + bool(make_algorithm(local.algorithm, **local.options).down)
-        return (1 + vectors) * OVERHEAD + BYTES_PER_VALUE * (vectors * size + num_buffers)
-
     def _computing_seconds(self, report: Report, round_number: int) -> float:
         """How long a client computes: it trains, and looks at gradients for the mask."""
         client = report.client
-        num_examples = float(self.work[client]) if round_number > 0 else 0.0
+        num_examples = float(self.workload.work[client]) if round_number > 0 else 0.0
         if any(message.kind in ("scores", "growth") for message in report.messages):
             batch = min(self.config.local.batch_size, report.num_examples)
             num_examples += self.config.pruning.mask.batches * batch

@@ -1,6 +1,6 @@
 """The schedules by name: a new one is a subclass of Federation in a file of its own, and a line."""
 
-from pathlib import Path
+from typing import Any
 
 from config import Config
 from distributed import Ranks
@@ -22,8 +22,11 @@ SCHEDULES: dict[str, type[Federation]] = {
 }
 
 
-def make_schedule(config: Config, ranks: Ranks, states_folder: Path) -> Federation:
-    """The schedule that the config names, with all that it holds. Raises ConfigError, DataError."""
+def make_schedule(config: Config, ranks: Ranks, *rest: Any) -> Federation:
+    """The schedule that the config names, with all that it holds. Raises ConfigError, DataError.
+
+    rest: see Federation.
+    """
     settings = config.schedule
     schedule = CarriedOver if settings.late == "carry" else SCHEDULES[settings.name]
-    return schedule(config, ranks, states_folder)
+    return schedule(config, ranks, *rest)

@@ -18,6 +18,7 @@ import numpy as np
 from config import Config, ConfigError, Local
 from federation.steps import num_trained
 from federation.synchronous import Synchronous
+from federation.workload import Workload
 from training.local_sgd import batch_sizes
 
 ROUNDING = 1e-9  # a period that is made of whole batches holds all of them
@@ -26,24 +27,25 @@ ROUNDING = 1e-9  # a period that is made of whole batches holds all of them
 class SemiSynchronous(Synchronous):
     """Everything that a run holds in memory, and its rounds."""
 
-    def _fit(self, config: Config) -> Config:
-        """The config with the steps that each client manages in a period. Raises ConfigError."""
+    def _make_workload(self, config: Config) -> Workload:
+        """Each client trains the steps that it manages in a period. Raises ConfigError."""
         local, sizes = config.local, self.num_examples
+        candidates = np.flatnonzero(sizes)
         seconds = self.clock.computing_seconds(np.arange(len(sizes)), 1)  # for an example
-        if not seconds[self.candidates].all():
+        if not seconds[candidates].all():
             raise ConfigError("network.ms_per_example: in semi_synchronous it must be above 0")
         period = config.schedule.period_seconds or max(num_trained(local, sizes) * seconds)
-        shortest = min(min(local.batch_size, sizes[k]) * seconds[k] for k in self.candidates)
+        shortest = min(min(local.batch_size, sizes[k]) * seconds[k] for k in candidates)
         if period < shortest:
             raise ConfigError(
                 f"schedule.period_seconds: {period} s are too few for every client; the fastest "
                 f"one trains a batch in {shortest:.2g} s"
             )
         steps = [1] * len(sizes)
-        for client in self.candidates:
+        for client in candidates:
             num_trainable = period / seconds[client]
             steps[client] = steps_of(local, int(sizes[client]), num_trainable)
-        return super()._fit(replace(config, local=replace(local, client_steps=steps)))
+        return super()._make_workload(replace(config, local=replace(local, client_steps=steps)))
 
 
 def steps_of(local: Local, num_examples: int, num_trainable: float) -> int:

@@ -188,9 +188,12 @@ def make_store(config: Config, folder: Path, device: torch.device) -> ClientStor
     return ClientStore(folder, budget, has_gpu=device.type == "cuda")
 
 
-def make_clock(config: Config) -> Clock:
-    """The simulated clock, with every client's link and device. Raises ConfigError."""
-    network = config.network
+def make_clock(config: Config, ms_per_example: float) -> Clock:
+    """The simulated clock, with every client's link and device. Raises ConfigError.
+
+    ms_per_example: of this machine, where network.ms_per_example is auto.
+    """
+    network = config.network.at_speed(ms_per_example)
     try:
         population = make_population(network, config.clients.total, config.seed, from_here)
         availability = make_availability(

@@ -41,7 +41,7 @@ class Synchronous(Federation):
         waits = schedule.over_selection == 1 and schedule.deadline_seconds is None
         self.waits_for_all = waits and self.clock.all_stay
         self.earlier: list[Report] = []  # of round 0, until they are recorded with round 1
-        self.sampler = SAMPLERS[schedule.sampling](config, self._seconds_alone)
+        self.sampler = SAMPLERS[schedule.sampling](config, self.workload.seconds_alone)
         self._check_deadline()
 
     def run_round(self) -> tuple[dict[str, Any], list[LedgerRow]]:
@@ -160,7 +160,7 @@ class Synchronous(Federation):
         sent = self.server.broadcast(1, some).messages  # all clients of a width receive as much
         sizes = {self.widths.share_of(c): sum(m.num_bytes for m in sent[c]) for c in some}
         down = np.array([sizes[share] for share in self.widths.shares[candidates]])
-        soonest = self.clock.seconds_alone(candidates, down, self.work[candidates]).min()
+        soonest = self.clock.seconds_alone(candidates, down, self.workload.work[candidates]).min()
         if soonest > deadline:
             raise ConfigError(
                 f"schedule.deadline_seconds: {deadline} s are too few for every client; the "

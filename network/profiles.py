@@ -16,7 +16,11 @@ Sources:
   FedScale     5 ms of training per example, with a spread of 0.6 between phones
 """
 
+import difflib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -60,3 +64,16 @@ DEVICES = {
     "laptop": DeviceProfile(4.0, 0.4, 8.0, 0.4),  # chosen
     "gpu": DeviceProfile(100.0, 0.2, 24.0, 0.4),  # chosen
 }
+
+
+def wrong_shares(shares: dict[str, Any], profiles: list[str]) -> Iterator[str]:
+    """What is wrong with the shares of a mixture of profiles."""
+    for name, share in shares.items():
+        if name not in profiles:
+            near = difflib.get_close_matches(name, profiles, 1) or profiles
+            yield f"there is no profile {name!r}; did you mean {' or '.join(near)}?"
+        elif type(share) not in (int, float) or not 0 <= share <= 1:
+            yield f"{name}: {share!r} is not a share, a number from 0 to 1"
+    if shares and all(type(share) in (int, float) for share in shares.values()):
+        if not math.isclose(sum(shares.values()), 1, abs_tol=1e-6):
+            yield f"the shares sum to {sum(shares.values()):g}, not to 1"

@@ -151,10 +151,13 @@ def test_a_batchnorm_network_ends_the_same(tmp_path, num_ranks):
 
 LANES = ["model.name=cnn", "model.width=0.25", "local.lanes=2", "local.algorithm=SCAFFOLD"]
 FEDBUFF = ["schedule.name=fedbuff", "schedule.buffer=2", "network.spread=1"]
+CARRY = ["schedule.late=carry", "schedule.deadline_seconds=0.7", "network.uplink_mbps=0.1"]
+CARRY += ["network.availability.dropout=0.2", "local.fit_deadline=true", "network.spread=1"]
+CARRY += ["network.ms_per_example=10", "rounds=6"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [LANES, FEDBUFF], ids=["lanes", "fedbuff"])
+@pytest.mark.parametrize("words", [LANES, FEDBUFF, CARRY], ids=["lanes", "fedbuff", "carry"])
 def test_two_ranks_end_the_same_in_lanes_and_without_rounds(tmp_path, words):
     one = run_alone(tmp_path / "one", words)
     assert_same(one, torchrun(2, tmp_path / "two", *words))

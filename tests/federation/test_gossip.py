@@ -151,7 +151,7 @@ def test_every_message_is_in_the_ledger_and_takes_its_time(tmp_path):
     assert all(r.direction == "up" and r.kind == "update" for r in rows)
     assert row["bytes_up"] == sum(r.bytes for r in rows) and row["bytes_down"] == 0
     assert all(r.dense_bytes == 4 * one.model.layout.size for r in rows)
-    expected = one.num_trained[0] * 5e-3 + gossip_seconds(2, rows[0].bytes, 8, 50)
+    expected = one.workload.num_trained[0] * 5e-3 + gossip_seconds(2, rows[0].bytes, 8, 50)
     assert row["simulated_seconds"] == pytest.approx(expected)
 
 

@@ -75,7 +75,7 @@ def test_every_hop_is_in_the_ledger_and_takes_the_time_of_its_link(tmp_path):
     assert all(abs(r.bytes - 4 * one.model.layout.size) < 0.15 * r.bytes for r in rows)
     latency = LINKS["datacenter"].latency_ms
     cloud, edge = (LINKS["datacenter"].uplink_mbps, latency), (8, 50)
-    training = one.num_trained[0] * 5e-3
+    training = one.workload.num_trained[0] * 5e-3
     down = message_seconds(size["model"], *edge)  # the formula has no way down
     expected = hierarchical_seconds(size["update"], training + down, 1, 2, edge, cloud)
     expected += message_seconds(size["model"], *cloud)

@@ -34,7 +34,7 @@ def test_steps_are_all_that_a_budget_of_examples_holds():
 def test_the_slowest_client_sets_the_period_and_all_train_for_as_long(tmp_path):
     one = make_federation(tmp_path, *WORDS, clients_file(tmp_path, 80, 40, 20, 27))
     assert one.clients.config.local.client_steps == [2, 4, 8, 5]
-    assert one.num_trained.tolist() == [32, 64, 128, 80]
+    assert one.workload.num_trained.tolist() == [32, 64, 128, 80]
     row, _ = one.run_round()
     assert row["num_clients"] == 4 and row["simulated_seconds"] == pytest.approx(2.56, abs=0.01)
     assert row["waited_seconds"] < 0.4 + 0.03  # only client 3 waits, for less than a batch

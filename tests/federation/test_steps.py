@@ -84,7 +84,7 @@ def test_each_client_trains_its_own_number_of_batches(tmp_path, lanes):
     torch.testing.assert_close(
         one.server.parameters.detach() - before, expected, rtol=1e-4, atol=1e-6
     )
-    assert one.num_trained.tolist() == [16, 32, 64]
+    assert one.workload.num_trained.tolist() == [16, 32, 64]
 
 
 @pytest.mark.parametrize(

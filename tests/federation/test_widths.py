@@ -102,7 +102,7 @@ def test_a_narrow_client_computes_and_waits_for_less(tmp_path):
         assert down.num_values == up.num_values == sizes[client]
         assert down.dense_bytes == up.dense_bytes == 4 * sizes[0]
         computed = up.start - down.start - down.seconds
-        assert computed == pytest.approx(one.num_trained[client] * 5e-3 * work[client])
+        assert computed == pytest.approx(one.workload.num_trained[client] * 5e-3 * work[client])
     assert 0.2 < work[1] < 0.5
 
 
