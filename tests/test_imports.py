@@ -36,7 +36,7 @@ MAY_IMPORT = {
 # A sweep is refused in the words of the command lines that it will start, before any of them does.
 EXCEPTIONS = {
     "bandwidth_analysis/sweep_file.py": {"command_line", "config", "typed_yaml"},
-    "bandwidth_analysis/sweep.py": {"command_line", "config"},
+    "bandwidth_analysis/sweep.py": {"command_line", "config", "terminal"},
 }
 # Files of federation that know both ends and the network: the schedules and their set-up.
 SCHEDULES = {"synchronous", "buffered", "hierarchical", "gossip"}
