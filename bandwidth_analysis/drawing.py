@@ -123,8 +123,10 @@ def scale(
     """
     if spread_of(values) > LOG_RATIO:
         axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-        decades = spread_of(values if drawn is None else drawn)
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1000 else (1,)))
+        columns = axis.axes.get_subplotspec().get_gridspec().ncols
+        room = 1000 if axis.axis_name == "y" or columns == 1 else 200
+        is_wide = spread_of(values if drawn is None else drawn) > room
+        axis.set_major_locator(LogLocator(subs=(1,) if is_wide else (1, 2, 5)))
         axis.set_minor_locator(NullLocator())
     else:
         axis.axes.set(**{f"{axis.axis_name}lim": (0, None)})

@@ -34,7 +34,7 @@ def pareto_front(runs: list[Run]) -> Figure:
 
 def _draw(axes: Axes, records: list[Record], costs: list[Spread]) -> list[Line2D]:
     gains = [record.mean_accuracy.times(100) for record in records]
-    front = on_front([cost.mean for cost in costs], [gain.mean for gain in gains])
+    front = on_front([cost.mean for cost in costs], [record.final_accuracy for record in records])
     front.sort(key=lambda place: costs[place].mean)
     corners = [(costs[place].mean, gains[place].mean) for place in front]
     if corners:

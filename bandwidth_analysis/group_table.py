@@ -81,7 +81,7 @@ UNTIL_TARGET = [
     _spreads("to {:g} %", "MB down", lambda r: r.target.mb_down, lambda s: _megabytes(s)),
 ]
 AGAINST_BASELINE = [
-    _against("points", lambda c: c.points, lambda points: f"{points:+.2f}"),
+    _against("points", lambda c: c.points, lambda points: _points(points)),
     _against("bytes", lambda c: c.fewer_bytes, lambda factor: _factor(factor)),
     _against("time", lambda c: c.less_time, lambda factor: _factor(factor)),
     _against("time to target", lambda c: c.less_time_to_target, lambda factor: _factor(factor)),
@@ -249,11 +249,17 @@ def _time_until(record: Record) -> str:
     num_reached, num_runs = record.target.num_reached, len(record.group.runs)
     if num_reached == num_runs:
         return duration(record.target.seconds.mean)
-    return f"{num_reached} of {num_runs} runs" if num_reached else "never"
+    if num_reached:
+        return f"{num_reached} of {num_runs} runs"
+    return "never" if record.group.finished else "not yet"
 
 
 def _megabytes(mb: Spread) -> str:
     return megabytes(mb.mean * 1e6) if mb.values else "-"
+
+
+def _points(points: float) -> str:
+    return "-" if math.isnan(points) else f"{points:+.2f}"
 
 
 def _factor(factor: float) -> str:

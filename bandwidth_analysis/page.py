@@ -65,11 +65,11 @@ def question(records: list[Record]) -> str:
 
 def answer(records: list[Record]) -> str:
     """The most accurate group, and those that nothing beats in bytes and accuracy."""
-    accuracy = [record.mean_accuracy.mean for record in records]
+    accuracy = [record.final_accuracy for record in records]
     megabytes = [record.mb.mean for record in records]
     front = on_front(megabytes, accuracy)
     if not front:
-        return "No round has been evaluated yet."
+        return "No run is finished yet."
     best = max(front, key=accuracy.__getitem__)
     cheaper = sorted((p for p in front if p != best), key=accuracy.__getitem__, reverse=True)
     said = f"{_named(records[best])} is the most accurate, for {megabytes[best]:,.4g} MB."

@@ -95,7 +95,7 @@ def _curves(records: list[Record], names: list[str], over: Over, label: str, uni
     if not all_x.size:
         return "<p>No round has been evaluated yet.</p>"
     ends = np.array([x[-1] for x, _ in found if x.size])
-    is_log = spread_of(ends) > LOG_RATIO and all_x.min() > 0
+    is_log = over is not rounds and spread_of(ends) > LOG_RATIO and all_x.min() > 0
     x_scale = _x_scale(all_x, is_log)
     y_scale = _y_scale(np.concatenate([accuracy.ravel() for _, accuracy in found]))
     shapes = [_axes(x_scale, y_scale, label)]
@@ -120,14 +120,18 @@ def _front(
     reached = [record.mean_accuracy.times(100) for record in records]
     points = list(zip(spent, reached, strict=True))
     costs, gains = ([spread.mean for spread in column] for column in zip(*points, strict=True))
-    front = sorted(on_front(costs, gains), key=costs.__getitem__)
-    if not front:
+    if all(map(math.isnan, gains)):
         return "<p>No round has been evaluated yet.</p>"
+    final = [record.final_accuracy for record in records]
+    front = sorted(on_front(costs, final), key=costs.__getitem__)
     all_costs = np.array([value for cost, _ in points for value in cost.values])
     x_scale = _x_scale(all_costs, spread_of(np.array(costs)) > LOG_RATIO and all_costs.min() > 0)
     y_scale = _y_scale(np.array([value for _, gain in points for value in gain.values]))
-    steps = f"M{x_scale(costs[front[0]]):.1f} {y_scale(gains[front[0]]):.1f}" + "".join(
-        f"H{x_scale(costs[place]):.1f}V{y_scale(gains[place]):.1f}" for place in front[1:]
+    steps = "".join(
+        f"H{x_scale(costs[place]):.1f}V{y_scale(gains[place]):.1f}"
+        if step
+        else f"M{x_scale(costs[place]):.1f} {y_scale(gains[place]):.1f}"
+        for step, place in enumerate(front)
     )
     dashed = f'fill="none" stroke="{GREY}" stroke-dasharray="5 4"'
     shapes = [_axes(x_scale, y_scale, label), f'<path d="{steps}" {dashed}/>']

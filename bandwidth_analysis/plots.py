@@ -62,19 +62,24 @@ def sample_pictures(runs: list[Run]) -> Figure:
 PLOTS = {
     "accuracy_vs_rounds": accuracy_vs_rounds,
     "accuracy_vs_megabytes": accuracy_vs_megabytes,
-    "accuracy_by_direction": accuracy_by_direction,
-    "accuracy_vs_time": accuracy_vs_time,
     "bytes_per_round": bytes_per_round,
-    "bytes_by_kind": bytes_by_kind,
     "density_per_round": density_per_round,
     "time_of_a_round": time_of_a_round,
     "labels_per_client": labels_per_client,
+}
+# Each takes a tenth of a second, which would be much at the end of each of many small runs.
+PLOTS_OF_SEVERAL_RUNS = {
+    "accuracy_by_direction": accuracy_by_direction,
+    "accuracy_vs_time": accuracy_vs_time,
+    "bytes_by_kind": bytes_by_kind,
 }
 
 
 def plots_of(runs: list[Run]) -> dict[str, Callable[[list[Run]], Figure]]:
     """Return PLOTS and those plots for which the runs hold what they show."""
     more: dict[str, Callable[[list[Run]], Figure]] = {}
+    if len(runs) > 1:
+        more |= PLOTS_OF_SEVERAL_RUNS
     if len(group_runs(runs)) > 1:
         more["pareto_front"] = pareto_front
     if any(run.samples for run in runs):

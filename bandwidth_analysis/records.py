@@ -4,7 +4,7 @@ Times are simulated: of clients' devices and links, not of the machine that trai
 of all clients together, in MB (10^6 bytes).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class Comparison:
     fewer_bytes: float  # a factor, up and down together
     less_time: float  # a factor
     less_time_to_target: float  # a factor; NaN if one of the two groups did not reach it
-    verdict: str  # what the seeds say about the difference in accuracy
+    verdict: str  # what the seeds say about the difference in accuracy, or why there is none
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,14 @@ class Record:
     comparison: Comparison | None
 
     @property
+    def final_accuracy(self) -> float:
+        """The mean of the last k evaluations, from 0 to 1; NaN of runs that are not finished.
+
+        An unfinished run has cost less than it will, so that it has no place on a Pareto front.
+        """
+        return self.mean_accuracy.mean if self.group.finished else float("nan")
+
+    @property
     def mb(self) -> Spread:
         """Up and down together."""
         pairs = zip(self.mb_up.values, self.mb_down.values, strict=True)
@@ -75,7 +83,8 @@ def make_records(
     """Return a record for each group.
 
     target: an accuracy from 0 to 1 to be reached, None for none; baseline: the group, one of
-    `groups`, with which the others of its data set are compared.
+    `groups`, with which the others are compared; runs of another data set or unfinished ones are
+    not, and their comparison says so.
     """
     base = baseline and _record(baseline, target)
     return [_record(group, target, base) for group in groups]
@@ -103,8 +112,9 @@ def _record(group: Group, target: float | None, base: Record | None = None) -> R
         target=None if target is None else _target(runs, target),
         comparison=None,
     )
-    is_comparable = base and base.group is not group and base.group.first.dataset == runs[0].dataset
-    return _compared(record, base) if is_comparable else record
+    if base is None or base.group is group:
+        return record
+    return replace(record, comparison=_comparison(record, base))
 
 
 def over_rounds(runs: list[Run], share: str = "") -> Spread:
@@ -146,17 +156,21 @@ def _target(runs: list[Run], accuracy: float) -> Target:
     return Target(accuracy, num_reached, until("simulated_seconds"), up, down)
 
 
-def _compared(record: Record, base: Record) -> Record:
-    comparison = Comparison(
+def _comparison(record: Record, base: Record) -> Comparison:
+    unknown = float("nan")
+    if record.group.first.dataset != base.group.first.dataset:
+        return Comparison(unknown, unknown, unknown, unknown, "other data set: not compared")
+    if not (record.group.finished and base.group.finished):
+        return Comparison(unknown, unknown, unknown, unknown, "unfinished: not compared")
+    return Comparison(
         points=100 * (record.mean_accuracy.mean - base.mean_accuracy.mean),
         fewer_bytes=_ratio(base.mb.mean, record.mb.mean),
         less_time=_ratio(base.simulated_seconds.mean, record.simulated_seconds.mean),
         less_time_to_target=_ratio(base.target.seconds.mean, record.target.seconds.mean)
         if record.target
-        else float("nan"),
+        else unknown,
         verdict=_verdict(record, base),
     )
-    return Record(**vars(record) | {"comparison": comparison})
 
 
 def _verdict(record: Record, base: Record) -> str:

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from bandwidth_analysis.errors import printable
 from bandwidth_analysis.sweep_file import PlannedRun, Sweep, read_sweep
-from bandwidth_analysis.sweep_jobs import LocalJobs, SlurmJobs, Training
+from bandwidth_analysis.sweep_jobs import LocalJobs, SlurmJobs, Training, is_locked
 from bandwidth_analysis.sweep_progress import FAILED, Progress, watch
 from command_line import Parser
 from config import PROJECT, ConfigError
+from terminal import outlive_readers
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,12 +45,19 @@ def train(sweep: Sweep, name: str) -> int:
     """Train the runs that are not finished, show how far they are, and list those that failed."""
     logs = sweep.output_dir / f".{name}-sweep"
     logs.mkdir(parents=True, exist_ok=True)
+    with open(logs / ".lock", "wb") as lock:
+        if is_locked(lock):
+            raise ConfigError(f"{logs}: another process is doing this sweep; wait for it or end it")
+        return _train(sweep, logs)
+
+
+def _train(sweep: Sweep, logs: Path) -> int:
     jobs = _make_jobs(sweep, logs)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    runs = [_begin(run, jobs, logs) for run in sweep.runs]
-    skipped = sum(run.job is None for run in runs)
-    print(f"{len(runs)} runs, {skipped} of them finished before; their output: {logs}", flush=True)
     try:
+        runs = [_begin(run, jobs, logs) for run in sweep.runs]
+        skipped = sum(run.job is None for run in runs)
+        print(f"{len(runs)} runs, {skipped} finished before; their output: {logs}", flush=True)
         watch(runs)
     except KeyboardInterrupt:
         print("stopping: the runs write their checkpoints", file=sys.stderr, flush=True)
@@ -90,4 +98,5 @@ def _say_what_it_would_do(sweep: Sweep) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 PERIOD = 0.5  # seconds between two looks at what others do
 STOPPED = 130  # the exit status of a run that was interrupted, with its checkpoint written
@@ -51,12 +51,9 @@ class Training:
         """Whether a process trains this run that an earlier, killed start of the sweep left."""
         try:
             with open(self.folder / ".lock", "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # there is no such file yet, or no locks in this file system
-            pass
-        return False
+                return is_locked(file)
+        except FileNotFoundError:
+            return False
 
     def start(self, **environment: str) -> subprocess.Popen:
         """Start the run's process; a Ctrl-C in the sweep's terminal does not reach it."""
@@ -69,6 +66,20 @@ class Training:
                 env=os.environ | environment,
                 start_new_session=True,
             )
+
+
+def is_locked(file: IO) -> bool:
+    """Whether another process holds the lock of a file; else this one does until it closes it.
+
+    Where the file system has no locks, nobody is taken to hold one.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 class LocalJobs:
@@ -98,16 +109,18 @@ class LocalJobs:
         while training.is_elsewhere() and not self._is_stopped:
             time.sleep(PERIOD)
         share = self._shares.get()
-        with self._lock:
-            if self._is_stopped:
-                return STOPPED
-            process = training.start(**share)
-            self._processes.add(process)
-        status = process.wait()
-        with self._lock:
-            self._processes.remove(process)
-        self._shares.put(share)
-        return status
+        try:
+            with self._lock:
+                if self._is_stopped:
+                    return STOPPED
+                process = training.start(**share)
+                self._processes.add(process)
+            status = process.wait()
+            with self._lock:
+                self._processes.remove(process)
+            return status
+        finally:
+            self._shares.put(share)
 
 
 def machine_shares(jobs: int) -> list[dict[str, str]]:

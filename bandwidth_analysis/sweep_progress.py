@@ -37,7 +37,8 @@ class Progress:
             self.state, self.error = outcome(self.job, self.log)
         elif self.log.exists():
             self.state = RUNNING
-        self._read_rounds()
+        if before in (WAITING, RUNNING):
+            self._read_rounds()
         return self.state != before
 
     def _read_rounds(self) -> None:
@@ -111,8 +112,10 @@ class Screen:
 
 
 def table(runs: list[Progress], height: int) -> list[str]:
-    """How many runs are in each state, then a line for each; where they are too many for `height`
-    lines, those that wait or are finished are left out first."""
+    """How many runs are in each state, then a line for each.
+
+    Where that is more than `height` lines, runs that wait or are finished have none.
+    """
     states = [run.state for run in runs]
     counts = {state: states.count(state) for state in (FINISHED, RUNNING, WAITING, FAILED)}
     heading = f"{len(runs)} runs: " + ", ".join(f"{n} {state}" for state, n in counts.items())

@@ -13,6 +13,12 @@ FOLDERS = "data compressors wire training network federation bandwidth_analysis"
 SOURCES = sorted([*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.py"))])
 OURS = {path.stem for path in ROOT.glob("*.py")} | set(FOLDERS)
 
+# A sweep is refused in the words of the command lines that it will start, before any of them does.
+EXCEPTIONS = {
+    "bandwidth_analysis/sweep_file.py": {"command_line", "config", "typed_yaml"},
+    "bandwidth_analysis/sweep.py": {"command_line", "config", "terminal"},
+}
+
 # What a file or the files of a folder may import of ours, besides their own folder.
 NOTHING: set[str] = set()
 MAY_IMPORT = {

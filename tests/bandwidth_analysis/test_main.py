@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers.locales import LOCALES
-from helpers.run_folders import PLOT_NAMES, PLOT_NAMES_OF_ONE_RUN, edit, write_run
+from helpers.run_folders import PLOT_NAMES_OF_ONE_RUN, PLOT_NAMES_OF_SEEDS, edit, write_run
 from helpers.runs import PYTHON, REPOSITORY
 
 from bandwidth_analysis.__main__ import main
@@ -43,14 +43,14 @@ def test_command_line_of_all_there_is(tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out.count("resnet18") == 2
     assert captured.err == f"skipped {tmp_path / 'README.md'}: not a run folder\n"
-    assert sorted(path.name for path in (tmp_path / "comparison").iterdir()) == sorted(PLOT_NAMES)
+    assert {path.name for path in (tmp_path / "comparison").iterdir()} == {*PLOT_NAMES_OF_SEEDS}
     assert not (folder / "plots").exists() and not (other / "plots").exists()
 
     # Now the glob also matches the comparison folder.
     output = tmp_path / "elsewhere" / "plots"
     assert main([*map(str, sorted(tmp_path.iterdir())), "--output", str(output)]) == 0
     assert f"skipped {tmp_path / 'comparison'}" in capsys.readouterr().err
-    assert len(list(output.iterdir())) == len(PLOT_NAMES)
+    assert len(list(output.iterdir())) == len(PLOT_NAMES_OF_SEEDS)
 
 
 @pytest.mark.parametrize(

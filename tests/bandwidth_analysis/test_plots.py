@@ -5,7 +5,7 @@ from dataclasses import replace
 import matplotlib.image
 import numpy as np
 import pytest
-from helpers.run_folders import FALLBACK, NOTE, PLOT_NAMES_OF_SEVERAL, write_run
+from helpers.run_folders import FALLBACK, NOTE, PLOT_NAMES_OF_GROUPS, write_run
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -24,7 +24,7 @@ def test_plots_are_pictures_of_sensible_size(tmp_path, num_clients):
         read_run(write_run(tmp_path, seed=1, finished=False, num_clients=num_clients)),
     ]
     paths = write_plots(runs, tmp_path / "new" / "plots")
-    assert [path.name for path in paths] == PLOT_NAMES_OF_SEVERAL
+    assert [path.name for path in paths] == PLOT_NAMES_OF_GROUPS
     assert sorted(paths[0].parent.iterdir()) == sorted(paths)  # no temporary file is left
     for path in paths:
         height, width, _ = matplotlib.image.imread(path).shape
@@ -35,7 +35,7 @@ def test_plots_are_pictures_of_sensible_size(tmp_path, num_clients):
 def test_every_plot_and_the_table_carry_the_fallback_note(tmp_path):
     fallen = read_run(write_run(tmp_path, fallback=FALLBACK + ".\n"))
     other = read_run(write_run(tmp_path, "other"))
-    for draw in plots.PLOTS.values():
+    for draw in (*plots.PLOTS.values(), *plots.PLOTS_OF_SEVERAL_RUNS.values()):
         assert NOTE in texts(draw([fallen]))
         assert f"topk-s0: {NOTE}" in texts(draw([fallen, other]))
         assert not any("CIFAR-10" in text for text in texts(draw([other])))
@@ -139,11 +139,11 @@ def test_sample_pictures_stand_with_their_clients_labels(tmp_path):
 
 def test_a_run_without_samples_has_no_such_plot(tmp_path):
     without = read_run(write_run(tmp_path))
-    assert plots.plots_of([without, without]) == plots.PLOTS
+    assert plots.plots_of([without, without]) == plots.PLOTS | plots.PLOTS_OF_SEVERAL_RUNS
     assert [*plots.plots_of([without])] == [*plots.PLOTS, "timeline"]
     run = read_run(write_run(tmp_path, "diverse", has_samples=True))
     paths = write_plots([without, run], tmp_path / "plots")
-    assert [path.name for path in paths] == [*PLOT_NAMES_OF_SEVERAL, "sample_pictures.png"]
+    assert [path.name for path in paths] == [*PLOT_NAMES_OF_GROUPS, "sample_pictures.png"]
     assert matplotlib.image.imread(paths[-1]).shape[1] == 1200
 
 

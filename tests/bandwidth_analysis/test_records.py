@@ -108,8 +108,13 @@ def test_a_comparison_with_the_baseline(tmp_path):
     ]
 
 
-def test_runs_of_another_data_set_are_not_compared_with_the_baseline(tmp_path):
+def test_runs_of_another_data_set_and_unfinished_ones_are_not_compared(tmp_path):
     folders = [write_run(tmp_path, name) for name in ("a", "b")]
+    folders.append(write_run(tmp_path, "c", finished=False))
     edit(folders[1] / "environment.json", '"digits"', '"cifar10"')
     groups = group_runs([read_run(folder) for folder in folders])
-    assert [r.comparison for r in make_records(groups, baseline=groups[0])] == [None, None]
+    _, other, unfinished = make_records(groups, baseline=groups[0])
+    assert other.comparison.verdict == "other data set: not compared"
+    assert unfinished.comparison.verdict == "unfinished: not compared"
+    assert math.isnan(other.comparison.points) and math.isnan(unfinished.comparison.fewer_bytes)
+    assert math.isnan(unfinished.final_accuracy) and other.final_accuracy == 0.5

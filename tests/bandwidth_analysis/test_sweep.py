@@ -1,5 +1,6 @@
 """bandwidth_analysis/sweep.py and sweep_jobs.py: runs at the same time, failures, kills."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -57,7 +58,7 @@ def test_failed_runs_are_listed_with_their_first_error_line(tmp_path, capsys):
         "failed: run3-s0: killed by signal 9; start the sweep again, and the run resumes",
         "failed: run4-s0: exit status 3, and it said nothing",
     ]
-    assert "6 runs, 1 of them finished before" in out
+    assert "6 runs, 1 finished before" in out
     assert any(line.startswith("finished") and "run0-s0" in line for line in out.splitlines())
     assert f"run1-s0: no room ({tmp_path}/.x-sweep/run1-s0.log)" in err
 
@@ -71,7 +72,7 @@ def test_as_many_runs_train_at_a_time_as_there_are_jobs(tmp_path):
     busy = tmp_path / "busy"
     busy.mkdir()
     assert train(scripts(tmp_path, *[code.format(path=str(busy))] * 5), "x") == 0
-    counts = [int(log.read_text()) for log in (tmp_path / ".x-sweep").iterdir()]
+    counts = [int(log.read_text()) for log in (tmp_path / ".x-sweep").glob("*.log")]
     assert max(counts) == 2 and len(counts) == 5
 
 
@@ -128,6 +129,32 @@ def test_a_wrong_cluster_is_a_mistake(tmp_path, monkeypatch, parameters, message
     sweep = replace(scripts(tmp_path, "exit(0)"), slurm=parameters)
     with pytest.raises(ConfigError, match=message):
         train(sweep, "x")
+
+
+def test_a_sweep_that_is_done_already_by_another_process_is_refused(tmp_path):
+    (tmp_path / ".x-sweep").mkdir()
+    with open(tmp_path / ".x-sweep/.lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process is doing this sweep"):
+            train(scripts(tmp_path, "exit(0)"), "x")
+
+
+def test_an_interrupted_sweep_stops_its_runs_and_starts_no_more(tmp_path, monkeypatch, capsys):
+    def interrupted(runs):
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bandwidth_analysis.sweep.watch", interrupted)
+    begun, told = tmp_path / "begun", tmp_path / "told"
+    first = (
+        f"import signal, time; signal.signal(15, lambda *_: (open({str(told)!r}, 'w'), exit(130)));"
+        f"open({str(begun)!r}, 'w'); time.sleep(60)"
+    )
+    sweep = replace(scripts(tmp_path, first, f"open({str(tmp_path / 'second')!r}, 'w')"), jobs=1)
+    assert train(sweep, "x") == 130
+    assert told.exists() and not (tmp_path / "second").exists()
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
 
 
 # --- kills ----------------------------------------------------------------------------------------

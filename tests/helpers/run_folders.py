@@ -13,16 +13,19 @@ ACCURACIES = (0.25, None, 0.75)  # of rounds 1, 2, 3
 PLOT_NAMES = [
     "accuracy_vs_rounds.png",
     "accuracy_vs_megabytes.png",
-    "accuracy_by_direction.png",
-    "accuracy_vs_time.png",
     "bytes_per_round.png",
-    "bytes_by_kind.png",
     "density_per_round.png",
     "time_of_a_round.png",
     "labels_per_client.png",
 ]
 PLOT_NAMES_OF_ONE_RUN = [*PLOT_NAMES, "timeline.png"]
-PLOT_NAMES_OF_SEVERAL = [*PLOT_NAMES, "pareto_front.png"]  # groups of runs
+PLOT_NAMES_OF_SEEDS = [
+    *PLOT_NAMES,
+    "accuracy_by_direction.png",
+    "accuracy_vs_time.png",
+    "bytes_by_kind.png",
+]
+PLOT_NAMES_OF_GROUPS = [*PLOT_NAMES_OF_SEEDS, "pareto_front.png"]
 LEDGER_COLUMNS = (
     *("round", "direction", "sender", "receiver", "kind"),
     *("bytes", "dense_bytes", "num_values", "start", "seconds"),
