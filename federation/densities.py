@@ -12,8 +12,8 @@ from federation.ledger import BYTES_PER_VALUE
 
 MARGIN = 0.9  # of the time that is left: jitter, other flows and heads of payloads take some
 LEAST = 1e-4  # of the coordinates; a client that cannot even send these is late
-# Values of a random choice are scaled by 1 / density, so that an update of fewer is mostly noise:
-# a client that sent 0.1% made the model of configs/diverse/adaptive_density.yaml infinite.
+# The values of a random choice are scaled by 1 / density, so an update of fewer is mostly noise:
+# one client that sent 0.01% made a LeNet infinite.
 LEAST_AT_RANDOM = 0.05
 PROBE = 1_000_000  # bytes, by which the speed of an upload is told
 Seconds = Callable[[np.ndarray, int], np.ndarray]  # of clients that send so many bytes

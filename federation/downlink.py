@@ -35,8 +35,8 @@ class WholeModel:
         }
         return received.dense(copy=False), messages
 
-    def commit(self) -> None:
-        """The round took place."""
+    def commit(self, received: list[int]) -> None:
+        """The round took place, and these clients have what they were sent."""
 
     def forget(self, left: Tensor) -> None:
         """The weights at these positions have left the mask: int64."""
@@ -66,7 +66,7 @@ class Changes:
         self.shared = vector.clone()
         self.changes: dict[int, Message] = {}  # by round: the newest, together below the model
         self.version_of: dict[int, int] = {}  # client: the round whose vector it has; 0 if missing
-        self.sent: tuple[Tensor, dict[int, Message], dict[int, int]] | None = None
+        self.sent: tuple[Tensor, dict[int, Message], int] | None = None
 
     def send(self, vector: Tensor, round_number: int, cohort: list[int]) -> Sent:
         """Return the vector as the clients decode it, float32 [n], and each client's messages."""
@@ -88,13 +88,13 @@ class Changes:
             client: [replace(message, receiver=client) for message in some]
             for client, some in missed.items()
         }
-        self.sent = shared, changes, dict.fromkeys(cohort, round_number)
+        self.sent = shared, changes, round_number
         return shared, messages
 
-    def commit(self) -> None:
-        """The round took place."""
-        self.shared, self.changes, received = self.sent
-        self.version_of |= received
+    def commit(self, received: list[int]) -> None:
+        """The round took place, and these clients have what they were sent."""
+        self.shared, self.changes, round_number = self.sent
+        self.version_of |= dict.fromkeys(received, round_number)
         self.sent = None
 
     def forget(self, left: Tensor) -> None:

@@ -33,6 +33,8 @@ def _carry_contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "schedule.late", "carry goes with name: synchronous and a deadline_seconds"
     if config.pruning.mask.method == "dynamic":
         yield "pruning.mask.method", "a dynamic mask changes while late updates are under way"
+    if config.downlink.mode != "model":
+        yield "downlink.mode", "with schedule.late: carry clients may leave with half a change"
     if config.local.algorithm not in ("FedAvg", "FedProx", "FedNova"):
         yield "local.algorithm", "schedule.late: carry takes FedAvg, FedProx and FedNova"
     if config.model.norm_policy == "local":

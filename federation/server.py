@@ -256,11 +256,14 @@ class Server:
                 "server: a step made the model inf or NaN; lower server.lr, or raise tau or eps"
             )
 
-    def commit(self, round_number: int, cohort: list[int]) -> None:
-        """The round took place: its cohort has what it was sent, and now the mask may change."""
+    def commit(self, round_number: int, received: list[int]) -> None:
+        """The round took place, and now the mask may change.
+
+        received: the clients that have what they were sent. Of one that was cut off nobody knows.
+        """
         for link in self.downlinks.values():
-            link.commit()
-        self.history.record_received(cohort, self.mask.version)
+            link.commit(received)
+        self.history.record_received(received, self.mask.version)
         if self.growth is not None:
             growth, self.growth = self.growth.cpu(), None
             weights = self.parameters.detach().cpu()

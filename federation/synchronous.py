@@ -57,7 +57,8 @@ class Synchronous(Federation):
         average, rows, more = self._average(cohort, round_number, broadcast, trained)
         averaged = self.server.step(average, round_number)
         self.clients.store.commit()
-        self.server.commit(round_number, cohort)
+        late = {report.client for report in average.reports if report.is_late}
+        self.server.commit(round_number, [client for client in cohort if client not in late])
         scores = self._evaluate(round_number, cohort)
         on_time = [client for client in averaged if client in cohort]
         lasted = _lasted(rows, self.progress.simulated_seconds, on_time)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers.runs import ledger, summary
+from helpers.runs import ledger, make_federation, summary
 
 from compression import OVERHEAD, decode
 from config import Config, Downlink, Selection
@@ -57,7 +57,7 @@ def test_every_client_decodes_the_shared_model_whatever_it_missed():
     for round in range(1, 41):
         cohort = sorted(rng.choice(12, 3, replace=False).tolist())
         received, messages = link.send(parameters, round, cohort)
-        link.commit()
+        link.commit(cohort)
         for client in cohort:
             clients[client].receive(messages[client])
             kinds.add((messages[client][0].kind, len(messages[client]) > 1))
@@ -72,12 +72,12 @@ def test_what_is_missed_goes_in_whichever_form_is_shorter():
     parameters = torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(0))
     link, lengths = changes(parameters, density=0.3), []
     link.send(parameters, 1, [0])
-    link.commit()
+    link.commit([0])
     whole = OVERHEAD + 4 * LAYOUT.size
     for round in range(2, 10):
         parameters = moved(parameters, round)
         _, messages = link.send(parameters, round, [1])
-        link.commit()
+        link.commit([1])
         lengths.append(len(link.changes[round].payload))
     _, messages = link.send(parameters, 10, [0])  # eight changes behind
     lengths.append(len(link.sent[1][10].payload))
@@ -94,7 +94,7 @@ def test_compression_on_the_way_down_is_made_good():
     errors = []
     for round in range(1, 60):
         received, _ = link.send(target, round, [0])
-        link.commit()
+        link.commit([0])
         errors.append(float((received - target).norm()))
     assert all(after <= before for before, after in zip(errors, errors[1:], strict=False))
     assert errors[-1] < 1e-4 * errors[0]
@@ -164,3 +164,20 @@ def test_a_killed_run_with_a_compressed_downlink_resumes_to_the_same_end(
     _, killed = run(*COMPRESSED, name="killed")
     assert summary(killed)["model_sha256"] == summary(whole)["model_sha256"]
     assert (killed / "ledger.csv").read_text() == (whole / "ledger.csv").read_text()
+
+
+def test_a_client_that_was_cut_off_does_not_have_the_change(tmp_path):
+    """It gets the change of its first round again, together with the next one."""
+    path = tmp_path / "clients.csv"
+    rows = [f"{mbps},50,1,0\n" for mbps in (10, 10, 10, 0.001)]
+    path.write_text("uplink_mbps,downlink_mbps,latency_ms,ms_per_example\n" + "".join(rows))
+    words = [*COMPRESSED[:4], "clients.per_round=4", f"network.clients_file={path}"]
+    one = make_federation(tmp_path, *words, "schedule.deadline_seconds=5")
+    for round_number in (1, 2):
+        row, ledger_rows = one.run_round()
+        assert row["late"] == [3]
+        assert one.server.downlinks["model"].version_of == dict.fromkeys((0, 1, 2), round_number)
+    sent = [row for row in ledger_rows if row.kind == "model_change"]
+    assert {row.receiver: row.bytes for row in sent}["0"] < sum(
+        row.bytes for row in sent if row.receiver == "3"
+    )
