@@ -49,7 +49,8 @@ class RemoteClient:
         self.engine = TorchEngine(self.model, config.local, "fp32", Team())
         self.received: dict[str, torch.Tensor] = {"buffers": self.model.read_buffers().clone()}
         if config.downlink.mode == "change":  # the first vectors need no message
-            self.received |= {"model": self.first_weights(), "momentum": torch.zeros(self.size)}
+            down = self.agreement.algorithm.down
+            self.received |= {"model": self.first_weights(), down: torch.zeros(self.size)}
         self.owed = self.kept = None
 
     @property
