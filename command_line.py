@@ -217,6 +217,8 @@ def _capability_contradictions(config: Config) -> Iterator[tuple[str, str]]:
     for section in ("local", "pruning"):
         if getattr(config, section).fit_deadline and config.schedule.deadline_seconds is None:
             yield f"{section}.fit_deadline", "fits to schedule.deadline_seconds, and none is set"
+    if local.fit_deadline and (pruning.client_densities or pruning.warmup):
+        yield "local.fit_deadline", "needs one density: give neither client_densities nor warmup"
     if local.fit_deadline and local.client_steps:
         yield "local.client_steps", "local.fit_deadline chooses them; give one of the two"
     if pruning.fit_deadline and pruning.method not in ("topk", "random"):

@@ -277,11 +277,12 @@ def plan(config: Config, ranks: Ranks) -> int:
     quick = replace(config, rounds=more, evaluation=replace(config.evaluation, every=more))
     with tempfile.TemporaryDirectory() as states:
         federation = make_schedule(quick, ranks, Path(states))
+        _announce_clients(federation)
         seconds = probe_precision(federation.model, federation.pictures, config.local)
         seconds = ranks.gather_json(seconds)[0]
         precision = config.precision if config.precision != "auto" else choose_precision(seconds)
-        federation.clients.choices.precision = precision
         clients = federation.clients
+        clients.choices = replace(clients.choices, precision=precision)
         local = clients.config.local
         clients.config = replace(clients.config, local=replace(local, steps=1, client_steps=[]))
         _, messages = federation.run_round()
@@ -302,8 +303,7 @@ def plan(config: Config, ranks: Ranks) -> int:
 
 
 def _summed_up(messages: list[LedgerRow]) -> str:
-    """The messages of a round, a line for each kind."""
-    lines = ["messages of the first round:"]
+    lines = ["messages of the first round:"]  # and then one for each kind
     for direction, kind in sorted({(row.direction, row.kind) for row in messages}):
         rows = [row for row in messages if (row.direction, row.kind) == (direction, kind)]
         size, dense = sum(row.bytes for row in rows), sum(row.dense_bytes for row in rows)

@@ -84,7 +84,6 @@ def _make_jobs(sweep: Sweep, logs: Path) -> LocalJobs | SlurmJobs:
 def _begin(run: PlannedRun, jobs: LocalJobs | SlurmJobs, logs: Path) -> Progress:
     """Hand a run that is not finished to the jobs; return what the watcher needs to know."""
     log = logs / f"{run.folder.name}.log"
-    log.unlink(missing_ok=True)  # it appears when the run starts
     job = None if run.is_finished else jobs.submit(Training(run.words, run.folder, log))
     return Progress(run.folder.name, run.folder, log, run.config.rounds, job)
 

@@ -32,7 +32,8 @@ def cohort_size(config: Config) -> int:
 class Placement:
     """Which team of ranks trains which client; a client's state follows it by way of the disk.
 
-    team_of: the team whose leader holds a client's state, of all clients that have one.
+    team_of: the team whose leader holds a client's state, of all clients that have one. A client
+    without a state may be asked for, too: after a resume, one that is under way.
     """
 
     def __init__(self, ranks: Ranks, clients_with_state: list[int]):
@@ -41,7 +42,7 @@ class Placement:
 
     def is_here(self, client: int) -> bool:
         """Whether this rank belongs to the client's team."""
-        return self.team_of[client] == self.ranks.team.index
+        return self.team_of.get(client, client % self.ranks.num_teams) == self.ranks.team.index
 
     def holds_state(self, client: int) -> bool:
         """Whether this rank is the one that keeps the client's state."""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from compression import Memory
-from config import Config
+from config import Config, ConfigError
 from distributed import Ranks
 from federation.client_store import ClientStore
 from federation.cohort import Placement
@@ -107,6 +107,7 @@ class Federation:
         self.workload = ranks.on_all_ranks(lambda: self._make_workload(config))
         self.widths = self.workload.widths
         self.candidates = self.widths.candidates  # int64: clients that take part
+        self._check_candidates()
         self._make_ends(self.workload.config, make_store(config, states_folder, ranks.device))
         self.versions: dict[int, int] = {}  # client: version of its saved state, of all ranks
         self.placement = Placement(ranks, [])
@@ -142,6 +143,15 @@ class Federation:
         choices = count_widths(config, self.pictures, self.models, self.clock.population)
         num_buffers = self.model.buffer_layout.size
         return Workload(config, self.clock, self.num_examples, choices, num_buffers)
+
+    def _check_candidates(self) -> None:
+        """Raises ConfigError if too few clients have the memory to take part."""
+        cohort, number = self.config.clients.per_round, len(self.candidates)
+        if number < cohort:
+            raise ConfigError(
+                f"clients.per_round: {cohort} is more than the {number} clients that take part; "
+                f"{self.widths.describe()[0]}"
+            )
 
     def _make_ends(self, config: Config, store: ClientStore) -> None:
         """The server and the clients of this rank."""

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from compression import Decoded, Memory, PayloadError, all_finite
-from config import Config, ConfigError, from_here
+from config import Config, from_here
 from distributed import Ranks
 from federation.agreement import Agreement
 from federation.client_store import ClientStore, State
@@ -79,8 +79,6 @@ class Gossip(Federation):
 
     def __init__(self, config: Config, ranks: Ranks, *rest: Any):
         super().__init__(config, ranks, *rest)
-        if self.widths.num_left_out:
-            raise ConfigError(f"network: in gossip every node trains; {self.widths.describe()[0]}")
         schedule = config.schedule
         self.is_choco = schedule.gossip == "CHOCO-SGD"
         self.gamma = schedule.gamma if self.is_choco else 1.0

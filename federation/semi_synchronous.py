@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from config import Config, ConfigError, Local
-from federation.steps import num_trained
+from federation.steps import takes_full_gradient
 from federation.synchronous import Synchronous
 from federation.workload import Workload
 from training.local_sgd import batch_sizes
@@ -30,12 +30,16 @@ class SemiSynchronous(Synchronous):
     def _make_workload(self, config: Config) -> Workload:
         """Each client trains the steps that it manages in a period. Raises ConfigError."""
         local, sizes = config.local, self.num_examples
-        candidates = np.flatnonzero(sizes)
-        seconds = self.clock.computing_seconds(np.arange(len(sizes)), 1)  # for an example
+        first = super()._make_workload(config)
+        candidates, everybody = first.widths.candidates, np.arange(len(sizes))
+        seconds = self.clock.computing_seconds(everybody, 1)  # for an example
         if not seconds[candidates].all():
             raise ConfigError("network.ms_per_example: in semi_synchronous it must be above 0")
-        period = config.schedule.period_seconds or max(num_trained(local, sizes) * seconds)
-        shortest = min(min(local.batch_size, sizes[k]) * seconds[k] for k in candidates)
+        before = sizes * takes_full_gradient(local)  # examples that count before the first step
+        period = config.schedule.period_seconds
+        period = period or max(first.num_trained[candidates] * seconds[candidates])
+        batches = before + np.minimum(local.batch_size, sizes)
+        shortest = min(batches[candidates] * seconds[candidates])
         if period < shortest:
             raise ConfigError(
                 f"schedule.period_seconds: {period} s are too few for every client; the fastest "
@@ -43,7 +47,7 @@ class SemiSynchronous(Synchronous):
             )
         steps = [1] * len(sizes)
         for client in candidates:
-            num_trainable = period / seconds[client]
+            num_trainable = max(0.0, period / seconds[client] - before[client])
             steps[client] = steps_of(local, int(sizes[client]), num_trainable)
         return super()._make_workload(replace(config, local=replace(local, client_steps=steps)))
 

@@ -17,7 +17,7 @@ from training.local_sgd import batch_sizes, local_of
 
 def num_trained(local: Local, num_examples: np.ndarray) -> np.ndarray:
     """How many examples each client computes gradients of in a round: int64 (clients)."""
-    full = _takes_full_gradient(local)
+    full = takes_full_gradient(local)
 
     @cache
     def of(num: int, steps: int | None) -> int:
@@ -53,7 +53,7 @@ def fit_steps(
         upload = np.minimum(upload, left / 2)
     with np.errstate(divide="ignore", invalid="ignore"):  # a device that takes no time trains all
         budgets = MARGIN * np.maximum(0.0, left - upload) / seconds_per_example
-    if _takes_full_gradient(config.local):
+    if takes_full_gradient(config.local):
         budgets -= num_examples
     trained = [np.cumsum(batch_sizes(config.local, num)) for num in num_examples.tolist()]
     steps = [np.searchsorted(*pair, "right") for pair in zip(trained, budgets, strict=True)]
@@ -61,5 +61,6 @@ def fit_steps(
     return replace(config, local=replace(config.local, client_steps=steps))
 
 
-def _takes_full_gradient(local: Local) -> bool:
+def takes_full_gradient(local: Local) -> bool:
+    """Whether a client looks at all of its examples before its first step."""
     return make_algorithm(local.algorithm, **local.options).takes_full_gradient

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from compression import Memory, new_memory
+from config import Config
 from federation.client import Clients
 from federation.messages import Buffer, Report
 from federation.slices import ShareOf, SliceBroadcast
@@ -43,6 +44,15 @@ class SubmodelClients:
             groups = [[c for c in clients if self.share_of(c) == share] for share in self.by_share]
         for group in filter(None, groups):
             yield from self.of(group[0]).train(group, round_number, broadcast)
+
+    @property
+    def config(self) -> Config:
+        """The settings by which clients train, whatever their width."""
+        return self.whole.config
+
+    @config.setter
+    def config(self, config: Config) -> None:
+        self._set("config", config)
 
     @property
     def num_lanes(self) -> int:

@@ -101,6 +101,7 @@ class SubmodelServer(Server):
 
     def __init__(self, config: Config, slices: dict[float, Slice], share_of: ShareOf, *rest: Any):
         self.slices, self.share_of = slices, share_of
+        self.sends_changes = config.downlink.mode == "change"  # which have to follow each other
         super().__init__(config, slices[1.0].agreement, *rest)
 
     def _make_downlinks(self, config: Config) -> dict[float, WholeModel | Changes]:
@@ -117,6 +118,8 @@ class SubmodelServer(Server):
         by_share = {}
         for share, piece in self.slices.items():
             members = [client for client in cohort if self.share_of(client) == share]
+            if not members and not self.sends_changes:
+                continue
             vector = piece.cut(self.parameters.detach())
             received, messages = self.downlinks[share].send(vector, round_number, members)
             by_share[share] = Broadcast(received, None, self.buffers, 0, messages)

@@ -3,13 +3,13 @@
 import numpy as np
 
 from algorithms import make_algorithm
-from compression import OVERHEAD
+from compression import OVERHEAD, parse_coder
 from config import Config
 from federation.clock import Clock
 from federation.densities import fit_to_deadline
 from federation.ledger import BYTES_PER_VALUE
 from federation.steps import fit_steps, num_trained
-from federation.widths import Width, assign_widths
+from federation.widths import Width, Widths, assign_widths
 
 
 class Workload:
@@ -18,7 +18,8 @@ class Workload:
     num_examples: pictures of each client, int64; choices: the widths, the widest first;
     num_buffers: float32 values that travel besides the parameters.
     config: the given one with the steps and densities that are fitted to the deadline; both ends
-    are built from it. num_trained: examples that a client trains on in a round, int64.
+    are built from it. num_trained: examples that a client trains on in a round, int64; work: how
+    many examples of the whole network take as long, float64.
     Raises ConfigError.
     """
 
@@ -31,9 +32,13 @@ class Workload:
         num_buffers: int,
     ):
         self.clock, self.num_buffers = clock, num_buffers
+        self.widths: Widths | None = None  # until they are chosen
         algorithm = make_algorithm(config.local.algorithm, **config.local.options)
         self._vectors_down = 1 + bool(algorithm.down)
-        self.num_trained = num_trained(config.local, num_examples)
+        # Of changes nobody knows how many a client will have missed: then it is the whole in fp32.
+        coder = config.downlink.values if config.downlink.mode == "model" else "fp32"
+        self._bits_down = parse_coder(coder).bits_per_value
+        self._set_trained(num_trained(config.local, num_examples))
         population, everybody = clock.population, np.arange(len(num_examples))
         candidates = np.flatnonzero(num_examples)
         self.widths = assign_widths(
@@ -41,36 +46,35 @@ class Workload:
         )
         sizes = self.widths.num_values, num_buffers
         seconds = clock.computing_seconds(everybody, self.widths.work)
-        self.num_trained = np.zeros_like(num_examples)  # at first a round without training
+        self._set_trained(np.zeros_like(num_examples))  # at first a round without training
         config = fit_steps(config, self.seconds_alone, seconds, num_examples, *sizes)
-        self.num_trained = num_trained(config.local, num_examples)
+        self._set_trained(num_trained(config.local, num_examples))
         self.config = fit_to_deadline(config, self.seconds_alone, *sizes)
 
-    @property
-    def work(self) -> np.ndarray:
-        """How many examples of the whole network take as long as each client's training."""
-        return self.num_trained * self.widths.work
+    def _set_trained(self, num_trained: np.ndarray) -> None:
+        self.num_trained = num_trained
+        self.work = num_trained * (self.widths.work if self.widths else 1.0)
 
     def seconds_alone(
         self, clients: np.ndarray | int, num_bytes: np.ndarray | int | None = None
     ) -> np.ndarray:
-        """Each client's round, if it is alone: a dense slice down, and so many bytes up.
+        """Each client's round, if it is alone: its slice down, and so many bytes up.
 
         num_bytes: None means a dense update.
         """
         sizes = self.widths.num_values[clients]
         if num_bytes is None:
             num_bytes = OVERHEAD + BYTES_PER_VALUE * sizes
-        down = self._dense_bytes_down(sizes)
+        down = self._bytes_down(sizes)
         return self.clock.seconds_alone(clients, down, self.work[clients], num_bytes)
 
     def _seconds_at(self, width: Width) -> np.ndarray:
         """The same for a client that trains this width and sends a dense update."""
         everybody, work = np.arange(len(self.num_trained)), self.num_trained * width.work
-        down, up = self._dense_bytes_down(width.num_values), BYTES_PER_VALUE * width.num_values
+        down, up = self._bytes_down(width.num_values), BYTES_PER_VALUE * width.num_values
         return self.clock.seconds_alone(everybody, down, work, OVERHEAD + up)
 
-    def _dense_bytes_down(self, size: np.ndarray | int) -> np.ndarray | int:
-        """What a client with so many parameters receives, without compression."""
-        num_values = self._vectors_down * size + self.num_buffers
-        return (1 + self._vectors_down) * OVERHEAD + BYTES_PER_VALUE * num_values
+    def _bytes_down(self, size: np.ndarray | int) -> np.ndarray | int:
+        """About what a client with so many parameters receives: whole vectors and the buffers."""
+        values = np.ceil(self._vectors_down * size * self._bits_down / 8)
+        return (1 + self._vectors_down) * OVERHEAD + values + BYTES_PER_VALUE * self.num_buffers

@@ -39,11 +39,6 @@ MAY_IMPORT = {
     "compression": {"compressors", "wire", "layout", "compiled"},
     "training": {"cnn_model", "layout", "data", "distributed", "config"},
 }
-# A sweep is refused in the words of the command lines that it will start, before any of them does.
-EXCEPTIONS = {
-    "bandwidth_analysis/sweep_file.py": {"command_line", "config", "typed_yaml"},
-    "bandwidth_analysis/sweep.py": {"command_line", "config"},
-}
 # Files of federation that know both ends and the network: the schedules, settings and set-up.
 SCHEDULES = {"synchronous", "buffered", "hierarchical", "gossip"}
 SCHEDULES |= {"federation", "schedules", "schedule_settings", "setup", "clock"}

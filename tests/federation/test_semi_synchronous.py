@@ -40,6 +40,25 @@ def test_the_slowest_client_sets_the_period_and_all_train_for_as_long(tmp_path):
     assert row["waited_seconds"] < 0.4 + 0.03  # only client 3 waits, for less than a batch
 
 
+def test_who_lacks_the_memory_does_not_set_the_period(tmp_path):
+    path = tmp_path / "clients.csv"
+    rows = [f"1e6,1e6,0,{ms},{memory}\n" for ms, memory in ((20, 1), (10, 1), (10, 1), (500, 1e-5))]
+    path.write_text(
+        "uplink_mbps,downlink_mbps,latency_ms,ms_per_example,memory_gib\n" + "".join(rows)
+    )
+    words = [*WORDS, f"network.clients_file={path}", "clients.per_round=3"]
+    one = make_federation(tmp_path, *words)
+    assert one.candidates.tolist() == [0, 1, 2]
+    assert one.clients.config.local.client_steps[:3] == [2, 4, 4]
+
+
+def test_the_full_gradient_of_scaffold_is_part_of_the_period(tmp_path):
+    words = [*WORDS, clients_file(tmp_path, 20, 10, 10, 10), "local.algorithm=SCAFFOLD"]
+    one = make_federation(tmp_path, *words, "local.options.option=1")
+    seconds = one.workload.num_trained * np.array([0.02, 0.01, 0.01, 0.01])
+    assert (seconds <= seconds[0] * (1 + 1e-9)).all() and (seconds > seconds[0] - 0.17).all()
+
+
 def test_a_period_may_be_set(tmp_path):
     words = [*WORDS, clients_file(tmp_path, 80, 40, 20, 10), "schedule.period_seconds=0.64"]
     one = make_federation(tmp_path, *words)

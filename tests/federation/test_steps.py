@@ -100,3 +100,18 @@ def test_each_client_trains_its_own_number_of_batches(tmp_path, lanes):
 def test_bad_input_is_refused(tmp_path, words, message):
     with pytest.raises(ConfigError, match=message):
         make_federation(tmp_path, *FIT, *words)
+
+
+def test_the_download_is_estimated_by_its_coder(tmp_path):
+    """An 8-bit model arrives sooner, which leaves time for more steps."""
+    path = tmp_path / "clients.csv"
+    path.write_text("uplink_mbps,downlink_mbps,latency_ms,ms_per_example\n" + "100,2,0,5\n" * 4)
+    words = [f"network.clients_file={path}", "local.fit_deadline=true", "local.steps=20"]
+    words += ["schedule.deadline_seconds=1.5", "pruning.density=0.01"]
+    steps = {}
+    for coder in ("fp32", "int8"):
+        one = make_federation(tmp_path, *words, f"downlink.values={coder}", name=coder)
+        [steps[coder]] = set(one.clients.config.local.client_steps)
+        row, _ = one.run_round()
+        assert row["num_late"] == 0
+    assert steps["fp32"] < steps["int8"]

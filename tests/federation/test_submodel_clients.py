@@ -5,7 +5,10 @@ tests/test_ranks.py runs them on two ranks.
 
 import pytest
 import torch
-from helpers.runs import killed_before_logging, make_federation, summary
+from helpers.runs import REPOSITORY, TINY, killed_before_logging, make_federation, summary
+
+from command_line import load_config
+from experiment import main
 
 SLICES = ["submodel.widths=[1,0.5,0.25]", "clients.total=6", "clients.per_round=5"]
 STATIC = ["model.name=resnet18", "model.width=0.0625", "model.norm_policy=static"]
@@ -73,3 +76,11 @@ def test_the_wish_to_stop_reaches_every_width(tmp_path):
     one = make_federation(tmp_path, *DROPOUT)
     one.clients.stop_requested = True
     assert all(clients.stop_requested for clients in one.clients.by_share.values())
+
+
+def test_a_dry_run_says_who_trains_what(tmp_path, capsys):
+    words = [*TINY, *SLICES, f"output_dir={tmp_path}", "local.steps=null", "precision=auto"]
+    assert main(load_config(REPOSITORY / "configs/default.yaml", words), dry_run=True) == 0
+    said = capsys.readouterr().out
+    assert "shares of the channels, by clients that train them: 1 by 2, 0.5 by 2, 0.25 by 2" in said
+    assert not list(tmp_path.iterdir())
