@@ -25,8 +25,8 @@ def fit_to_deadline(
     """The config with a density for each client, such that its update arrives in time.
 
     seconds: of each client's whole round with so many bytes up, if it is alone; sizes: coordinates
-    of each client's network; num_buffers: float32 values that travel besides. Both ends build it
-    from the same config.
+    of each client's network; num_buffers: float32 values that travel besides. Both ends have
+    the same config, and so the same densities.
     """
     if not config.pruning.fit_deadline:
         return config

@@ -10,15 +10,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as main.py does, before t
 
 
 @pytest.fixture
-def run(tmp_path):
-    """run(*overrides) does a tiny run in this process: (exit status, run folder)."""
+def run(tmp_path, monkeypatch):
+    """run(*overrides) does a tiny run in this process: (exit status, run folder).
+
+    Its plots, which take longer than its training, are drawn only for draws=True.
+    """
     from command_line import load_config
     from experiment import main
 
-    def run(*overrides: str, name: str = "tiny"):
+    def run(*overrides: str, name: str = "tiny", draws: bool = False):
         fixed = [f"output_dir={tmp_path}", f"name={name}"]
         config = load_config(REPOSITORY / "configs/default.yaml", [*TINY, *fixed, *overrides])
-        return main(config), config.run_folder
+        with monkeypatch.context() as patch:
+            if not draws:
+                patch.setattr("experiment.write_plots", lambda *_: [])
+            return main(config), config.run_folder
 
     return run
 

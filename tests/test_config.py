@@ -229,7 +229,7 @@ def test_what_belongs_to_a_star_is_refused_elsewhere(name, word, key, message):
     [
         ([*GOSSIP, "clients.per_round=5"], "clients.per_round: in gossip every node trains"),
         ([*GOSSIP, "server.optimizer=FedYogi"], "server: gossip has no server"),
-        ([*GOSSIP, "downlink.values=fp16"], "downlink: gossip has no downlink"),
+        ([*GOSSIP, "downlink.values=fp16"], "downlink.values: gossip has no downlink"),
         (["schedule.name=gossip"], "uplink.error_feedback: CHOCO-SGD itself makes up"),
         ([*GOSSIP, "schedule.gossip=D-PSGD"], "pruning.method: D-PSGD sends whole models"),
         (

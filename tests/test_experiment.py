@@ -18,11 +18,11 @@ from run_folder import RunFolder
 
 
 def test_a_run_leaves_every_file_of_the_run_folder(run):
-    status, folder = run("trackers=[tensorboard]")
+    status, folder = run("trackers=[tensorboard]", draws=True)
     assert status == 0
     for name in ("config.yaml", "environment.json", "rounds.jsonl", "ledger.csv", "checkpoint.pt"):
         assert (folder / name).stat().st_size > 0
-    assert len(list((folder / "plots").glob("*.png"))) == 5
+    assert len(list((folder / "plots").glob("*.png"))) == 7
     assert list((folder / "tensorboard").iterdir())
     result = summary(folder)
     assert result["dataset"] == "digits" and result["model"] == "lenet"
@@ -162,7 +162,7 @@ def broken(*_, **__):
 )
 def test_plots_and_trackers_never_change_the_exit_status(run, monkeypatch, capsys, what, target):
     monkeypatch.setattr(target, broken)
-    status, folder = run()
+    status, folder = run(draws=True)
     assert status == 0 and summary(folder)["rounds_completed"] == 4
     assert f"warning: {what} left out: it is out of order\n" in capsys.readouterr().err
 
@@ -170,7 +170,7 @@ def test_plots_and_trackers_never_change_the_exit_status(run, monkeypatch, capsy
 def test_a_run_in_another_thread(run):
     """Signals can be handled in the main thread only; a notebook may use another."""
     results = []
-    thread = threading.Thread(target=lambda: results.append(run()))
+    thread = threading.Thread(target=lambda: results.append(run(draws=True)))
     thread.start()
     thread.join()
     assert results[0][0] == 0

@@ -169,7 +169,8 @@ DETERMINISTIC = [word for word in WORDS if not word.startswith(("qsgd", "eden", 
 def test_what_declares_itself_contractive_is(word, values, shift):
     """At any scale that the coder has the range for."""
     values = np.ldexp(values, 0 if word == "fp16" else shift)
-    if word == "fp16" and np.abs(values).max() < 1e-7:
+    least = 1e-7 if word == "fp16" else np.finfo(np.float32).tiny  # below, floats have few bits
+    if np.abs(values).max() < least:
         return
     exact = values.astype(np.float64)
     lost = np.square(arrived(torch.from_numpy(values), word).numpy() - exact).sum()

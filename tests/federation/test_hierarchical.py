@@ -84,7 +84,7 @@ def test_every_hop_is_in_the_ledger_and_takes_the_time_of_its_link(tmp_path):
 
 def test_the_run_folder_shows_the_clients_and_not_the_edge_servers(run):
     words = ["network.links={4g: 1}", "schedule.edge_rounds=2", "rounds=1", "clients.per_round=4"]
-    _, folder = run(*SPARSE, *EDGES, *words)
+    _, folder = run(*SPARSE, *EDGES, *words, draws=True)
     assert len((folder / "population.csv").read_text().splitlines()) == 1 + 4
     shown = read_run(folder).timeline.clients
     assert set(shown) == {"0", "1", "2", "3"}

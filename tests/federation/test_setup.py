@@ -32,7 +32,7 @@ def test_clients_train_on_what_they_see_and_counts_are_the_servers(tmp_path):
 
 
 def test_pictures_of_diverse_clients_are_kept_and_drawn(run):
-    status, folder = run("rounds=1", *DIVERSE)
+    status, folder = run("rounds=1", *DIVERSE, draws=True)
     assert status == 0 and (folder / "plots" / "sample_pictures.png").stat().st_size > 0
     with np.load(folder / "samples.npz") as samples, np.load(folder / "partition.npz") as split:
         assert samples["client"].tolist() == [0] * 8 + [1] * 8 + [2] * 8 + [3] * 8
