@@ -277,7 +277,7 @@ class Schedule:
     late: str = one_of("drop", "carry")  # synchronous: updates after the deadline
     # semi_synchronous: how long each client trains; null: as long as the slowest one takes
     period_seconds: float | None = between(None, 0.0, open_low=True)
-    sampling: str = one_of("uniform", "tifl", "oort")  # synchronous: who begins a round
+    sampling: str = "uniform"  # synchronous: who begins a round, see federation/samplers.py
     tiers: int = between(5, 1)  # tifl: groups of equally fast clients
     concurrency: int | None = between(None, 1)  # asynchronous: under way at once; null: per_round
     buffer: int = between(10, 1)  # fedbuff: how many updates make a step

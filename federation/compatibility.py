@@ -8,9 +8,10 @@ they need.
 from collections.abc import Iterator
 
 from afo import OURS
-from algorithms import FedAvg, make_algorithm
+from algorithms import FedAvg, make_algorithm, pick
 from compression import Coder, parse_coder
 from config import Config, Downlink, Selection, Submodel, Uplink
+from federation.samplers import SAMPLERS
 
 
 def contradictions(config: Config) -> Iterator[tuple[str, str]]:
@@ -21,6 +22,10 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
         named = [key for key in config.local.options if key in str(error).split(";")[0]]
         yield f"local.options.{named[0]}" if named else "local.algorithm", str(error)
         return
+    try:
+        pick(config.schedule.sampling, SAMPLERS, "way to sample")
+    except ValueError as error:
+        yield "schedule.sampling", str(error)
     masked = config.pruning.mask.method != "none"
     up = config.uplink, config.pruning, "uplink", "pruning"
     down = config.downlink, config.downlink.pruning, "downlink", "downlink.pruning"

@@ -1,6 +1,6 @@
 """Who begins a synchronous round: a sampler chooses among the clients that are there.
 
-A new way is a class in a file of its own and a line in synchronous.py.
+docs/extending.md adds a new way.
 """
 
 from collections.abc import Callable

@@ -22,14 +22,11 @@ from distributed import Ranks
 from federation.federation import Encode, Federation
 from federation.ledger import LedgerRow
 from federation.messages import Broadcast, Report, pack_reports, unpack_reports
-from federation.oort import Oort
-from federation.sampling import Uniform
+from federation.samplers import SAMPLERS
 from federation.server import Average
-from federation.tifl import TiFL
 from training.local_sgd import Interrupted
 
 Arrival = tuple[Report, dict[str, Decoded]]
-SAMPLERS = {"uniform": Uniform, "tifl": TiFL, "oort": Oort}
 
 
 class Synchronous(Federation):

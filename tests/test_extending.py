@@ -18,6 +18,7 @@ import algorithms
 import compression
 from bandwidth_analysis import read_run
 from data import datasets
+from federation.samplers import SAMPLERS
 from layout import Layout
 
 PAGE = (REPOSITORY / "docs/extending.md").read_text(encoding="utf-8")
@@ -42,7 +43,7 @@ def command(title: str) -> list[str]:
 @pytest.fixture
 def paste(monkeypatch):
     """paste(title) runs a section's blocks as the ends of their files; returns the last's names."""
-    tables = [compression.CODERS, afo.OURS, algorithms.ALGORITHMS, datasets.LOADERS]
+    tables = [compression.CODERS, afo.OURS, algorithms.ALGORITHMS, datasets.LOADERS, SAMPLERS]
     before = [copy(table) for table in tables]
 
     def paste(title: str) -> dict:
@@ -120,6 +121,15 @@ def test_a_client_algorithm_bounds_each_update(paste, tmp_path):
     words = [*command("A client algorithm"), "clients.per_round=1", "local.options.bound=0.01"]
     before, after, _ = one_round(tmp_path, *words)
     assert float((after - before).norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_clients_take_turns(paste, tmp_path):
+    paste("A way to sample clients")
+    words = [*command("A way to sample clients"), "clients.total=5", "clients.per_round=2"]
+    one = make_federation(tmp_path, *words)
+    rounds = [one.run_round()[1] for _ in range(3)]
+    cohorts = [[int(row.sender) for row in rows if row.direction == "up"] for rows in rounds]
+    assert cohorts == [[0, 1], [2, 3], [0, 4]]
 
 
 def test_a_data_set_is_learned_and_named(paste, run):

@@ -10,7 +10,7 @@ from helpers.runs import killed_before_logging, make_federation, rounds, summary
 
 from config import Clients, Config, Schedule
 from federation.messages import Report
-from federation.synchronous import SAMPLERS
+from federation.samplers import SAMPLERS
 
 CLIENTS = np.arange(40)
 
