@@ -108,7 +108,7 @@ DOCUMENTS += [REPOSITORY / "outputFolder/README.md", *sorted(REPOSITORY.glob("do
 FILE_NAME = re.compile(
     r"(?<![\w./*<>+-])[\w.-]*(?:/[\w.-]+)*\.(?:py|ya?ml|json|txt|md|cff|toml|png)\b"
 )
-EXAMPLES = {"configs/x.yaml", "compressors/natural.py"}  # of a mistake, and of a new file
+EXAMPLES = {"configs/x.yaml", "compressors/natural.py", "federation/rotation.py"}
 
 
 def files_of_a_run() -> set[str]:
