@@ -8,7 +8,7 @@ test: ## run the test suite
 
 avx2: ## run what trains as if on a CPU without AVX-512, which has other kernels
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m pytest \
-	  tests/test_launchers.py tests/test_ranks.py tests/test_cnn_model.py tests/training
+	  tests/startup/test_launchers.py tests/test_ranks.py tests/test_cnn_model.py tests/training
 
 bounds: ## run the codecs' tests and 300,000 damaged payloads with every index checked
 	NUMBA_BOUNDSCHECK=1 python -m pytest tests/wire tests/compressors tests/test_compiled.py \

@@ -25,8 +25,8 @@ from config import (
 )
 from federation.schedule_settings import schedule_contradictions
 from network.profiles import DEVICES, LINKS, wrong_shares
+from startup.typed_yaml import Settings
 from training.deepspeed_file import read_deepspeed_file
-from typed_yaml import Settings
 
 LONGEST_NAME = 120  # characters of a name that we make
 UNFIT = re.compile(r"[^\w.,-]")  # for the name of a folder, unquoted in a shell

@@ -1,7 +1,7 @@
 """Ranks: the processes of a run, what they exchange, and which of them trains which client.
 
-A run has one process, or several that a launcher started (launchers.py); each is called a rank.
-Tensors on CPUs are exchanged by gloo, tensors on GPUs by NCCL.
+A run has one process, or several that a launcher started (startup/launchers.py); each is called a
+rank. Tensors on CPUs are exchanged by gloo, tensors on GPUs by NCCL.
 """
 
 import json
@@ -24,7 +24,7 @@ from accelerate.utils import LoggerType, parse_flag_from_env
 from torch import Tensor
 
 from config import Config, ConfigError
-from launchers import in_time, join, read_launch, warn
+from startup.launchers import in_time, join, read_launch, warn
 
 T = TypeVar("T")
 Blob = bytes | memoryview
@@ -233,7 +233,7 @@ def _lost_ranks() -> Iterator[None]:
     """Raise RankLost in place of what torch raises when another process is gone."""
     try:
         yield
-    except TimeoutError as error:  # a start that took too long, see launchers.py
+    except TimeoutError as error:  # a start that took too long, see startup/launchers.py
         raise RankLost(str(error)) from None
     except RuntimeError as error:
         if not re.search(r"connect|clos|peer|reset|tim(e|ed) ?out|broken", str(error), re.I):

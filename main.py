@@ -4,7 +4,7 @@ import os
 import sys
 
 from command_line import read_command_line
-from terminal import outlive_readers
+from startup.terminal import outlive_readers
 
 # On a busy machine OpenMP's threads wait for each other up to eight times longer when they spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -20,7 +20,7 @@ from bandwidth_analysis.sweep_jobs import LocalJobs, SlurmJobs, Training, is_loc
 from bandwidth_analysis.sweep_progress import FAILED, Progress, watch
 from command_line import Parser
 from config import PROJECT, ConfigError
-from terminal import outlive_readers
+from startup.terminal import outlive_readers
 
 
 def main(argv: list[str] | None = None) -> int:

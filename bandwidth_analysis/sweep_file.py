@@ -28,7 +28,7 @@ import yaml
 
 from command_line import load_config
 from config import PROJECT, Config, ConfigError, from_here
-from typed_yaml import compose
+from startup.typed_yaml import compose
 
 KEYS = ("base", "seeds", "output_dir", "jobs", "grid", "list", "slurm")
 OF_THE_SWEEP = {"seed": "seeds", "output_dir": "output_dir"}  # what its runs do not set themselves

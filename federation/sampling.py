@@ -17,7 +17,7 @@ class Uniform:
     """Every client that is there is equally likely (McMahan et al. 2017, arXiv 1602.05629)."""
 
     def __init__(self, config: Config, seconds: Callable[[np.ndarray | int], np.ndarray]):
-        """seconds: of each client's whole round, with a dense model both ways, if it is alone."""
+        """seconds: of each client's whole round, if it is alone and sends a dense update."""
         self.config, self.seconds, self.wanted = config, seconds, cohort_size(config)
 
     def choose(self, there: np.ndarray, round_number: int) -> list[int]:

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from helpers.runs import REPOSITORY as ROOT
 
-FOLDERS = "data compressors wire training network federation bandwidth_analysis".split()
+FOLDERS = "startup data compressors wire training network federation bandwidth_analysis".split()
 SOURCES = sorted([*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.py"))])
 OURS = {path.stem for path in ROOT.glob("*.py")} | set(FOLDERS)
 
 # A sweep is refused in the words of the command lines that it will start, before any of them does.
 EXCEPTIONS = {
-    "bandwidth_analysis/sweep_file.py": {"command_line", "config", "typed_yaml"},
-    "bandwidth_analysis/sweep.py": {"command_line", "config", "terminal"},
+    "bandwidth_analysis/sweep_file.py": {"command_line", "config", "startup"},
+    "bandwidth_analysis/sweep.py": {"command_line", "config", "startup"},
 }
 
 # What a file or the files of a folder may import of ours, besides their own folder.
@@ -32,8 +32,8 @@ MAY_IMPORT = {
     "pruning": {"compiled", "layout"},
     "afo": {"compiled", "algorithms"},  # both look names up in a table in the same words
     "cnn_model": {"layout"},
-    "launchers": {"config"},
-    "distributed": {"config", "launchers"},
+    "startup": {"config"},
+    "distributed": {"config", "startup"},
     "wire": {"layout", "compiled"},
     "compressors": {"wire", "layout", "compiled"},
     "compression": {"compressors", "wire", "layout", "compiled"},
@@ -98,7 +98,9 @@ def test_the_two_ends_never_meet_outside_a_schedule(path):
         assert "network" not in imports_of(path), "only a schedule knows the network"
 
 
-@pytest.mark.parametrize("name", ["config", "command_line", "layout", "network/simulation"])
+@pytest.mark.parametrize(
+    "name", ["config", "command_line", "layout", "startup/typed_yaml", "network/simulation"]
+)
 def test_files_that_need_no_torch_import_none(name):
     found = imports_of(ROOT / f"{name}.py")
     assert not found & {"torch", "torchvision", "accelerate", "deepspeed"}

@@ -10,7 +10,7 @@ from helpers.runs import REPOSITORY as ROOT
 
 def child(code: str, **streams) -> subprocess.Popen:
     """Run Python code that starts as main.py does."""
-    start = "import sys, terminal; terminal.outlive_readers(); "
+    start = "import sys; from startup import terminal; terminal.outlive_readers(); "
     return subprocess.Popen([sys.executable, "-c", start + code], cwd=ROOT, text=True, **streams)
 
 
@@ -38,7 +38,7 @@ def test_a_second_run_in_one_process_prints_too():
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_streams_that_are_closed_from_the_start(closed, tmp_path):
     code = "open('file', 'w').write(str(print('a')) + str(sys.stderr.isatty())); sys.exit(3)"
-    start = "import sys, terminal; terminal.outlive_readers(); "
+    start = "import sys; from startup import terminal; terminal.outlive_readers(); "
     command = f'exec "$0" -c "$1" {closed}'
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(

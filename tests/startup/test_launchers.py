@@ -19,9 +19,9 @@ from accelerate.state import AcceleratorState
 from helpers.runs import PYTHON, REPOSITORY, SCRIPTS, launch, rounds, summary, tiny_command
 
 import distributed
-import launchers
 from config import ConfigError
-from launchers import Launch, choose_interface, meet
+from startup import launchers
+from startup.launchers import Launch, choose_interface, meet
 
 RUN = ["model.name=resnet18", "model.width=0.0625", "data.partition.name=dirichlet"]
 RUN += ["data.partition.args={alpha: 0.5, min_partition_size: 2}"]

@@ -9,7 +9,7 @@ from helpers.runs import REPOSITORY as ROOT
 
 from command_line import load_config, read_command_line
 from config import ConfigError, from_here
-from typed_yaml import Settings
+from startup.typed_yaml import Settings
 
 
 @pytest.fixture(autouse=True)

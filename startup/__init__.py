@@ -1,0 +1,1 @@
+"""How a process starts: its launcher, its settings, its terminal."""
