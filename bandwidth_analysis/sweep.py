@@ -83,8 +83,12 @@ def _make_jobs(sweep: Sweep, logs: Path) -> LocalJobs | SlurmJobs:
 
 def _begin(run: PlannedRun, jobs: LocalJobs | SlurmJobs, logs: Path) -> Progress:
     """Hand a run that is not finished to the jobs; return what the watcher needs to know."""
-    log = logs / f"{run.folder.name}.log"
-    job = None if run.is_finished else jobs.submit(Training(run.words, run.folder, log))
+    log, job = logs / f"{run.folder.name}.log", None
+    if not run.is_finished:
+        training = Training(run.words, run.folder, log)
+        if not training.is_elsewhere():
+            log.unlink(missing_ok=True)  # it appears when the run starts
+        job = jobs.submit(training)
     return Progress(run.folder.name, run.folder, log, run.config.rounds, job)
 
 

@@ -9,6 +9,10 @@ from dataclasses import replace
 from config import Config, Schedule, Server
 from network.profiles import LINKS, wrong_shares
 
+# The settings of how a synchronous round ends, and of how it begins and ends.
+END = ("over_selection", "deadline_seconds")
+BEGIN_AND_END = ("sampling", *END)
+
 
 def schedule_contradictions(config: Config) -> Iterator[tuple[str, str]]:
     """Yield (dotted key, what is wrong) for settings that the config's schedule does not take."""
@@ -25,6 +29,18 @@ def schedule_contradictions(config: Config) -> Iterator[tuple[str, str]]:
     }
     for check in checks.get(config.schedule.name, []):
         yield from check(config)
+
+
+def _of_synchronous_alone(
+    config: Config, why: str, keys: tuple[str, ...]
+) -> Iterator[tuple[str, str]]:
+    """Those of the keys that are set; why: the schedule of the config does not take them."""
+    for key in keys:
+        if getattr(config.schedule, key) != getattr(Schedule(), key):
+            yield (
+                f"schedule.{key}",
+                f"{config.schedule.name} {why}; use schedule.name: synchronous",
+            )
 
 
 def _carry_contradictions(config: Config) -> Iterator[tuple[str, str]]:
@@ -45,12 +61,7 @@ def _carry_contradictions(config: Config) -> Iterator[tuple[str, str]]:
 
 def _semi_synchronous_contradictions(config: Config) -> Iterator[tuple[str, str]]:
     """What would end a round before all have sent, or sets the steps of clients as well."""
-    for key in ("over_selection", "deadline_seconds"):
-        if getattr(config.schedule, key) != getattr(Schedule(), key):
-            yield (
-                f"schedule.{key}",
-                "semi_synchronous waits for all; use name: synchronous",
-            )
+    yield from _of_synchronous_alone(config, "waits for all", END)
     if config.local.client_steps:
         yield "local.client_steps", "semi_synchronous chooses them; leave it out"
     if config.uplink.momentum:
@@ -60,9 +71,7 @@ def _semi_synchronous_contradictions(config: Config) -> Iterator[tuple[str, str]
 def _asynchronous_contradictions(config: Config) -> Iterator[tuple[str, str]]:
     """What needs all clients of a round to begin with the same model."""
     schedule, name = config.schedule, config.schedule.name
-    for key in ("over_selection", "deadline_seconds", "sampling"):
-        if getattr(schedule, key) != getattr(Schedule(), key):
-            yield f"schedule.{key}", f"{name} waits for no round; use schedule.name: synchronous"
+    yield from _of_synchronous_alone(config, "waits for no round", BEGIN_AND_END)
     if (schedule.concurrency or 1) > config.clients.total:
         yield "schedule.concurrency", f"more than clients.total={config.clients.total} clients"
     if config.pruning.mask.method != "none":
@@ -78,9 +87,7 @@ def _asynchronous_contradictions(config: Config) -> Iterator[tuple[str, str]]:
 def _topology_contradictions(config: Config) -> Iterator[tuple[str, str]]:
     """What belongs to a star: one server that waits for clients and sends to all of them."""
     schedule, network, name = config.schedule, config.network, config.schedule.name
-    for key in ("over_selection", "deadline_seconds", "sampling"):
-        if getattr(schedule, key) != getattr(Schedule(), key):
-            yield f"schedule.{key}", f"{name} waits for all; use schedule.name: synchronous"
+    yield from _of_synchronous_alone(config, "waits for all", BEGIN_AND_END)
     if network.availability.name != "always" or network.availability.dropout:
         yield "network.availability", f"{name} waits for all, so that nobody may leave"
     for key in ("server_egress_mbps", "server_ingress_mbps"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.runs import make_federation, summary
+from helpers.runs import make_federation, note_what_is_owed, summary
 
 from bandwidth_analysis import read_run
 from config import ConfigError
@@ -146,16 +146,8 @@ def test_an_interrupted_round_never_happened(tmp_path, monkeypatch):
 def test_a_client_that_leaves_owes_all_that_it_would_have_sent(tmp_path, monkeypatch, speed):
     """Whether it leaves in the round in which it began or later: nothing of it has arrived."""
     words = [*BUFFER, "uplink.error_feedback=true", "network.availability.dropout=1", speed]
-    one, owed = make_federation(tmp_path, *words), {}
-    encode = one.clients.uplink.encode
-
-    def note(trained, *rest):
-        client = trained.report.client
-        before = one.clients.store.get(client).get("residual", torch.zeros_like(trained.update))
-        owed[client] = trained.update + before
-        return encode(trained, *rest)
-
-    monkeypatch.setattr(one.clients.uplink, "encode", note)
+    one = make_federation(tmp_path, *words)
+    owed = note_what_is_owed(one, monkeypatch)
     for _ in range(3):
         row, _ = one.run_round()
         assert row["num_late"] > 0 and row["num_clients"] == 0

@@ -7,6 +7,7 @@ from helpers.runs import (
     killed_before_logging,
     make_federation,
     make_plain_federation,
+    note_what_is_owed,
     rounds,
     summary,
 )
@@ -137,16 +138,8 @@ def test_a_client_that_leaves_owes_all_that_it_would_have_sent(tmp_path, monkeyp
     """Whether it leaves in the round in which it began or later."""
     words = [*RUN, "network.availability.dropout=1", f"network.uplink_mbps={mbps}"]
     words += ["network.jitter_ms=0"]
-    one, owed, lost = make_federation(tmp_path, *words), {}, 0
-    encode = one.clients.uplink.encode
-
-    def note(trained, *rest):
-        client = trained.report.client
-        before = one.clients.store.get(client).get("residual", torch.zeros_like(trained.update))
-        owed[client] = trained.update + before
-        return encode(trained, *rest)
-
-    monkeypatch.setattr(one.clients.uplink, "encode", note)
+    one, lost = make_federation(tmp_path, *words), 0
+    owed = note_what_is_owed(one, monkeypatch)
     for _ in range(6):
         row, _ = one.run_round()
         assert row["num_clients"] == 0

@@ -134,3 +134,20 @@ def killed_before_logging(run, monkeypatch, nth_round: int, *words: str) -> Path
     status, folder = run(*words, name="killed")
     assert status == 0
     return folder
+
+
+def note_what_is_owed(federation, monkeypatch) -> dict:
+    """By client, as it trains: its update and what it owed before, all that it is to send."""
+    import torch
+
+    owed, store = {}, federation.clients.store
+    encode = federation.clients.uplink.encode
+
+    def note(trained, *rest):
+        client = trained.report.client
+        before = store.get(client).get("residual", torch.zeros_like(trained.update))
+        owed[client] = trained.update + before
+        return encode(trained, *rest)
+
+    monkeypatch.setattr(federation.clients.uplink, "encode", note)
+    return owed
