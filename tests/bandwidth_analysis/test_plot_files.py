@@ -64,7 +64,7 @@ def test_a_run_ends_well_without_matplotlib_and_is_drawn_later(run, capsys, monk
     with monkeypatch.context() as patch:
         patch.delitem(sys.modules, "bandwidth_analysis.plots")
         patch.setitem(sys.modules, "matplotlib", None)
-        status, folder = run("rounds=1")
+        status, folder = run("rounds=1", draws=True)
     assert status == 0 and (folder / "summary.json").is_file()
     said = capsys.readouterr().err
     assert "plots left out" in said and "ModuleNotFoundError" in said and "Traceback" not in said
