@@ -6,24 +6,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.configs import CONFIGS, SMALL
+from helpers.configs import CONFIGS, small
 from helpers.runs import REPOSITORY
 
 from command_line import load_config, read_command_line
 from experiment import main
 
-# What some configs, or those of a folder, need besides to run, or to be as small as the others.
-MORE = {
-    "gossip": ["clients.per_round=4"],
-    "semi_synchronous": ["schedule.period_seconds=null"],
-    "experiments": ["model.width=0.125"],
-}
-
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_runs_two_rounds(path, tmp_path):
-    more = MORE.get(path.stem, MORE.get(path.parent.name, []))
-    config = load_config(path, [*SMALL, *more, f"output_dir={tmp_path}"])
+    config = load_config(path, [*small(path), f"output_dir={tmp_path}"])
     assert main(config) == 0
     assert (config.run_folder / "summary.json").exists()
 

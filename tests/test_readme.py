@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers.configs import CONFIGS, SMALL
+from helpers.configs import CONFIGS, small
 from helpers.runs import REPOSITORY, SCRIPTS
 
 from command_line import load_config
@@ -53,7 +53,7 @@ def make_checkout(folder):
             shutil.copy(REPOSITORY / name, folder / name)
     for path in (folder / config.relative_to(REPOSITORY) for config in CONFIGS):
         own_name = [f"name={path.stem}", "model.width=0.125"]
-        path.write_text(load_config(path, [*SMALL, *own_name]).to_yaml())
+        path.write_text(load_config(path, [*small(path), *own_name]).to_yaml())
 
 
 @pytest.mark.slow
@@ -73,7 +73,7 @@ def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path):
     )
     statuses = json.loads((tmp_path / "statuses.json").read_text())
     assert statuses == [0] * len(commands), done.stdout
-    runs = sorted(path.name for path in (tmp_path / "outputFolder").iterdir() if path.is_dir())
+    runs = sorted(path.parent.name for path in (tmp_path / "outputFolder").glob("*/summary.json"))
     training = [words for words in commands if words[:1] == ["python"] and "-m" not in words]
     planned = [words for words in training if "--dry_run" in words]
     assert len(runs) == len(training) - len(planned), runs

@@ -15,6 +15,18 @@ SMALL = ["data.name=digits", "data.root=", "data.fallback=", "rounds=2", "tracke
 SMALL += ["clients.total=4", "clients.per_round=2", "local.steps=1", "local.batch_size=4"]
 SMALL += ["evaluation.every=2", "precision=fp32", "data.crop=null"]
 
+# What some configs, or those of a folder, need besides to run, or to be as small as the others.
+MORE = {
+    "gossip": ["clients.per_round=4"],
+    "semi_synchronous": ["schedule.period_seconds=null"],
+    "experiments": ["model.width=0.125"],
+}
+
+
+def small(path: Path) -> list[str]:
+    """The overrides with which the config at that path is small."""
+    return [*SMALL, *MORE.get(path.stem, MORE.get(path.parent.name, []))]
+
 
 def load(text: str = "", *overrides: str) -> Config:
     Path("x.yaml").write_text(text)
