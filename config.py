@@ -187,6 +187,9 @@ class Pruning(Selection):
 
 @dataclass(frozen=True)
 class Uplink:
+    """budget, such as 100x, settles the others and what `pruning` selects: see budget.py."""
+
+    budget: str = ""  # so many times fewer bytes than dense
     values: str = "int8"  # a coder, see compression.py
     error_feedback: bool = True  # what was not sent is added to the client's next update
     decay: float = between(1.0, 0.0, 1.0)  # factor of what is owed, each time it is added
