@@ -259,6 +259,8 @@ def _selection_contradictions(section: str, selection: Selection) -> Iterator[tu
         for key in ("warmup", "client_densities"):
             if getattr(selection, key, None):
                 yield f"{section}.{key}", f"method {selection.method} has no density"
+    if selection.method == "random" and selection.scope == "chunk":
+        yield f"{section}.scope", "a random choice is global or by layer"
     if selection.method == "threshold" and selection.relative and selection.threshold >= 1:
         yield f"{section}.threshold", "nothing is above the largest: relative needs one below 1"
 

@@ -159,7 +159,8 @@ class Selection:
     density: float = between(0.01, 0.0, 1.0, open_low=True)  # topk, random: share of coordinates
     warmup: list[float] = each_between(0.0, 1.0, open_low=True)  # the first densities (DGC)
     warmup_rounds: int = between(1, 1)  # how many rounds each of them lasts
-    scope: str = one_of("global", "layer", "chunk")  # topk: rank over the vector, a tensor, a chunk
+    # topk: rank over the vector, a tensor, a chunk; random, layer: more of small tensors
+    scope: str = one_of("global", "layer", "chunk")
     chunk: int = between(4096, 1)  # entries of a chunk
     threshold: float = between(0.0, 0.0)  # threshold: send coordinates with abs(value) above it
     relative: bool = False  # the threshold is a share of the largest abs(value)
