@@ -34,6 +34,7 @@ from compressors.linear import Linear
 from compressors.plain import Bf16, Fp16, Fp32
 from compressors.powersgd import PowerSgd
 from compressors.qsgd import Qsgd
+from compressors.rotated import Rotated
 from compressors.sign import Sign
 from compressors.ternary import Ternary
 from layout import Layout
@@ -79,6 +80,7 @@ CODERS: list[type[Coder]] = [
     Ternary,
     Sign,
     Eden,
+    Rotated,
     Bounded,
     PowerSgd,
 ]

@@ -102,7 +102,7 @@ def _room() -> tuple[np.ndarray, np.ndarray]:
 
 
 @compiled
-def _rotate(x, spare, size):
+def rotate(x, spare, size):
     """Multiply x[:size] by the Hadamard matrix of +1 and -1; returns (the product, the other).
 
     Butterflies of i and i + size / 2, then of i and i + size / 4, down to neighbours. Each stage
@@ -119,7 +119,7 @@ def _rotate(x, spare, size):
 
 
 @compiled
-def _flip(x, size, start, stage, seed):
+def flip(x, size, start, stage, seed):
     """Change signs by bit i % 64 of random number 2 * (i // 64) + stage, i counting from start."""
     for begin in range(0, size, 64):
         i = start + begin
@@ -143,8 +143,8 @@ def _eden(values, sizes, seed, centres, x, spare, indices, scales):
         for j in range(size):
             x[j] = np.float32(values[start + j] * unit)
         for stage in range(2):
-            _flip(x, size, start, stage, seed)
-            x, spare = _rotate(x, spare, size)
+            flip(x, size, start, stage, seed)
+            x, spare = rotate(x, spare, size)
         # The rotation is x / size; its coordinates have the deviation 1 / sqrt(size).
         for k in range(len(centres) - 1):
             limit = np.float32((centres[k] + centres[k + 1]) / 2 * math.sqrt(size))
@@ -165,8 +165,8 @@ def _eden_back(indices, sizes, seed, centres, scales, x, spare, out):
         for j in range(size):
             x[j] = centres[indices[start + j]]
         for stage in range(1, -1, -1):
-            x, spare = _rotate(x, spare, size)
-            _flip(x, size, start, stage, seed)
+            x, spare = rotate(x, spare, size)
+            flip(x, size, start, stage, seed)
         for j in range(size):
             out[start + j] = min(max(x[j] * scales[b], -LARGEST), LARGEST)
         start += size

@@ -1,0 +1,205 @@
+"""eden(R): R bits a value, less than one. After a random rotation only the largest values travel.
+
+EDEN (Vargaftik et al. 2022, arXiv 2108.08842) with a quantiser that says +1, -1 or mostly 0. A
+rotated vector looks as if drawn from a normal distribution, so few values above a threshold hold
+much of it: of all unbiased estimates at so few bits it needs a third less than one that sends the
+signs of a random part. Decoding is elementwise float32 in a fixed order.
+"""
+
+import functools
+import math
+from statistics import NormalDist
+
+import numpy as np
+
+from compiled import compiled, random_word
+from compressors.coder import LARGEST, Coder, Words, read_integers
+from compressors.eden import flip, rotate
+from layout import Layout
+from wire.bits import pack_bits, unpack_bits
+from wire.container import PayloadError, Reader
+from wire.entropy import encode_integers
+from wire.positions import decode_positions, encode_positions
+
+BLOCK, LEAST_HALF, LEAST_BLOCK = 32768, 1024, 16
+RICE, INTEGERS = 0, 1  # how positions and signs are written
+SIXTHS = (1.0, 1.122462, 1.2599211, 1.4142135, 1.587401, 1.7817974)  # 2^(k / 6)
+DITHER = 1 << 32  # the random words from here on round the scales
+
+
+class Rotated(Coder):
+    """Each tensor is first multiplied by its size^(1/6), and at last divided by it.
+
+    The error spreads evenly over all values. The values of small tensors are the larger ones, about
+    in proportion to size^(-1/3), and the square root of this ratio makes the whole error least.
+    """
+
+    words = Words("eden({})", 0.001, 1.0)
+    kind = 9
+    ruins_models = True
+    takes_selection = False
+
+    @property
+    def variance(self) -> float:
+        threshold = threshold_of(self.number)
+        tail = 2 * NormalDist().cdf(-threshold)
+        centroid = 2 * NormalDist().pdf(threshold) / tail  # the mean magnitude beyond it
+        return 1 / (tail * centroid**2) - 1
+
+    def write(self, values: np.ndarray, layout: Layout, seed: int) -> bytes:
+        """Seed, the blocks' scales as bf16, then positions and signs in the shorter of two codes."""
+        sizes = blocks(len(values))
+        size, seed = int(sizes.sum()), seed & 2**64 - 1
+        padded = np.zeros(size, np.float32)
+        padded[: len(values)] = values * _gains(layout)
+        marks, scales = np.empty(size, np.int8), np.empty(len(sizes), np.float32)
+        thresholds = _thresholds(padded, sizes, self.number)
+        _rotate_and_mark(padded, sizes, np.uint64(seed), thresholds, *_room(), marks, scales)
+        indices = np.flatnonzero(marks)
+        signs, one = marks[indices].astype(np.int16), _rotated_layout(size)
+        rice = encode_positions(indices, one) + pack_bits(signs < 0, 1)
+        integers = encode_integers(indices, signs, one)
+        code = bytes([RICE]) + rice if len(rice) <= len(integers) else bytes([INTEGERS]) + integers
+        return seed.to_bytes(8, "little") + _rounded(scales, seed).tobytes() + code
+
+    @classmethod
+    def read(cls, reader: Reader, layout: Layout, count: int) -> np.ndarray:
+        sizes = blocks(count)
+        size = int(sizes.sum())
+        seed, scales = reader.take("<u8", 1)[0], reader.take("<u2", len(sizes))
+        scales = (scales.astype(np.uint32) << 16).view(np.float32)
+        if not (np.isfinite(scales) & (scales >= 0)).all():
+            raise PayloadError("a scale is negative or not finite")
+        marks = np.zeros(size, np.int8)
+        indices, signs = _read_marks(reader, size)
+        marks[indices] = signs
+        out = np.empty(size, np.float32)
+        _rotate_back(marks, sizes, seed, scales, *_room(), out)
+        return out[:count] / _gains(layout)
+
+
+def threshold_of(bits: np.ndarray | float) -> np.ndarray | float:
+    """The magnitude, in standard deviations, above which a value travels at so many bits each."""
+    thresholds, entropies = _entropies()
+    return np.interp(bits, entropies, thresholds)
+
+
+@functools.cache
+def _entropies() -> tuple[np.ndarray, np.ndarray]:
+    """Thresholds, descending, and the bits for whether a normal value is beyond, and its sign."""
+    thresholds = np.arange(6, 0.9, -0.001)
+    p = np.array([math.erfc(threshold / math.sqrt(2)) for threshold in thresholds])
+    return thresholds, p - p * np.log2(p) - (1 - p) * np.log2(1 - p)
+
+
+def _thresholds(values: np.ndarray, sizes: np.ndarray, bits: float) -> np.ndarray:
+    """Each block's threshold, float64, where a value takes `bits` on average.
+
+    The error of a block is about in proportion to its energy / its bits. The sum is least if the
+    bits of a value are in proportion to the root mean square of its block (Neyman 1934).
+    """
+    starts = np.cumsum(sizes) - sizes
+    squares = np.add.reduceat(np.square(values, dtype=float), starts)
+    rms = np.sqrt(squares / sizes)
+    mean = (rms * sizes).sum() / sizes.sum()
+    shares = rms / mean if mean > 0 else np.ones(len(sizes))
+    return threshold_of(np.minimum(1.0, bits * shares))
+
+
+def blocks(count: int) -> np.ndarray:
+    """The sizes of the blocks of `count` numbers, int64: powers of two; the last may be padded."""
+    sizes, rest = [BLOCK] * (count // BLOCK), count % BLOCK
+    power = BLOCK // 2
+    while power >= LEAST_HALF:
+        if rest >= power:
+            sizes.append(power)
+            rest -= power
+        power //= 2
+    if rest:
+        sizes.append(max(LEAST_BLOCK, 1 << (rest - 1).bit_length()))
+    return np.array(sizes, np.int64)
+
+
+@functools.lru_cache(maxsize=8)
+def _gains(layout: Layout) -> np.ndarray:
+    """What each value is multiplied by: about its tensor's size^(1/6), float32 [layout.size].
+
+    It is a product of a table and a power of two, so that all machines have the same.
+    """
+    lengths = [int(size).bit_length() for size in layout.sizes]
+    gains = [SIXTHS[length % 6] * 2.0 ** (length // 6) for length in lengths]
+    return np.repeat(np.array(gains, np.float32), layout.sizes)
+
+
+def _rotated_layout(size: int) -> Layout:
+    return Layout(("rotated",), ((size,),))
+
+
+def _room() -> tuple[np.ndarray, np.ndarray]:
+    """Memory for a block and its rotation."""
+    return np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+
+
+def _rounded(scales: np.ndarray, seed: int) -> np.ndarray:
+    """The scales as bf16, <u2 [n], rounded up or down at random, so that their mean is right."""
+    words = [random_word(np.uint64(seed), np.uint64(DITHER + b)) for b in range(len(scales))]
+    dither = np.array(words, np.uint64) & np.uint64(0xFFFF)
+    return ((scales.view(np.uint32) + dither) >> np.uint64(16)).astype("<u2")
+
+
+def _read_marks(reader: Reader, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions, int64 [n], ascending, and their signs, int16 [n]. Raises PayloadError."""
+    code, one = int(reader.take("u1", 1)[0]), _rotated_layout(size)
+    if code == RICE:
+        indices = decode_positions(reader, one)
+        return indices, 1 - 2 * unpack_bits(reader, len(indices), 1)
+    if code == INTEGERS:
+        return read_integers(reader.rest(), one, size, largest=1)
+    raise PayloadError(f"positions and signs are written in code {code}, which there is not")
+
+
+@compiled
+def _rotate_and_mark(values, sizes, seed, thresholds, x, spare, marks, scales):
+    """Rotate each block; mark by +1 and -1 what is beyond the threshold, or else the largest.
+
+    values: float32 [n]; x and spare: float32, of the largest block's size; marks: int8 [n].
+    """
+    start = 0
+    for b in range(len(sizes)):
+        size, square, total = sizes[b], 0.0, 0.0
+        for j in range(start, start + size):
+            square += np.float64(values[j]) * np.float64(values[j])
+        norm = math.sqrt(square)
+        unit = 1 / norm if norm > 0 else 0.0
+        for j in range(size):
+            x[j] = np.float32(values[start + j] * unit)
+        for stage in range(2):
+            flip(x, size, start, stage, seed)
+            x, spare = rotate(x, spare, size)
+        largest = np.float32(0)
+        for j in range(size):
+            largest = max(largest, abs(x[j]))
+        # The rotation is x / size; its coordinates have the deviation 1 / sqrt(size).
+        limit = min(np.float32(thresholds[b] * math.sqrt(size)), largest)
+        for j in range(size):
+            is_marked = abs(x[j]) >= limit and norm > 0
+            marks[start + j] = (np.int8(1) if x[j] > 0 else np.int8(-1)) if is_marked else np.int8(0)
+            total += np.float64(abs(x[j])) if is_marked else 0.0
+        scales[b] = min(norm / total, LARGEST / 2) if norm > 0 else 0.0
+        start += size
+
+
+@compiled
+def _rotate_back(marks, sizes, seed, scales, x, spare, out):
+    """The reverse of _rotate_and_mark but for what was not marked, all in float32."""
+    start = 0
+    for b in range(len(sizes)):
+        size = sizes[b]
+        for j in range(size):
+            x[j] = marks[start + j]
+        for stage in range(1, -1, -1):
+            x, spare = rotate(x, spare, size)
+            flip(x, size, start, stage, seed)
+        for j in range(size):
+            out[start + j] = min(max(x[j] * scales[b], -LARGEST), LARGEST)
+        start += size
