@@ -63,7 +63,8 @@ class Clients:
         self.store, self.team = store, team
         self.choices = Choices.of(config)  # what is auto there is decided before the first round
         self.make_engine = make_engine or partial(make_torch_engine, model, config.local, team=team)
-        self.one_by_one = make_engine is not None or team.size > 1
+        is_sgd = config.local.optimizer == "SGD"
+        self.one_by_one = make_engine is not None or team.size > 1 or not is_sgd
         self.engine: Engine | None = None  # both are built with the first client that they train
         self.lanes: Lanes | None = None
         self.uplink = Uplink(config, agreement, store)

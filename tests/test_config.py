@@ -128,7 +128,7 @@ def test_words():
     assert mistake("model:\n  name: resnet19") == message
     for key in ("device", "precision", "model.name", "model.stem"):
         assert mistake("", f"{key}=X").startswith(f"command line: {key}: 'X' is not one of ")
-    for key in ("local.optimizer", "local.lr_schedule.name", "pruning.method", "pruning.scope"):
+    for key in ("local.lr_schedule.name", "pruning.method", "pruning.scope"):
         assert mistake("", f"{key}=X").startswith(f"command line: {key}: 'X' is not one of ")
     for key in ("downlink.mode", "server.weighting", "checkpoint.resume"):
         assert mistake("", f"{key}=X").startswith(f"command line: {key}: 'X' is not one of ")
