@@ -227,9 +227,7 @@ def make_clients(
     """The clients of this rank, with an agreement of their own."""
     make_engine = None
     if ranks.use_deepspeed and config.local.optimizer != "SGD":
-        raise ConfigError(
-            "local.optimizer: DeepSpeed's engine takes SGD; start the run by torchrun"
-        )
+        raise ConfigError("local.optimizer: DeepSpeed's engine takes SGD; start it by torchrun")
     if ranks.use_deepspeed:
 
         def make_engine(precision: str):

@@ -251,8 +251,29 @@ def test_what_topologies_do_not_take(words, message):
 
 
 VALUES = ["fp32", "fp16", "bf16", "int2", "int8", "int16", "qsgd2", "qsgd8", "ternary", "sign"]
-VALUES += ["eden1", "eden4", "bounded(0.01)", "bounded(1e-3)", "powersgd(1)", "powersgd(64)"]
-NO_VALUES = ["int1", "int17", "qsgd9", "eden5", "fp64", "powersgd(0)", "powersgd", "bounded()", ""]
+VALUES += [
+    "means2",
+    "means4",
+    "eden1",
+    "eden4",
+    "bounded(0.01)",
+    "bounded(1e-3)",
+    "powersgd(1)",
+    "powersgd(64)",
+]
+NO_VALUES = [
+    "means1",
+    "means5",
+    "int1",
+    "int17",
+    "qsgd9",
+    "eden5",
+    "fp64",
+    "powersgd(0)",
+    "powersgd",
+    "bounded()",
+    "",
+]
 
 
 @pytest.mark.parametrize("word", VALUES)

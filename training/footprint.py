@@ -29,7 +29,7 @@ def footprint(
     image_size: tuple[int, int],
     num_state_vectors: int,  # that the optimizer keeps, see training/engines.py
 ) -> Footprint:
-    """Count the parameters, gradients, the optimizer's state, buffers, the batch and what autograd saves.
+    """Count parameters, gradients, the optimizer's state, buffers, the batch, what autograd saves.
 
     A storage that several tensors share counts once. Kernels' workspaces and what PyTorch itself
     takes are left out, since they depend on the device.
