@@ -329,8 +329,7 @@ def read_tables(body: Body, shapes):
     demand(1 <= bits <= 4, "bits")
     demand(num_tables <= sum(prod(shape) > 0 for shape in shapes), "more tables than tensors")
     tables = [body.take_floats(2 ** (bits - 1)) for _ in range(num_tables)]
-    levels = read_levels(body.data, shapes)
-    demand(all(abs(level) <= 2 ** (bits - 1) for level in levels.values()), "a level in no table")
+    levels = read_levels(body.data, shapes, 2 ** (bits - 1))
     positions, groups, start = sorted(levels), [], 0
     for shape in shapes:
         groups.append(sum(start <= p < start + prod(shape) for p in positions))
@@ -498,7 +497,7 @@ class Stack:
         return symbol, following
 
 
-def read_levels(data: bytes, shapes: list[tuple[int, ...]]) -> dict[int, int]:
+def read_levels(data: bytes, shapes: list[tuple[int, ...]], largest=32767) -> dict[int, int]:
     """position -> level"""
     count, data = read_varint(data)
     demand(count <= sum(prod(shape) for shape in shapes), "more levels than entries")
@@ -507,7 +506,7 @@ def read_levels(data: bytes, shapes: list[tuple[int, ...]]) -> dict[int, int]:
         return {}
     least, data = read_varint(data)
     spread, data = read_varint(data)
-    demand(1 <= least and least + spread <= 32767, "magnitudes")
+    demand(1 <= least and least + spread <= largest, "magnitudes")
     length, data = read_varint(data)
     number, data = read_varint(data)
     demand(length <= len(data), "length of the code")
