@@ -27,6 +27,10 @@ class Means(Packed):
     most_bits = 4
     contractive, keeps_norms = True, True
 
+    @property
+    def ruins_models(self) -> bool:
+        return self.number < 4
+
     def encode(self, values, indices, layout, seed) -> Body:
         sizes = layout.sizes if indices is None else _num_in_tensors(indices, layout)
         num_parts = 2 ** (self.number - 1)

@@ -190,7 +190,7 @@ def test_an_output_folder_must_have_a_name():
         ("uplink: {dense_below: 9}", ["pruning.method=random"], "x.yaml:1: uplink.dense_below: "
          "pruning.method random leaves no tensor whole"),
         *((f"downlink: {{values: {word}}}", [], f"x.yaml:1: downlink.values: {word} ruins a whole ")
-          for word in ("sign", "ternary", "powersgd(4)", "int2", "qsgd2")),
+          for word in ("sign", "ternary", "means2", "means3", "powersgd(4)", "int2", "qsgd2")),
         ("server:\n  scheduler_options: {gamma: 1}", [], "x.yaml:2: server.scheduler_options: "
          "given without server.scheduler"),
     ],
