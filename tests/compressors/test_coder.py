@@ -60,7 +60,8 @@ WORDS = [*WORDS.split(), "powersgd(1)", "powersgd(3)", "powersgd(65535)"]
 UNBIASED = "fp32 qsgd2 qsgd4 qsgd5 qsgd6 qsgd7 qsgd8 eden1 eden2 eden3 eden4".split()
 NOT_CONTRACTIVE = ["qsgd2", "qsgd4"]
 LENGTHENS = "int2 int3 int4 qsgd2 qsgd4 qsgd5 qsgd6 eden1 eden2 bounded(0.1) bounded(0.5)".split()
-RUINS_MODELS = ["int2", "qsgd2", "ternary", "means2", "sign", "eden1", "bounded(0.5)", *WORDS[-3:]]
+RUINS_MODELS = ["int2", "qsgd2", "ternary", "means2", "means3", "sign", "eden1", "bounded(0.5)"]
+RUINS_MODELS += WORDS[-3:]
 
 MATRIX = Layout(("m", "bias"), ((8, 10), (4,)))
 SHAPES = {
