@@ -23,6 +23,7 @@ from config import (
     Selection,
     from_here,
 )
+from federation.budget import with_budget
 from federation.schedule_settings import schedule_contradictions
 from network.profiles import DEVICES, LINKS, wrong_shares
 from startup.typed_yaml import Settings
@@ -89,6 +90,10 @@ def load_config(path: Path, overrides: list[str]) -> Config:
     config = settings.config()
     if not any(word.startswith("name=") for word in overrides):
         config = replace(config, name=name_with_changes(before, config))
+    try:
+        config = with_budget(config)
+    except ValueError as error:
+        raise ConfigError(f"{settings.place('uplink.budget')}: uplink.budget: {error}") from None
     for key, message in _violations(config):
         raise ConfigError(f"{settings.place(key)}: {key}: {message}")
     from federation.compatibility import contradictions  # torch takes seconds: all else is checked
@@ -256,6 +261,8 @@ def _selection_contradictions(section: str, selection: Selection) -> Iterator[tu
         for key in ("warmup", "client_densities"):
             if getattr(selection, key, None):
                 yield f"{section}.{key}", f"method {selection.method} has no density"
+    if selection.method == "random" and selection.scope == "chunk":
+        yield f"{section}.scope", "a random choice is global or by layer"
     if selection.method == "threshold" and selection.relative and selection.threshold >= 1:
         yield f"{section}.threshold", "nothing is above the largest: relative needs one below 1"
 

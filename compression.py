@@ -66,6 +66,7 @@ __all__ = [
     "new_memory",
     "pack_positions",
     "parse_coder",
+    "to_device",
     "unpack_positions",
 ]
 

@@ -162,7 +162,8 @@ class Selection:
     density: float = between(0.01, 0.0, 1.0, open_low=True)  # topk, random: share of coordinates
     warmup: list[float] = each_between(0.0, 1.0, open_low=True)  # the first densities (DGC)
     warmup_rounds: int = between(1, 1)  # how many rounds each of them lasts
-    scope: str = one_of("global", "layer", "chunk")  # topk: rank over the vector, a tensor, a chunk
+    # topk: rank over the vector, a tensor, a chunk; random, layer: more of small tensors
+    scope: str = one_of("global", "layer", "chunk")
     chunk: int = between(4096, 1)  # entries of a chunk
     threshold: float = between(0.0, 0.0)  # threshold: send coordinates with abs(value) above it
     relative: bool = False  # the threshold is a share of the largest abs(value)
@@ -190,6 +191,9 @@ class Pruning(Selection):
 
 @dataclass(frozen=True)
 class Uplink:
+    """budget, such as 100x, settles the others and what `pruning` selects: see budget.py."""
+
+    budget: str = ""  # so many times fewer bytes than dense
     values: str = "int8"  # a coder, see compression.py
     error_feedback: bool = True  # what was not sent is added to the client's next update
     decay: float = between(1.0, 0.0, 1.0)  # factor of what is owed, each time it is added

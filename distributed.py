@@ -62,6 +62,10 @@ class Team:
             dist.broadcast_object_list(box, self.index * self.size, group=self._group)
         return box[0]
 
+    def close(self) -> None:
+        """Let go of the group, whose threads end with the last who holds it."""
+        self._group = None
+
 
 class Ranks:
     """The processes of a run. Each must call the same methods in the same order as the others."""
@@ -80,11 +84,14 @@ class Ranks:
         )
         timeout = timedelta(seconds=settings.timeout_seconds)
         backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
+        with_deepspeed = launched_by_deepspeed or self.use_deepspeed
+        if with_deepspeed:
+            _import_deepspeed(on_cpu)
         if launch.size > 1:
             with _lost_ranks():
                 join(launch, backend, timeout)
-        if launched_by_deepspeed or self.use_deepspeed:
-            _init_deepspeed(on_cpu, backend)
+        if with_deepspeed:
+            _init_deepspeed(backend)
         self.accelerator = _make_accelerator(config, on_cpu, launch.rank)
         self.device = self.accelerator.device
         self.rank, self.size = launch.rank, launch.size
@@ -184,6 +191,8 @@ class Ranks:
         return result
 
     def close(self) -> None:
+        """Part from the others; no collective may follow."""
+        self.team.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -300,11 +309,13 @@ def _make_accelerator(config: Config, on_cpu: bool, rank: int) -> Accelerator:
         raise ConfigError(f"Accelerate cannot start: {str(error).splitlines()[0]}") from None
 
 
-def _init_deepspeed(on_cpu: bool, backend: str) -> None:
-    """Give DeepSpeed the process group. DeepSpeed needs a group even for a single process."""
-    if not dist.is_initialized():
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+def _import_deepspeed(on_cpu: bool) -> None:
+    """Import DeepSpeed before there is a process group.
+
+    Later its functions would have the group as the default of an argument, and so keep it to the
+    very end. Gloo's threads then outlive the interpreter, and one that frees a tensor kills the
+    process.
+    """
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
@@ -313,4 +324,13 @@ def _init_deepspeed(on_cpu: bool, backend: str) -> None:
         raise ConfigError("distributed.engine: deepspeed is not installed (Linux only)") from None
     # Only inference on CPUs uses this C++ kernel; building it takes minutes and a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _init_deepspeed(backend: str) -> None:
+    """Give DeepSpeed the process group. DeepSpeed needs a group even for a single process."""
+    import deepspeed
+
+    if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)

@@ -322,7 +322,7 @@ def _announce_data(federation: Federation) -> None:
 
 
 def _announce_clients(federation: Federation) -> None:
-    config, ranks, lines = federation.config, federation.ranks, federation.widths.describe()
+    config, ranks, lines = federation.config, federation.ranks, federation.workload.describe()
     if config.submodel.ordered_dropout and ranks.device.type == "cuda":
         lines.append("submodel.ordered_dropout trains client by client, without CUDA graphs")
     if config.network.is_measured:

@@ -22,6 +22,7 @@ from compression import (
     new_memory,
     pack_positions,
     parse_coder,
+    to_device,
     unpack_positions,
 )
 from config import Config, Selection
@@ -80,7 +81,8 @@ class Channel:
             raise NotFinite("the vector holds inf or NaN")
         part = vector
         if support is not None:
-            part = vector[torch.as_tensor(support, device=vector.device)].mul_(scale)
+            part = vector[torch.as_tensor(support, device=vector.device)]
+            part.mul_(scale if isinstance(scale, float) else to_device(scale, part.device))
         select = select or self._select(round_number, client)
         seed = self.seed_for("values", round_number, client)
         payload, sent = encode(part, layout, self.coder, select, self.dense_below, seed, memory)
@@ -105,15 +107,21 @@ class Channel:
         stage = 1 + (round_number - 1) // self.selection.warmup_rounds
         return pruning.density_at(density, self.selection.warmup, stage)
 
-    def _support(self, round_number: int, client: int) -> tuple[np.ndarray | None, Layout, float]:
+    def _support(
+        self, round_number: int, client: int
+    ) -> tuple[np.ndarray | None, Layout, float | np.ndarray]:
         """(coordinates that both ends know, the layout on them, what their values are scaled by)"""
         if self.selection.method != "random":
             return self.mask, self.on_mask, 1.0
         size = self.num_coordinates
         k = pruning.num_kept(self.density(round_number, client), size)
-        chosen = pruning.random(size, k, self.seed_for("selection", round_number, client))
+        seed, scale = self.seed_for("selection", round_number, client), size / k
+        if self.selection.scope == "layer":
+            chosen, scale = pruning.random_by_layer(self.on_mask.sizes, k, seed)
+        else:
+            chosen = pruning.random(size, k, seed)
         support = chosen if self.mask is None else self.mask[chosen]
-        return support, self.layout.on(support), 1.0 if self.owes else size / k
+        return support, self.layout.on(support), 1.0 if self.owes else scale
 
     def _select(self, round_number: int, client: int) -> Select | None:
         """How the sender picks coordinates of the support; None means that all of them travel."""

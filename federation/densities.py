@@ -1,4 +1,4 @@
-"""Densities by capability: each client sends what its link can carry until the deadline."""
+"""Densities that fit: each client's to a deadline, by its link, or everybody's to a budget."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,7 +7,8 @@ import numpy as np
 
 from algorithms import make_algorithm
 from compression import OVERHEAD, parse_coder
-from config import Config
+from config import Config, ConfigError
+from federation.budget import BITS, ratio_of, with_budget
 from federation.ledger import BYTES_PER_VALUE
 
 MARGIN = 0.9  # of the time that is left: jitter, other flows and heads of payloads take some
@@ -15,6 +16,7 @@ LEAST = 1e-4  # of the coordinates; a client that cannot even send these is late
 # The values of a random choice are scaled by 1 / density, so an update of fewer is mostly noise:
 # one client that sent 0.01% made a LeNet infinite.
 LEAST_AT_RANDOM = 0.05
+LEAST_VALUES = 64  # of an update; fewer say nothing
 PROBE = 1_000_000  # bytes, by which the speed of an upload is told
 Seconds = Callable[[np.ndarray, int], np.ndarray]  # of clients that send so many bytes
 
@@ -34,14 +36,44 @@ def fit_to_deadline(
     nothing = seconds(clients, 1)
     rates = PROBE / (seconds(clients, 1 + PROBE) - nothing)  # bytes a second
     room = MARGIN * np.maximum(0.0, config.schedule.deadline_seconds - nothing) * rates
-    densities = _fitting(config, room, sizes, num_buffers).tolist()
+    scales = config.pruning.method == "random" and not config.uplink.error_feedback
+    least = min(LEAST_AT_RANDOM if scales else LEAST, config.pruning.density)
+    densities = _fitting(config, room, sizes, num_buffers, least).tolist()
     return replace(config, pruning=replace(config.pruning, client_densities=densities))
 
 
-def _fitting(config: Config, room: np.ndarray, sizes: np.ndarray, num_buffers: int) -> np.ndarray:
+def fit_to_budget(config: Config, num_values: int, num_buffers: int) -> Config:
+    """The config with the bits and the density of least variance that uplink.budget pays for.
+
+    num_values: coordinates of the network; num_buffers: float32 values that travel besides. Of a
+    coder of relative variance w, a random part p has the relative variance (1 + w) / p - 1. Raises
+    ConfigError if the budget hardly pays for the buffers.
+    """
+    if not config.uplink.budget:
+        return config
+    algorithm = make_algorithm(config.local.algorithm, **config.local.options)
+    dense = BYTES_PER_VALUE * (num_values * (1 + bool(algorithm.up)) + num_buffers)
+    room = np.array([dense / ratio_of(config.uplink.budget)])
+    choices = []
+    for bits in BITS:
+        candidate = with_budget(config, bits)
+        [density] = _fitting(candidate, room, num_values, num_buffers, least=0.0)
+        spread = 1 + parse_coder(candidate.uplink.values).variance
+        choices.append((spread / max(density, 1e-12), with_budget(config, bits, float(density))))
+    chosen = min(choices, key=lambda choice: choice[0])[1]
+    if chosen.pruning.density * num_values < LEAST_VALUES:
+        raise ConfigError(
+            f"uplink.budget: {config.uplink.budget} leaves {room[0]:,.0f} bytes a client, and what "
+            f"norm layers send besides takes {BYTES_PER_VALUE * num_buffers:,}; set "
+            "model.norm=group(2), or a smaller budget"
+        )
+    return chosen
+
+
+def _fitting(
+    config: Config, room: np.ndarray, sizes: np.ndarray | int, num_buffers: int, least: float
+) -> np.ndarray:
     """The largest densities up to pruning.density whose uploads have at most `room` bytes."""
-    scales = config.pruning.method == "random" and not config.uplink.error_feedback
-    least = min(LEAST_AT_RANDOM if scales else LEAST, config.pruning.density)
     low, high = np.full_like(room, least), np.full_like(room, config.pruning.density)
     middle = high
     for _ in range(41):  # the bits grow with the density wherever values cost more than half a bit

@@ -55,6 +55,16 @@ class Workload:
         self.num_trained = num_trained
         self.work = num_trained * (self.widths.work if self.widths else 1.0)
 
+    def describe(self) -> list[str]:
+        """What was chosen for the clients, a line each."""
+        lines, config = self.widths.describe(), self.config
+        if config.uplink.budget:
+            lines.append(
+                f"uplink.budget {config.uplink.budget}: uplink.values={config.uplink.values}, "
+                f"pruning.method=random, pruning.density={config.pruning.density:.4g}"
+            )
+        return lines
+
     def seconds_alone(
         self, clients: np.ndarray | int, num_bytes: np.ndarray | int | None = None
     ) -> np.ndarray:

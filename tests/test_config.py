@@ -187,6 +187,8 @@ def test_an_output_folder_must_have_a_name():
          " pruning.client_densities: more densities than clients.total=1"),
         ("pruning: {method: threshold, relative: true, threshold: 1}", [], "x.yaml:1: "
          "pruning.threshold: nothing is above the largest"),
+        ("pruning: {method: random, scope: chunk}", [], "x.yaml:1: "
+         "pruning.scope: a random choice is global or by layer"),
         ("uplink: {dense_below: 9}", ["pruning.method=random"], "x.yaml:1: uplink.dense_below: "
          "pruning.method random leaves no tensor whole"),
         *((f"downlink: {{values: {word}}}", [], f"x.yaml:1: downlink.values: {word} ruins a whole ")

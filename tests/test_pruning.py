@@ -246,6 +246,34 @@ def test_random_takes_every_position_equally_often():
     assert 23 < chi2 < 86  # 49 degrees of freedom, 0.1% on either side
 
 
+SIZES = st.lists(st.integers(1, 3000), min_size=1, max_size=12).map(np.array)
+
+
+@given(SIZES, st.floats(0.001, 1))
+def test_a_layers_share_of_a_random_choice(sizes, density):
+    """min(size, c size^(2/3)), for the c whose sum is k as bisection finds it, and at least 1."""
+    k = pruning.num_kept(density, int(sizes.sum()))
+    low, high = 0.0, float(sizes.max())
+    for _ in range(200):
+        c = (low + high) / 2
+        low, high = (c, high) if np.minimum(sizes, c * sizes ** (2 / 3)).sum() < k else (low, c)
+    exact = np.minimum(sizes, high * sizes ** (2 / 3))
+    counts = pruning.layer_counts(sizes, k)
+    assert (1 <= counts).all() and (counts <= sizes).all()
+    assert (np.abs(counts - np.maximum(1, exact)) <= 0.5 + 1e-6 * sizes).all()
+
+
+def test_a_random_choice_by_layer_says_what_makes_it_unbiased():
+    sizes = np.array([5, 400, 30])
+    chosen, factors = pruning.random_by_layer(sizes, 60, seed=3)
+    counts = pruning.layer_counts(sizes, 60)
+    starts = np.array([0, 5, 405, 435])
+    assert np.histogram(chosen, starts)[0].tolist() == counts.tolist()
+    second = chosen[counts[0] : counts[0] + counts[1]]
+    assert second.tolist() == (5 + pruning.random(400, int(counts[1]), 8)).tolist()
+    assert factors.tolist() == np.repeat(sizes / counts, counts).astype(np.float32).tolist()
+
+
 def test_density_warms_up_and_then_stays():
     densities = [pruning.density_at(0.001, [0.25, 0.0625, 0.0156, 0.004], n) for n in range(1, 8)]
     assert densities == [0.25, 0.0625, 0.0156, 0.004, 0.001, 0.001, 0.001]

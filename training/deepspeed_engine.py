@@ -119,12 +119,9 @@ class DeepSpeedEngine(Engine):
         self.model.gradients.zero_()
         return self.engine(images).float()
 
-    def backward(self, loss: Tensor, share: float) -> None:
-        """Compute the gradient of a mean loss over `share` of the batch.
-
-        DeepSpeed averages the team's gradients.
-        """
-        self.engine.backward(loss * (share * self.team.size))
+    def backward(self, loss: Tensor) -> None:
+        """Compute the batch's gradient. DeepSpeed averages those of a team; a batch's is a sum."""
+        self.engine.backward(loss * self.team.size)
 
     def step(self) -> int:
         scale = self.scaler.get_scale() if self.scaler else 1.0

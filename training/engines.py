@@ -83,25 +83,35 @@ class Engine(ABC):
 
         Returns this rank's part of the batch's mean loss, and 1 if fp16 skipped the step.
         """
-        team = self.team
         images, labels = pictures.train_batch(batch, draws)
-        # A rank beyond the end of a small batch looks at a picture that does not count.
-        mine = slice(team.rank, None, team.size) if team.rank < len(batch) else slice(1)
-        images, labels = images[mine], labels[mine]
-        share = len(labels) / len(batch) if team.rank < len(batch) else 0.0
-        # The ranks of a team see different pictures of a batch: each drops out on its own.
-        self.model.use_draws(Draws(draws.key + team.rank))
+        share = 1.0
+        if self.team.size > 1:
+            mine, share = self._part(len(batch))
+            images, labels = images[mine], labels[mine]
+            # The ranks of a team see different pictures of a batch: each drops out on its own.
+            draws = Draws(draws.key + self.team.rank)
+        self.model.use_draws(draws)
         loss = cross_entropy(self.forward(images), labels)
-        self.backward(loss, share)
-        return loss.detach() * share, self.step()
+        if self.team.size > 1:
+            loss = loss * share
+        self.backward(loss)
+        return loss.detach(), self.step()
+
+    def _part(self, size: int) -> tuple[slice, float]:
+        """Which pictures of a batch of this size are this rank's, and their share of its loss."""
+        team = self.team
+        if team.rank >= size:  # beyond the end of a small batch: a picture that does not count
+            return slice(1), 0.0
+        mine = slice(team.rank, None, team.size)
+        return mine, len(range(size)[mine]) / size
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float32 [B, num_classes]."""
 
     @abstractmethod
-    def backward(self, loss: Tensor, share: float) -> None:
-        """Compute the gradient of a mean loss over `share` of the batch; the team has the rest."""
+    def backward(self, loss: Tensor) -> None:
+        """Compute the batch's gradient; `loss` is this rank's part of the loss, float32 []."""
 
     @abstractmethod
     def step(self) -> Tensor | int:
@@ -158,9 +168,9 @@ class TorchEngine(Engine):
         with autocast(self.model.device, self.precision):
             return self.model.network(images).float()
 
-    def backward(self, loss: Tensor, share: float) -> None:
+    def backward(self, loss: Tensor) -> None:
         # Tensor.backward() would add to what is there; setting that to zero moves more bytes.
-        gradients = torch.autograd.grad(self.scaler.scale(loss * share), self.tensors)
+        gradients = torch.autograd.grad(self.scaler.scale(loss), self.tensors)
         if self.gathers:
             torch._foreach_copy_(self.views, gradients)
             self.team.sum_(self.model.gradients)

@@ -75,7 +75,7 @@ class GraphEngine(Engine):
         with autocast(self.model.device, self.precision):
             return self.model.network(images).float()
 
-    def backward(self, loss: Tensor, share: float) -> None:
+    def backward(self, loss: Tensor) -> None:
         torch._foreach_copy_(self.views, torch.autograd.grad(loss, self.tensors))
 
     def step(self) -> int:

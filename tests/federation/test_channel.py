@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers.payloads import WORDS
 
+import pruning
 from compression import NotFinite
 from config import Config, Pruning
 from federation.channel import Channel, ErrorFeedback
@@ -29,6 +30,7 @@ SELECTIONS = {
     "per layer": {"method": "topk", "density": 0.1, "scope": "layer"},
     "per chunk": {"method": "topk", "density": 0.1, "scope": "chunk", "chunk": 100},
     "random": {"method": "random", "density": 0.1},
+    "random by layer": {"method": "random", "density": 0.1, "scope": "layer"},
     "threshold": {"method": "threshold", "threshold": 1.5},
     "relative threshold": {"method": "threshold", "threshold": 0.5, "relative": True},
 }
@@ -71,12 +73,19 @@ def test_ends_with_different_masks_refuse_each_other():
         link.decode(payload, 1)
 
 
-def test_random_is_unbiased_without_error_feedback():
-    link, update = channel(method="random", density=0.25, owes=False), vector()
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_random_is_unbiased_without_error_feedback(scope):
+    link, update = channel(method="random", density=0.25, scope=scope, owes=False), vector()
     draws = 2000
     total = sum(link.encode(update, round)[1].dense().double() for round in range(1, draws + 1))
-    # One draw's variance is x^2 (1 / p - 1): the mean of 2,000 has a deviation of 0.039 x.
-    errors = (total / draws - update) / (update.abs() * (3 / draws) ** 0.5)
+    # One draw's variance is x^2 (1 / p - 1): at 1/4 the mean of 2,000 has a deviation of 0.039 x.
+    inverse = torch.full((LAYOUT.size,), 4.0)
+    if scope == "layer":
+        sizes = LAYOUT.sizes
+        counts = pruning.layer_counts(sizes, pruning.num_kept(0.25, LAYOUT.size))
+        inverse = torch.from_numpy(np.repeat(sizes / counts, sizes))
+    errors = (total / draws - update) / (update.abs() * ((inverse - 1) / draws).sqrt())
+    errors = errors[inverse > 1]  # where a tensor travels whole there is none
     assert errors.abs().max() < 5 and errors.square().mean() == pytest.approx(1, abs=0.1)
 
 
