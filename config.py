@@ -143,8 +143,9 @@ class Local:
     client_steps: list[int] = each_between(1)
     fit_deadline: bool = False  # each client trains as many of its batches as leave time to send
     batch_size: int = between(64, 1)
-    optimizer: str = "SGD"  # a torch.optim name, such as AdamW; it begins anew for each client
+    optimizer: str = "SGD"  # a torch.optim name, such as AdamW
     optimizer_options: dict[str, Any] = field(default_factory=dict)
+    optimizer_state: str = one_of("fresh", "kept")  # of a client, when its next round begins
     lr: float = between(0.05, 0.0, open_low=True)
     lr_schedule: LrSchedule = field(default_factory=LrSchedule)
     momentum: float = between(0.9, 0.0, 1.0)

@@ -153,9 +153,15 @@ class Clients:
         task = self.pictures, self.pictures_of[client], self._local(client), trained.lr
         seed = self.config.seed_for("training", round_number, client)
         more = self._stops, self._correction(trained.algorithm)
+        keeps = self.config.local.optimizer_state == "kept"
+        if keeps:
+            own = trained.known.items()
+            self.engine.kept = {key: v for key, v in own if key.startswith("optimizer.")}
         trained.loss, trained.report.num_skipped_steps = train_client(
             self.engine, *task, seed, *more
         )
+        if keeps:
+            trained.optimizer = self.engine.kept
         return self._finish(trained, round_number, broadcast)
 
     def _train_in_lanes(

@@ -91,6 +91,8 @@ def _of_the_local_optimizer(config: Config, algorithm: FedAvg) -> Iterator[tuple
     if local.optimizer == "SGD":
         for key in local.optimizer_options:
             yield f"{options}.{key}", "SGD takes local.lr, momentum, nesterov and weight_decay only"
+        if local.optimizer_state != "fresh":
+            yield "local.optimizer_state", "SGD begins anew in each round; set a local.optimizer"
         return
     try:
         check_local_optimizer(local.optimizer, local.lr, local.optimizer_options)
@@ -103,6 +105,10 @@ def _of_the_local_optimizer(config: Config, algorithm: FedAvg) -> Iterator[tuple
     if algorithm.divides_by_length:
         why = "takes update / (lr x steps) for a mean gradient: it needs local.optimizer: SGD"
         yield "local.algorithm", f"{local.algorithm} {why}"
+    if local.optimizer_state == "kept" and config.pruning.mask.method == "dynamic":
+        yield "local.optimizer_state", "kept moments would move weights that left a dynamic mask"
+    if local.optimizer_state == "kept" and config.schedule.name == "gossip":
+        yield "local.optimizer_state", "gossip's nodes keep models alone; set it to fresh"
     if local.lanes not in ("auto", "1"):
         yield "local.lanes", f"{local.optimizer} trains one client at a time; use local.lanes: 1"
     if config.distributed.engine == "deepspeed":

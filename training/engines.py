@@ -123,7 +123,11 @@ class Engine(ABC):
 
 
 class TorchEngine(Engine):
-    """Plain PyTorch: autograd and an optimizer of torch.optim."""
+    """Plain PyTorch: autograd and an optimizer of torch.optim.
+
+    Attribute kept: where local.optimizer_state is kept, what a client's optimizer goes on from at
+    begin(), {} at first, and what it has come to at end(), by parameter and name.
+    """
 
     def __init__(self, model: FlatModel, local: Local, precision: str, team: Team):
         self.model, self.precision, self.team, self.clip = model, precision, team, local.clip
@@ -131,6 +135,7 @@ class TorchEngine(Engine):
         self.tensors = list(model.network.parameters())
         self.views = model.views(model.gradients)
         self.optimizer = make_optimizer(self.tensors, local)
+        self.kept: dict[str, Tensor] = {}
 
     def begin(self, lr: float, correct_gradient: CorrectGradient | None) -> None:
         self.correct_gradient, self.decay = correct_gradient, 0.0
@@ -138,6 +143,8 @@ class TorchEngine(Engine):
             self._begin_sgd()
         else:  # a new one: some, such as Adagrad, have a state before their first step
             self.optimizer = make_optimizer(self.tensors, self.local)
+            if self.kept:
+                self._load_kept()
         self.optimizer.param_groups[0]["lr"] = lr
         device, scale = self.model.device.type, 2.0**FIRST_SCALE_POWER
         self.scaler = torch.amp.GradScaler(device, scale, enabled=self.precision == "fp16")
@@ -163,6 +170,14 @@ class TorchEngine(Engine):
                 self.optimizer.state[tensor]["momentum_buffer"] = buffer
         self.decay = weight_decay if self.correct_gradient or self.clip else 0.0
         group["weight_decay"] = weight_decay - self.decay
+
+    def _load_kept(self) -> None:
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in self.kept.items():
+            _, number, name = key.split(".")
+            state.setdefault(int(number), {})[name] = tensor.clone()  # steps write to it
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def forward(self, images: Tensor) -> Tensor:
         with autocast(self.model.device, self.precision):
@@ -197,6 +212,12 @@ class TorchEngine(Engine):
 
     def end(self) -> None:
         """Free the memory that only training needs, before the client's update is encoded."""
+        if self.local.optimizer_state == "kept":
+            self.kept = {
+                f"optimizer.{number}.{name}": tensor
+                for number, tensors in self.optimizer.state_dict()["state"].items()
+                for name, tensor in tensors.items()
+            }
         self.optimizer.state.clear()
         for tensor, view in zip(self.tensors, self.views, strict=True):
             tensor.grad = view

@@ -120,6 +120,18 @@ ADAMW = "local.optimizer=AdamW"
         ([ADAMW, "local.algorithm=SCAFFOLD"], "local.algorithm: SCAFFOLD takes update / (lr"),
         ([ADAMW, "local.algorithm=FedNova"], "local.algorithm: FedNova takes update / (lr"),
         ([ADAMW, "local.algorithm=FedCM"], "local.algorithm: FedCM takes update / (lr"),
+        (["local.optimizer_state=kept"], "local.optimizer_state: SGD begins anew in each round"),
+        (
+            [ADAMW, "local.optimizer_state=kept", "pruning.mask.method=dynamic"],
+            "local.optimizer_state: kept moments would move weights",
+        ),
+        (
+            [
+                *(ADAMW, "local.optimizer_state=kept", "uplink.error_feedback=false"),
+                *("schedule.name=gossip", "clients.total=4", "clients.per_round=4"),
+            ],
+            "local.optimizer_state: gossip's nodes keep models alone",
+        ),
         ([ADAMW, "local.lanes=4"], "local.lanes: AdamW trains one client at a time"),
         ([ADAMW, "distributed.engine=deepspeed"], "local.optimizer: DeepSpeed's engine takes SGD"),
     ],

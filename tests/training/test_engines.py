@@ -32,6 +32,10 @@ OTHERS = {
 }
 
 
+def labels(batch: torch.Tensor) -> torch.Tensor:
+    return PICTURES.train_batch(batch, None)[1]
+
+
 def plain_loop(local: Local, lr: float, seed: int, correct=None, name="lenet") -> torch.Tensor:
     """Two epochs of textbook torch: its optimizer as its defaults make it, and nothing of ours."""
     module = network(name)
@@ -98,6 +102,29 @@ def test_each_client_begins_with_a_fresh_state(optimizer):
         ends.append(model.parameters.clone())
         assert not engine.optimizer.state  # nothing is held between clients
     assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Adagrad", "NAdam"])
+def test_a_kept_state_makes_two_rounds_one_of_as_many_epochs(optimizer):
+    """Both rounds have the same batches: only what the optimizer keeps tells them apart."""
+    local = replace(ADAMW, optimizer=optimizer, optimizer_options={}, optimizer_state="kept")
+    local, module = replace(local, epochs=1), network()
+    theirs = getattr(torch.optim, optimizer)(module.parameters(), lr=0.01)
+    for _ in range(2):
+        for batch in INDICES[Draws.from_seed(5, CPU).at(0).order(len(INDICES))].split(8):
+            module.zero_grad()
+            cross_entropy(module(PICTURES.train_batch(batch, None)[0]), labels(batch)).backward()
+            theirs.step()
+    model = flat_model()
+    engine = TorchEngine(model, local, "fp32", Team())
+    train_client(engine, PICTURES, INDICES, local, 0.01, 5)
+    given = {key: tensor.clone() for key, tensor in engine.kept.items()}
+    train_client(engine, PICTURES, INDICES, local, 0.01, 5)
+    expected = torch.cat([p.detach().flatten() for p in module.parameters()])
+    torch.testing.assert_close(model.read_parameters(), expected, rtol=0, atol=0)
+    engine.kept = stored = {key: tensor.clone() for key, tensor in given.items()}
+    train_client(engine, PICTURES, INDICES, local, 0.01, 5)
+    assert all(torch.equal(stored[key], given[key]) for key in given)  # the store's are only read
 
 
 def test_fp16_skips_steps_that_overflow_and_moves_like_full_precision_otherwise(monkeypatch):
