@@ -255,14 +255,30 @@ def make_optimizer(name: str, parameter: Tensor, **settings: Any) -> Optimizer:
     """
     theirs = _classes(torch.optim, Optimizer)
     cls = pick(name, OURS | {n: c for n, c in theirs.items() if n not in OURS}, "optimizer")
+    try_optimizer(cls, settings)
+    return cls([parameter], **settings)
+
+
+def try_optimizer(cls: type[Optimizer], settings: dict[str, Any]) -> None:
+    """Raise ValueError, in one line, unless a class of torch's kind steps by these settings.
+
+    It is tried on three numbers: LBFGS wants a closure, Muon a matrix, options may clash.
+    """
     check_settings(cls, settings, skip=2)
-    try:  # on three numbers first: LBFGS wants a closure, Muon a matrix, options may clash
+    try:
         trial = torch.nn.Parameter(torch.zeros(3))
         trial.grad = torch.zeros(3)
         cls([trial], **settings).step()
     except Exception as error:
-        raise ValueError(f"{name} cannot be used: {_first_line(error)}") from None
-    return cls([parameter], **settings)
+        raise ValueError(f"{cls.__name__} cannot be used: {_first_line(error)}") from None
+
+
+def check_local_optimizer(name: str, lr: float, options: dict[str, Any]) -> None:
+    """Raise ValueError, in one line, for what torch.optim does not have or does not take."""
+    cls = pick(name, _classes(torch.optim, Optimizer), "optimizer of torch.optim")
+    if "lr" in options:
+        raise ValueError("lr is local.lr, which a schedule may change")
+    try_optimizer(cls, {"lr": lr} | options)
 
 
 def make_scheduler(name: str, optimizer: Optimizer, **settings: Any) -> Any:

@@ -86,6 +86,7 @@ class FedAvg:
     takes_full_gradient = False  # whether before() asks for it
     steps_by_average = True  # whether the server's optimizer steps by the average of the updates
     updates_vanish = False  # whether at the optimum each client's update is zero, not their mean
+    divides_by_length = False  # whether -update / step_length is its mean gradient, as with SGD
     owes = False  # whether what compression loses of an update is part of the client's next one
 
     def before(
@@ -144,7 +145,7 @@ class SCAFFOLD(FedAvg):
 
     down = up = "control"
     has_vector = True
-    updates_vanish = True
+    updates_vanish = divides_by_length = True
 
     def __init__(self, option: int = 2):
         if option not in (1, 2):
@@ -184,6 +185,7 @@ class FedNova(FedAvg):
     """
 
     steps_by_average = False
+    divides_by_length = True
 
     def before(self, received, kept, vector, full_gradient):
         return FedNovaRound()
@@ -249,7 +251,7 @@ class FedCM(FedAvg):
     """
 
     down = "momentum"
-    has_vector = True
+    has_vector = divides_by_length = True
 
     def __init__(self, alpha: float = 0.1):
         if not 0 < alpha <= 1:

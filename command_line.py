@@ -250,7 +250,9 @@ def _momentum_contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "uplink.momentum", "does nothing where all is sent: needs a pruning.method"
     if not uplink.error_feedback:
         yield "uplink.momentum", "corrects what error feedback keeps: needs error_feedback: true"
-    if local.steps != 1 or local.momentum or local.client_steps:
+    if local.optimizer != "SGD":
+        yield "uplink.momentum", f"is of SGD's gradients: {local.optimizer} sends others"
+    elif local.steps != 1 or local.momentum or local.client_steps:
         yield "uplink.momentum", "needs local.steps: 1 and local.momentum: 0 (momentum twice)"
 
 

@@ -31,6 +31,7 @@ from compressors.coder import (
 )
 from compressors.eden import Eden
 from compressors.linear import Linear
+from compressors.means import Means
 from compressors.plain import Bf16, Fp16, Fp32
 from compressors.powersgd import PowerSgd
 from compressors.qsgd import Qsgd
@@ -78,6 +79,7 @@ CODERS: list[type[Coder]] = [
     Linear,
     Qsgd,
     Ternary,
+    Means,
     Sign,
     Eden,
     Rotated,

@@ -132,6 +132,8 @@ class Local:
     """How a client trains. options: settings of the algorithm, such as mu of FedProx.
 
     Client i trains client_steps[i % how many] batches a round, if any.
+    SGD takes lr, momentum, nesterov and weight_decay. Any other optimizer takes lr and, in
+    optimizer_options, its own arguments; momentum, nesterov and weight_decay stay as they are here.
     """
 
     algorithm: str = "FedAvg"  # one of algorithms.py's, such as SCAFFOLD
@@ -141,7 +143,9 @@ class Local:
     client_steps: list[int] = each_between(1)
     fit_deadline: bool = False  # each client trains as many of its batches as leave time to send
     batch_size: int = between(64, 1)
-    optimizer: str = one_of("SGD")
+    optimizer: str = "SGD"  # a torch.optim name, such as AdamW
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
+    optimizer_state: str = one_of("fresh", "kept")  # of a client, when its next round begins
     lr: float = between(0.05, 0.0, open_low=True)
     lr_schedule: LrSchedule = field(default_factory=LrSchedule)
     momentum: float = between(0.9, 0.0, 1.0)

@@ -60,7 +60,7 @@ CASES = {
         "configs/cifar10_resnet18.yaml",
         ["clients.per_round=2", "local.steps=8"],
     ),
-    "ResNet-18, a step a round, DGC": ("configs/dgc_cifar10.yaml", ["pruning.warmup=[]"]),
+    "ResNet-18, a step a round, DGC": ("configs/presets/dgc_cifar10.yaml", ["pruning.warmup=[]"]),
 }
 
 

@@ -201,12 +201,17 @@ class Packed(Coder):
         """The `count` values of a packet, float32. Raises PayloadError."""
         raise NotImplementedError
 
-    def decode(self, reader, flags, layout, count) -> np.ndarray:
+    def read_bits(self, reader: Reader) -> int:
+        """The number of bits of a value. Raises PayloadError."""
         bits = int(reader.take("u1", 1)[0])
         if not 1 <= bits <= self.most_bits:
             raise PayloadError(f"values of {bits} bits are not of kind {self.kind}")
         if self.number is not None and bits not in self.bits_sent:
             raise PayloadError(f"values of {bits} bits, and {self} was agreed on")
+        return bits
+
+    def decode(self, reader, flags, layout, count) -> np.ndarray:
+        bits = self.read_bits(reader)
         if flags & COMPRESSED:
             size = self.packet_size(bits, layout, count)
             reader = Reader(memoryview(decompress(reader.rest(), size)))

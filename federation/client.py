@@ -63,7 +63,8 @@ class Clients:
         self.store, self.team = store, team
         self.choices = Choices.of(config)  # what is auto there is decided before the first round
         self.make_engine = make_engine or partial(make_torch_engine, model, config.local, team=team)
-        self.one_by_one = make_engine is not None or team.size > 1
+        is_sgd = config.local.optimizer == "SGD"
+        self.one_by_one = make_engine is not None or team.size > 1 or not is_sgd
         self.engine: Engine | None = None  # both are built with the first client that they train
         self.lanes: Lanes | None = None
         self.uplink = Uplink(config, agreement, store)
@@ -152,9 +153,15 @@ class Clients:
         task = self.pictures, self.pictures_of[client], self._local(client), trained.lr
         seed = self.config.seed_for("training", round_number, client)
         more = self._stops, self._correction(trained.algorithm)
+        keeps = self.config.local.optimizer_state == "kept"
+        if keeps:
+            own = trained.known.items()
+            self.engine.kept = {key: v for key, v in own if key.startswith("optimizer.")}
         trained.loss, trained.report.num_skipped_steps = train_client(
             self.engine, *task, seed, *more
         )
+        if keeps:
+            trained.optimizer = self.engine.kept
         return self._finish(trained, round_number, broadcast)
 
     def _train_in_lanes(

@@ -25,7 +25,10 @@ from compression import to_host
 
 
 class State(TypedDict, total=False):
-    """What a client keeps between rounds, float32 vectors."""
+    """What a client keeps between rounds, float32 vectors.
+
+    Of its optimizer, besides: what each parameter has, as optimizer.<number>.<name>, in any shape.
+    """
 
     residual: Tensor  # [num_parameters]: what it owes, see channel.ErrorFeedback
     velocity: Tensor  # [num_parameters]: of DGC's momentum correction

@@ -7,10 +7,10 @@ they need.
 
 from collections.abc import Iterator
 
-from afo import OURS
+from afo import OURS, check_local_optimizer
 from algorithms import FedAvg, make_algorithm, pick
 from compression import Coder, parse_coder
-from config import Config, Downlink, Selection, Submodel, Uplink
+from config import Config, Downlink, Local, Selection, Submodel, Uplink
 from federation.samplers import SAMPLERS
 
 
@@ -36,6 +36,7 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
             yield f"{name}.values", str(error)
             return
         yield from _of_a_direction(link, coder, selection, name, section, masked)
+    yield from _of_the_local_optimizer(config, algorithm)
     yield from _of_the_optimizer(config, algorithm)
     yield from _of_submodels(config, algorithm)
     if config.schedule.name == "gossip":
@@ -82,6 +83,36 @@ def _of_gossip(config: Config) -> Iterator[tuple[str, str]]:
     """CHOCO-SGD makes up for any loss; what D-PSGD loses of a model is lost."""
     if config.schedule.gossip == "D-PSGD" and parse_coder(config.uplink.values).ruins_models:
         yield "uplink.values", f"{config.uplink.values} ruins a whole model: it needs CHOCO-SGD"
+
+
+def _of_the_local_optimizer(config: Config, algorithm: FedAvg) -> Iterator[tuple[str, str]]:
+    """Which keys it takes, and what needs SGD. Nothing that is set is ignored."""
+    local, options = config.local, "local.optimizer_options"
+    if local.optimizer == "SGD":
+        for key in local.optimizer_options:
+            yield f"{options}.{key}", "SGD takes local.lr, momentum, nesterov and weight_decay only"
+        if local.optimizer_state != "fresh":
+            yield "local.optimizer_state", "SGD begins anew in each round; set a local.optimizer"
+        return
+    try:
+        check_local_optimizer(local.optimizer, local.lr, local.optimizer_options)
+    except ValueError as error:
+        named = [key for key in local.optimizer_options if key in str(error).split(";")[0]]
+        yield f"{options}.{named[0]}" if named else "local.optimizer", str(error)
+    for key in ("momentum", "nesterov", "weight_decay"):
+        if getattr(local, key) != getattr(Local(), key):
+            yield f"local.{key}", f"is SGD's; what {local.optimizer} takes stands in {options}"
+    if algorithm.divides_by_length:
+        why = "takes update / (lr x steps) for a mean gradient: it needs local.optimizer: SGD"
+        yield "local.algorithm", f"{local.algorithm} {why}"
+    if local.optimizer_state == "kept" and config.pruning.mask.method == "dynamic":
+        yield "local.optimizer_state", "kept moments would move weights that left a dynamic mask"
+    if local.optimizer_state == "kept" and config.schedule.name == "gossip":
+        yield "local.optimizer_state", "gossip's nodes keep models alone; set it to fresh"
+    if local.lanes not in ("auto", "1"):
+        yield "local.lanes", f"{local.optimizer} trains one client at a time; use local.lanes: 1"
+    if config.distributed.engine == "deepspeed":
+        yield "local.optimizer", "DeepSpeed's engine takes SGD; use distributed.engine: accelerate"
 
 
 def _of_the_optimizer(config: Config, algorithm: FedAvg) -> Iterator[tuple[str, str]]:

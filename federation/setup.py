@@ -31,6 +31,7 @@ from federation.widths import Width, Widths
 from network.availability import make_availability
 from network.population import Population, make_population
 from network.simulation import Simulation
+from training.engines import num_state_vectors
 from training.flat_model import FlatModel
 from training.footprint import footprint
 from training.ordered_dropout import OrderedDropoutEngine
@@ -140,7 +141,7 @@ def count_widths(
     for share in models:
         model = build_model(config, pictures, torch.device("meta"), share)
         batch = local.batch_size, pictures.image_size
-        counts[share] = footprint(model, *batch, has_momentum=local.momentum > 0)
+        counts[share] = footprint(model, *batch, num_state_vectors(local))
     choices = []
     for share, count in counts.items():
         flops = [count.flops]
@@ -225,6 +226,8 @@ def make_clients(
 ) -> Clients:
     """The clients of this rank, with an agreement of their own."""
     make_engine = None
+    if ranks.use_deepspeed and config.local.optimizer != "SGD":
+        raise ConfigError("local.optimizer: DeepSpeed's engine takes SGD; start it by torchrun")
     if ranks.use_deepspeed:
 
         def make_engine(precision: str):

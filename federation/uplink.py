@@ -26,6 +26,7 @@ class LocalUpdate:
     besides: Tensor | None = None  # float32 [num_parameters]: what the algorithm sends besides
     buffers: Tensor | None = None  # float32 [num_buffers]: None if they stay
     growth: Tensor | None = None  # float32 [num_parameters]: gradient that asks for weights
+    optimizer: State = field(default_factory=dict)  # what its optimizer keeps, if anything
     norm: Tensor | None = None  # FedBN: weights of the client's norm layers, then the buffers
     algorithm: LocalRound = field(default_factory=LocalRound)
     lr: float = 0.0
@@ -122,6 +123,7 @@ class Uplink:
             kept["algorithm"] = algorithm
         if trained.norm is not None:
             kept["norm"] = trained.norm
+        kept |= trained.optimizer
         if not all(map(all_finite, kept.values())):
             raise NotFinite
         if kept:

@@ -203,7 +203,7 @@ class Fp8(Coder):
     """The upper byte of a binary16: 5 bits of exponent, 2 of mantissa, rounded towards zero."""
 
     words = Words("fp8")
-    kind = 8
+    kind = 255
     contractive = keeps_norms = True
 
     def write(self, values, layout, seed):
@@ -315,7 +315,7 @@ def test_short_rubbish_is_refused(length, byte):
         ((2, 4, 0), "byte 6: selection 2 has no values of kind 4"),
         ((1, 3, 0), "byte 6: selection 1 has no values of kind 3"),
         ((3, 7, 0), "byte 6: selection 3 has no values of kind 7"),
-        ((0, 8, 0), "byte 6: selection 0 has no values of kind 8"),
+        ((0, 9, 0), "byte 6: selection 0 has no values of kind 9"),
         ((0, 0, 1), "byte 7: flags 1 with selection 0 and kind 0"),
         ((2, 3, 3), "byte 7: flags 3 with selection 2 and kind 3"),
         ((0, 7, 1), "byte 7: flags 1"),
@@ -468,6 +468,10 @@ FEW = np.arange(100)
         (("qsgd8", FEW), ("qsgd8", 9), "positions where at most 9 are due"),
         (("int8", FEW), ("int4", 100), "levels of up to 127 where at most 7 is due"),
         (("qsgd4", FEW), ("qsgd2", 100), "levels of up to 7 where at most 1 is due"),
+        (("means4",), ("means2",), "values of 4 bits, and means2 was agreed on"),
+        (("means4", FEW), ("means2", 100), "values of 4 bits, and means2 was agreed on"),
+        (("means4", FEW), ("means4", 9), "positions where at most 9 are due"),
+        (("means2", FEW), ("ternary", 100), "selection 2, kind 8: not ternary as agreed"),
         (("bounded(0.01)", FEW), ("ternary", 100), "levels of up to 51 where at most 1 is due"),
         (("int8", None, 10), ("int8",), "tensors of under 10 entries are apart, not 0 as agreed"),
         (("int8",), ("int8", None, 10), "tensors of under 0 entries are apart, not 10 as agreed"),

@@ -2,7 +2,7 @@
 
 golden_payloads.json was made by this file before the code was moved into folders
 (`PYTHONPATH=. python tests/test_compression_golden.py`). Make it anew only together with a new
-version of the wire format, and say why in the commit.
+version of the wire format, and say why in the commit; a new coder adds its entries to it.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from wire.positions import pack_positions
 GOLDEN = Path(__file__).parent / "golden_payloads.json"
 WORDS = "fp32 fp16 bf16 int2 int4 int8 int16 qsgd2 qsgd4 qsgd8 ternary sign eden1 eden2 eden3 eden4"
 WORDS = [*WORDS.split(), "bounded(0.01)", "bounded(0.3)", "powersgd(1)", "powersgd(2)"]
+WORDS += ["means2", "means3"]
 SHAPES = ((6, 3, 3, 3), (6,), (12, 6, 5, 5), (12, 6, 1, 1), (12,), (40, 48), (40,), (), (0, 3))
 LAYOUT = Layout(tuple(f"t{i}" for i in range(len(SHAPES))), SHAPES)
 

@@ -128,7 +128,7 @@ def test_words():
     assert mistake("model:\n  name: resnet19") == message
     for key in ("device", "precision", "model.name", "model.stem"):
         assert mistake("", f"{key}=X").startswith(f"command line: {key}: 'X' is not one of ")
-    for key in ("local.optimizer", "local.lr_schedule.name", "pruning.method", "pruning.scope"):
+    for key in ("local.lr_schedule.name", "pruning.method", "pruning.scope"):
         assert mistake("", f"{key}=X").startswith(f"command line: {key}: 'X' is not one of ")
     for key in ("downlink.mode", "server.weighting", "checkpoint.resume"):
         assert mistake("", f"{key}=X").startswith(f"command line: {key}: 'X' is not one of ")
@@ -192,7 +192,7 @@ def test_an_output_folder_must_have_a_name():
         ("uplink: {dense_below: 9}", ["pruning.method=random"], "x.yaml:1: uplink.dense_below: "
          "pruning.method random leaves no tensor whole"),
         *((f"downlink: {{values: {word}}}", [], f"x.yaml:1: downlink.values: {word} ruins a whole ")
-          for word in ("sign", "ternary", "powersgd(4)", "int2", "qsgd2")),
+          for word in ("sign", "ternary", "means2", "means3", "powersgd(4)", "int2", "qsgd2")),
         ("server:\n  scheduler_options: {gamma: 1}", [], "x.yaml:2: server.scheduler_options: "
          "given without server.scheduler"),
     ],
@@ -253,8 +253,29 @@ def test_what_topologies_do_not_take(words, message):
 
 
 VALUES = ["fp32", "fp16", "bf16", "int2", "int8", "int16", "qsgd2", "qsgd8", "ternary", "sign"]
-VALUES += ["eden1", "eden4", "bounded(0.01)", "bounded(1e-3)", "powersgd(1)", "powersgd(64)"]
-NO_VALUES = ["int1", "int17", "qsgd9", "eden5", "fp64", "powersgd(0)", "powersgd", "bounded()", ""]
+VALUES += [
+    "means2",
+    "means4",
+    "eden1",
+    "eden4",
+    "bounded(0.01)",
+    "bounded(1e-3)",
+    "powersgd(1)",
+    "powersgd(64)",
+]
+NO_VALUES = [
+    "means1",
+    "means5",
+    "int1",
+    "int17",
+    "qsgd9",
+    "eden5",
+    "fp64",
+    "powersgd(0)",
+    "powersgd",
+    "bounded()",
+    "",
+]
 
 
 @pytest.mark.parametrize("word", VALUES)

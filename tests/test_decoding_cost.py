@@ -21,6 +21,7 @@ CASES = [
     "kind 3",
     "kind 4",
     "kind 5",
+    "kind 8",
     "a rank of 220",
 ]
 

@@ -34,8 +34,8 @@ LAYOUT, NO_BUFFERS = Layout(("matrix",), ((4, 8),)), Layout((), ())
 LR, STEPS = 0.2, (2, 3, 4)  # of the three clients
 OPTIONS = {"FedProx": {"mu": 0.5}, "FedDyn": {"alpha": 1.0}, "FedCM": {"alpha": 0.5}}
 
-CODERS = ["fp32", "bf16", "int8", "int4", "qsgd2", "qsgd4", "qsgd8", "ternary", "sign"]
-CODERS += ["eden1", "eden2", "bounded(0.01)", "powersgd(1)"]
+CODERS = ["fp32", "bf16", "int8", "int4", "qsgd2", "qsgd4", "qsgd8", "ternary", "means2"]
+CODERS += ["sign", "eden1", "eden2", "bounded(0.01)", "powersgd(1)"]
 WHOLE = Pruning(method="none")
 TOPK, RANDOM = Pruning(method="topk", density=0.1), Pruning(method="random", density=0.3)
 ROWS = {word: (word, WHOLE) for word in CODERS}
@@ -207,7 +207,9 @@ def test_without_compression_each_ends_at_its_fixed_point_with_weight_decay_too(
     np.testing.assert_allclose(x, losses.fixed_point(name), atol=2e-6)
 
 
-@pytest.mark.parametrize("values", ["sign", "ternary", "int2", "powersgd(1)", "bounded(0.3)"])
+@pytest.mark.parametrize(
+    "values", ["sign", "ternary", "means2", "int2", "powersgd(1)", "bounded(0.3)"]
+)
 def test_what_errs_alike_each_time_is_refused_without_error_feedback_for_good_reason(values):
     config = make_config("FedAvg", values)
     [(key, message)] = contradictions(config)

@@ -48,6 +48,8 @@ class Choices:
             if seconds:
                 said.append(_line("deterministic", self.deterministic, "a step", seconds))
         use_deterministic_kernels(model.device, self.deterministic == "true")
+        if model.device.type == "cuda" and local.optimizer != "SGD":
+            said.append(f"lanes: 1, without CUDA graphs: these are SGD's, not {local.optimizer}'s")
         if self.lanes == "auto" and (one_by_one or model.device.type == "cpu"):
             self.lanes = "1"
         if self.lanes == "auto":

@@ -18,7 +18,13 @@ from torch import Tensor
 from config import Config, Local
 from distributed import Team
 from training.deepspeed_file import read_config
-from training.engines import FIRST_SCALE_POWER, CorrectGradient, Engine, clip_gradient, make_sgd
+from training.engines import (
+    FIRST_SCALE_POWER,
+    CorrectGradient,
+    Engine,
+    clip_gradient,
+    make_optimizer,
+)
 from training.flat_model import FlatModel
 
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
@@ -71,7 +77,7 @@ class DeepSpeedEngine(Engine):
         self.tensors = list(model.network.parameters())
         self.parameter_views = model.views(model.parameters)
         self.gradient_views = model.views(model.gradients)
-        self.sgd = make_sgd(self.tensors, local)
+        self.sgd = make_optimizer(self.tensors, local)
         if self.stage:
             model.network.zero_grad(set_to_none=True)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(

@@ -36,8 +36,11 @@ def clip_gradient(model: FlatModel, max_norm: float) -> Tensor:
     return norm
 
 
-def make_sgd(parameters: list[torch.nn.Parameter], local: Local) -> torch.optim.SGD:
-    """The optimizer of a client."""
+def make_optimizer(parameters: list[torch.nn.Parameter], local: Local) -> torch.optim.Optimizer:
+    """The optimizer of a client; federation/compatibility.py has checked its name and options."""
+    if local.optimizer != "SGD":
+        cls = getattr(torch.optim, local.optimizer)
+        return cls(parameters, lr=local.lr, **local.optimizer_options)
     plain = not local.momentum and not local.weight_decay
     return torch.optim.SGD(
         parameters,
@@ -48,6 +51,16 @@ def make_sgd(parameters: list[torch.nn.Parameter], local: Local) -> torch.optim.
         # On a CPU a plain step is one pass without fusion too, and faster (docs/LOG.md).
         fused=not plain or parameters[0].is_cuda,
     )
+
+
+def num_state_vectors(local: Local) -> int:
+    """How many vectors as long as the model the optimizer keeps while a client trains."""
+    trial = torch.nn.Parameter(torch.zeros(2, 3))
+    trial.grad = torch.zeros_like(trial)
+    optimizer = make_optimizer([trial], local)
+    optimizer.step()
+    kept = filter(torch.is_tensor, optimizer.state[trial].values())
+    return sum(tensor.shape == trial.shape for tensor in kept)
 
 
 class Engine(ABC):
@@ -110,35 +123,61 @@ class Engine(ABC):
 
 
 class TorchEngine(Engine):
-    """Plain PyTorch: autograd and torch.optim.SGD."""
+    """Plain PyTorch: autograd and an optimizer of torch.optim.
+
+    Attribute kept: where local.optimizer_state is kept, what a client's optimizer goes on from at
+    begin(), {} at first, and what it has come to at end(), by parameter and name.
+    """
 
     def __init__(self, model: FlatModel, local: Local, precision: str, team: Team):
         self.model, self.precision, self.team, self.clip = model, precision, team, local.clip
-        self.weight_decay = local.weight_decay
+        self.local = local
         self.tensors = list(model.network.parameters())
         self.views = model.views(model.gradients)
-        self.sgd = make_sgd(self.tensors, local)
+        self.optimizer = make_optimizer(self.tensors, local)
+        self.kept: dict[str, Tensor] = {}
 
     def begin(self, lr: float, correct_gradient: CorrectGradient | None) -> None:
-        self.sgd.param_groups[0]["lr"], self.correct_gradient = lr, correct_gradient
-        if self.sgd.param_groups[0]["momentum"]:
-            # Fused SGD would leave the momentum uninitialised if fp16 overflows in the first step.
-            momentum = self.model.views(torch.zeros_like(self.model.parameters))
-            for tensor, buffer in zip(self.tensors, momentum, strict=True):
-                self.sgd.state[tensor]["momentum_buffer"] = buffer
+        self.correct_gradient, self.decay = correct_gradient, 0.0
+        if self.local.optimizer == "SGD":
+            self._begin_sgd()
+        else:  # a new one: some, such as Adagrad, have a state before their first step
+            self.optimizer = make_optimizer(self.tensors, self.local)
+            if self.kept:
+                self._load_kept()
+        self.optimizer.param_groups[0]["lr"] = lr
         device, scale = self.model.device.type, 2.0**FIRST_SCALE_POWER
         self.scaler = torch.amp.GradScaler(device, scale, enabled=self.precision == "fp16")
-        # The order of a step is decay, correct, clip, momentum: a correction is of the gradient of
-        # what the client minimises, weight decay included. SGD adds the decay after both, so where
-        # there is one of them, step() adds it first.
-        self.decay = self.weight_decay if correct_gradient or self.clip else 0.0
-        self.sgd.param_groups[0]["weight_decay"] = self.weight_decay - self.decay
         # Each of these needs the whole gradient in one vector. Otherwise the step takes each
         # tensor's gradient from where autograd left it, which saves two passes over the vector.
         needs_vector = correct_gradient or self.clip or self.team.size > 1
         self.gathers = bool(needs_vector or self.scaler.is_enabled())
         if self.gathers:
             self.model.gradients.zero_()
+
+    def _begin_sgd(self) -> None:
+        """Clear the momentum, and say who adds the weight decay.
+
+        The order of a step is decay, correct, clip, momentum: a correction is of the gradient of
+        what the client minimises, weight decay included. torch's SGD adds the decay after both, so
+        where there is one of them, step() adds it first.
+        """
+        group, weight_decay = self.optimizer.param_groups[0], self.local.weight_decay
+        if group["momentum"]:
+            # Fused SGD would leave the momentum uninitialised if fp16 overflows in the first step.
+            momentum = self.model.views(torch.zeros_like(self.model.parameters))
+            for tensor, buffer in zip(self.tensors, momentum, strict=True):
+                self.optimizer.state[tensor]["momentum_buffer"] = buffer
+        self.decay = weight_decay if self.correct_gradient or self.clip else 0.0
+        group["weight_decay"] = weight_decay - self.decay
+
+    def _load_kept(self) -> None:
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in self.kept.items():
+            _, number, name = key.split(".")
+            state.setdefault(int(number), {})[name] = tensor.clone()  # steps write to it
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def forward(self, images: Tensor) -> Tensor:
         with autocast(self.model.device, self.precision):
@@ -157,7 +196,7 @@ class TorchEngine(Engine):
 
     def step(self) -> Tensor | int:
         skipped: Tensor | int = 0
-        self.scaler.unscale_(self.sgd)
+        self.scaler.unscale_(self.optimizer)
         if self.scaler.is_enabled():
             skipped = ~self.model.gradients.isfinite().all()
         if self.decay:
@@ -166,13 +205,19 @@ class TorchEngine(Engine):
             self.correct_gradient(self.model.parameters, self.model.gradients)
         if self.clip:
             clip_gradient(self.model, self.clip)
-        self.scaler.step(self.sgd)
+        self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.sgd.zero_grad()  # the next backward() finds their memory, still in the cache
+        self.optimizer.zero_grad()  # the next backward() finds their memory, still in the cache
         return skipped
 
     def end(self) -> None:
         """Free the memory that only training needs, before the client's update is encoded."""
-        self.sgd.state.clear()
+        if self.local.optimizer_state == "kept":
+            self.kept = {
+                f"optimizer.{number}.{name}": tensor
+                for number, tensors in self.optimizer.state_dict()["state"].items()
+                for name, tensor in tensors.items()
+            }
+        self.optimizer.state.clear()
         for tensor, view in zip(self.tensors, self.views, strict=True):
             tensor.grad = view

@@ -27,9 +27,9 @@ def footprint(
     model: FlatModel,  # on the meta device
     batch_size: int,
     image_size: tuple[int, int],
-    has_momentum: bool,
+    num_state_vectors: int,  # that the optimizer keeps, see training/engines.py
 ) -> Footprint:
-    """Count the parameters, gradients, momentum, buffers, the batch and what autograd saves.
+    """Count parameters, gradients, the optimizer's state, buffers, the batch, what autograd saves.
 
     A storage that several tensors share counts once. Kernels' workspaces and what PyTorch itself
     takes are left out, since they depend on the device.
@@ -37,7 +37,7 @@ def footprint(
     images = torch.zeros(batch_size, 3, *image_size, device="meta")
     labels = torch.zeros(batch_size, dtype=torch.int64, device="meta")
     held = [model.parameters, model.gradients, model.buffers, images, labels]
-    held += [torch.zeros_like(model.parameters)] if has_momentum else []
+    held += [torch.zeros_like(model.parameters) for _ in range(num_state_vectors)]
 
     def hold(tensor: Tensor) -> Tensor:
         held.append(tensor)

@@ -17,9 +17,11 @@ from training.graphs import Graphs, Record, recorder
 def make_engine(model: FlatModel, local: Local, precision: str, team: Team) -> Engine:
     """What trains one client at a time on the model's device.
 
-    The loss scale of fp16 and a team's sums need Python between the kernels of a step.
+    The loss scale of fp16, a team's sums, and any optimizer but SGD need Python between the kernels
+    of a step.
     """
-    if model.device.type == "cuda" and precision != "fp16" and team.size == 1:
+    is_recordable = precision != "fp16" and team.size == 1 and local.optimizer == "SGD"
+    if model.device.type == "cuda" and is_recordable:
         return GraphEngine(model, local, precision, team)
     return TorchEngine(model, local, precision, team)
 

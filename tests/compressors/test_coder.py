@@ -20,7 +20,8 @@ from layout import Layout
     ("word", "name", "number"),
     [("fp32", "Fp32", 0), ("int8", "Linear", 8), ("qsgd2", "Qsgd", 2), ("eden4", "Eden", 4)]
     + [("bounded(0.01)", "Bounded", 0.01), ("powersgd(4)", "PowerSgd", 4), ("sign", "Sign", 0)]
-    + [("int16", "Linear", 16), ("bf16", "Bf16", 0), ("ternary", "Ternary", 0)],
+    + [("int16", "Linear", 16), ("bf16", "Bf16", 0), ("ternary", "Ternary", 0)]
+    + [("means2", "Means", 2), ("means4", "Means", 4)],
 )
 def test_words(word, name, number):
     coder = parse_coder(word)
@@ -43,8 +44,8 @@ def test_other_words_are_refused_with_the_valid_ones(word):
         parse_coder(word)
     assert str(error.value) == (
         f"{word!r} is no way to send values; valid are fp32, fp16, bf16, int2..int16, "
-        "qsgd2..qsgd8, ternary, sign, eden1..eden4, bounded(3.125e-05)..bounded(0.5), "
-        "powersgd(1)..powersgd(65535)"
+        "qsgd2..qsgd8, ternary, means2..means4, sign, eden1..eden4, "
+        "bounded(3.125e-05)..bounded(0.5), powersgd(1)..powersgd(65535)"
     )
 
 
@@ -52,13 +53,15 @@ def test_other_words_are_refused_with_the_valid_ones(word):
 
 # Of every entry of the table, the ends of its range and what lies between them.
 WORDS = "fp32 fp16 bf16 int2 int3 int4 int5 int8 int16 qsgd2 qsgd4 qsgd5 qsgd6 qsgd7 qsgd8 ternary"
+WORDS += " means2 means3 means4"
 WORDS += " sign eden1 eden2 eden3 eden4 bounded(3.125e-05) bounded(0.03) bounded(0.1) bounded(0.5)"
 WORDS = [*WORDS.split(), "powersgd(1)", "powersgd(3)", "powersgd(65535)"]
 
 UNBIASED = "fp32 qsgd2 qsgd4 qsgd5 qsgd6 qsgd7 qsgd8 eden1 eden2 eden3 eden4".split()
 NOT_CONTRACTIVE = ["qsgd2", "qsgd4"]
 LENGTHENS = "int2 int3 int4 qsgd2 qsgd4 qsgd5 qsgd6 eden1 eden2 bounded(0.1) bounded(0.5)".split()
-RUINS_MODELS = ["int2", "qsgd2", "ternary", "sign", "eden1", "bounded(0.5)", *WORDS[-3:]]
+RUINS_MODELS = ["int2", "qsgd2", "ternary", "means2", "means3", "sign", "eden1", "bounded(0.5)"]
+RUINS_MODELS += WORDS[-3:]
 
 MATRIX = Layout(("m", "bias"), ((8, 10), (4,)))
 SHAPES = {
@@ -153,6 +156,8 @@ def delta(word: str, values: np.ndarray) -> float:
     if word in ("ternary", "sign"):
         kept = np.count_nonzero(values) if word == "ternary" else n
         return float(np.abs(values).sum() ** 2 / kept / np.square(values).sum())
+    if word.startswith("means"):  # that of sign, and more
+        return float(np.abs(values).sum() ** 2 / n / np.square(values).sum())
     if word.startswith("int"):
         steps = 2 ** (int(word[3:]) - 1) - 1
     else:

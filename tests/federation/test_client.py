@@ -36,6 +36,27 @@ def test_error_feedback_conserves_what_clients_learned(tmp_path):
     assert 0 < message.num_values < 0.06 * len(learned)
 
 
+def test_an_optimizer_goes_on_in_a_clients_next_round_from_memory_or_disk(tmp_path):
+    """Its count of steps goes on, and models agree wherever the states were kept."""
+    ends = {}
+    for name, words in {
+        "kept": ["local.optimizer_state=kept"],
+        "disk": ["local.optimizer_state=kept", "clients.state_memory_gib=1e-9"],
+        "fresh": [],
+    }.items():
+        more = ["local.optimizer=AdamW", "local.steps=2", "clients.total=2", "clients.per_round=2"]
+        federation = make_federation(tmp_path, *more, *words, name=name)
+        for _ in range(3):
+            federation.run_round()
+        state = federation.clients.store.get(1)
+        counts = {float(state[key]) for key in state if key.endswith(".step")}
+        assert counts == (set() if name == "fresh" else {6.0})
+        assert "residual" in state
+        ends[name] = federation.server.parameters.detach().clone()
+    assert torch.equal(ends["kept"], ends["disk"])
+    assert not torch.equal(ends["kept"], ends["fresh"])
+
+
 # --- a client that has only the messages ----------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""compatibility.py: what slices of the network do not go with is one line; the rest is in
+"""compatibility.py: what slices and local optimizers do not go with is one line; the rest is in
 tests/test_config.py.
 """
 
@@ -95,3 +95,52 @@ def test_what_static_batch_norm_does_not_go_with(words, message):
 )
 def test_what_slices_go_with(words):
     load("", *WIDTHS, *words)
+
+
+ADAMW = "local.optimizer=AdamW"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["local.optimizer=adamw"], "local.optimizer: no optimizer of torch.optim is called"),
+        (["local.optimizer=adamw"], "did you mean 'AdamW'?"),
+        (["local.optimizer=FedAdam"], "did you mean 'Adam'?"),  # which is a server's
+        (["local.optimizer=LBFGS"], "local.optimizer: LBFGS cannot be used: "),
+        (["local.optimizer=Muon"], "local.optimizer: Muon cannot be used: "),
+        ([ADAMW, "local.optimizer_options.beta=1"], "local.optimizer_options.beta: AdamW has no"),
+        ([ADAMW, "local.optimizer_options.lr=1"], "local.optimizer_options.lr: lr is local.lr"),
+        ([ADAMW, "local.optimizer_options.betas=[1,1]"], "Invalid beta parameter at index 0"),
+        ([ADAMW, "local.momentum=0"], "local.momentum: is SGD's; what AdamW takes stands in"),
+        ([ADAMW, "local.momentum=0.5", "local.nesterov=true"], "local.momentum: is SGD's"),
+        ([ADAMW, "local.nesterov=true"], "local.nesterov: is SGD's; what AdamW takes stands in"),
+        ([ADAMW, "local.weight_decay=0.1"], "local.weight_decay: is SGD's; what AdamW takes"),
+        (["local.optimizer_options.dampening=1"], "local.optimizer_options.dampening: SGD takes"),
+        ([ADAMW, "uplink.momentum=0.9", "local.steps=1"], "uplink.momentum: is of SGD's gradients"),
+        ([ADAMW, "local.algorithm=SCAFFOLD"], "local.algorithm: SCAFFOLD takes update / (lr"),
+        ([ADAMW, "local.algorithm=FedNova"], "local.algorithm: FedNova takes update / (lr"),
+        ([ADAMW, "local.algorithm=FedCM"], "local.algorithm: FedCM takes update / (lr"),
+        (["local.optimizer_state=kept"], "local.optimizer_state: SGD begins anew in each round"),
+        (
+            [ADAMW, "local.optimizer_state=kept", "pruning.mask.method=dynamic"],
+            "local.optimizer_state: kept moments would move weights",
+        ),
+        (
+            [
+                *(ADAMW, "local.optimizer_state=kept", "uplink.error_feedback=false"),
+                *("schedule.name=gossip", "clients.total=4", "clients.per_round=4"),
+            ],
+            "local.optimizer_state: gossip's nodes keep models alone",
+        ),
+        ([ADAMW, "local.lanes=4"], "local.lanes: AdamW trains one client at a time"),
+        ([ADAMW, "distributed.engine=deepspeed"], "local.optimizer: DeepSpeed's engine takes SGD"),
+    ],
+)
+def test_what_a_local_optimizer_does_not_go_with(words, message):
+    assert message in mistake("", *words)
+
+
+def test_a_local_optimizer_takes_its_own_options():
+    more = ["local.optimizer_options.weight_decay=0.1", "local.optimizer_options.betas=[0.9,0.95]"]
+    local = load("", ADAMW, *more, "local.algorithm=FedProx", "local.lanes=1", "local.clip=1").local
+    assert local.optimizer_options == {"weight_decay": 0.1, "betas": [0.9, 0.95]}

@@ -1,10 +1,15 @@
 """federation/setup.py: what diverse clients train on."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from helpers.runs import make_federation
+
+from config import Config, ConfigError, Local
+from federation.setup import make_clients
 
 DIVERSE = ["data.diversity.quantity=1", "data.diversity.noise=0.1", "data.diversity.relabelled=0.5"]
 
@@ -44,3 +49,10 @@ def test_pictures_of_diverse_clients_are_kept_and_drawn(run):
     assert not (plain / "samples.npz").exists()
     other = json.loads((plain / "environment.json").read_text())
     assert other["partition_sha256"] != environment["partition_sha256"]
+
+
+def test_deepspeeds_launcher_takes_sgd_alone():
+    """distributed.engine: auto finds out only when the run starts."""
+    config, ranks = Config(local=Local(optimizer="AdamW")), SimpleNamespace(use_deepspeed=True)
+    with pytest.raises(ConfigError, match="^local.optimizer: DeepSpeed's engine takes SGD; start"):
+        make_clients(config, None, None, [], None, ranks)

@@ -76,6 +76,9 @@ def cases() -> Iterator[Case]:
             as_any,
             valid(word, None),
         )
+    packet = compress(bytes(4 * 8 * len(SHAPES) + -(-size * 4 // 8)))
+    means = pack(0, 8, LAYOUT, b"\x04", packet, flags=1)
+    yield "kind 8", means, as_any, valid("means4", None)
     yield "a rank of 220", high_rank(), agreed("powersgd(4)", None), valid("powersgd(4)", None)
 
 
@@ -112,7 +115,7 @@ def cost(decoding: Callable[[bytes], object], payload: bytes) -> tuple[int, floa
 
 def main() -> None:
     torch.set_num_threads(1)
-    for word in ("fp16", "int8", "qsgd8", "eden1", "powersgd(1)"):  # compiles, or loads
+    for word in ("fp16", "int8", "qsgd8", "means4", "eden1", "powersgd(1)"):  # compiles, or loads
         for select in (None, every_position) if "powersgd" not in word else (None,):
             for dense_below in (0, 10):
                 decode(encode(torch.ones(SMALL.size), SMALL, word, select, dense_below)[0], SMALL)

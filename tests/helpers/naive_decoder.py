@@ -29,8 +29,8 @@ def decode(payload: bytes, tensors: list[tuple[str, tuple[int, ...]]], agreed: b
     selection, kind, flags = payload[5:8]
     demand(selection in (0, 1, 2, 3), "selection")
     sparse_kinds = (0, 1, 2, 6)
-    demand(kind in (range(8), sparse_kinds, (3, 5), sparse_kinds)[selection], "kind")
-    compressible = (3, 4, 5, 6) if selection == 0 else () if selection == 2 else (6,)
+    demand(kind in (range(9), sparse_kinds, (3, 5, 8), sparse_kinds)[selection], "kind")
+    compressible = (3, 4, 5, 6, 8) if selection == 0 else () if selection == 2 else (6,)
     demand(flags in (0, 2) or flags in (1, 3) and kind in compressible, "flags")
     demand(payload[8:16] == fingerprint(tensors, agreed), "layout")
     demand(int.from_bytes(payload[16:24], "little") == len(payload) - 32, "length")
@@ -170,21 +170,28 @@ def read_values(body: Body, kind: int, compressed: bool, count: int, shapes) -> 
     if kind == 7:
         return read_factors(body, shapes)
     bits = body.take(1)[0]
-    demand(1 <= bits <= (4 if kind == 6 else 16), "bits")
+    demand(1 <= bits <= (4 if kind in (6, 8) else 16), "bits")
     groups = {  # how many values have the same scale
         3: [count],
         4: [prod(shape) for shape in shapes if prod(shape) > 0],
         5: [min(512, count - start) for start in range(0, count, 512)],
         6: blocks_of(count),
+        8: [prod(shape) for shape in shapes if prod(shape) > 0],
     }[kind]
     fields = sum(groups)
     size = 4 * len(groups) + (fields * bits + 7) // 8
     if kind == 6:
         size += 8 + 4 * (count - fields)
+    if kind == 8:
+        size += 4 * len(groups) * (2 ** (bits - 1) - 1)
     if compressed:
         body.data = read_frame(body.data, size)
     if kind == 6:
         return read_eden(body, bits, groups, count)
+    if kind == 8:
+        tables = [body.take_floats(2 ** (bits - 1)) for _ in groups]
+        fields, half = body.take_fields(count, bits), 2 ** (bits - 1)
+        return look_up([f + 1 if f < half else f - 2 * half for f in fields], tables, groups)
     scales = body.take_floats(len(groups))
     fields = iter(body.take_fields(count, bits))
     return [
@@ -212,6 +219,12 @@ def level_of(field: int, bits: int) -> int:
     if bits == 1:
         return 1 - 2 * field
     return field - 2**bits if field >= 2 ** (bits - 1) else field
+
+
+def look_up(levels: list[int], tables: list[list[float]], groups: list[int]) -> list[float]:
+    own = [table for table, group in zip(tables, groups, strict=True) for _ in range(group)]
+    pairs = zip(levels, own, strict=True)
+    return [table[level - 1] if level > 0 else -table[-level - 1] for level, table in pairs]
 
 
 def product(level: int, scale: float) -> float:
@@ -310,7 +323,25 @@ def read_factors(body: Body, shapes) -> list[float]:
 # --- the coded body -------------------------------------------------------------------------------
 
 
+def read_tables(body: Body, shapes):
+    """What is coded with a table for each tensor that has any level."""
+    bits, num_tables = body.take(1)[0], body.take_u32()
+    demand(1 <= bits <= 4, "bits")
+    demand(num_tables <= sum(prod(shape) > 0 for shape in shapes), "more tables than tensors")
+    tables = [body.take_floats(2 ** (bits - 1)) for _ in range(num_tables)]
+    levels = read_levels(body.data, shapes, 2 ** (bits - 1))
+    positions, groups, start = sorted(levels), [], 0
+    for shape in shapes:
+        groups.append(sum(start <= p < start + prod(shape) for p in positions))
+        start += prod(shape)
+    groups = [group for group in groups if group]
+    demand(len(groups) == num_tables, "tables and tensors differ")
+    return positions, look_up([levels[p] for p in positions], tables, groups)
+
+
 def read_coded(body: Body, kind: int, shapes):
+    if kind == 8:
+        return read_tables(body, shapes)
     owners = None
     if kind == 3:
         scales = body.take_floats(1)
@@ -466,7 +497,7 @@ class Stack:
         return symbol, following
 
 
-def read_levels(data: bytes, shapes: list[tuple[int, ...]]) -> dict[int, int]:
+def read_levels(data: bytes, shapes: list[tuple[int, ...]], largest=32767) -> dict[int, int]:
     """position -> level"""
     count, data = read_varint(data)
     demand(count <= sum(prod(shape) for shape in shapes), "more levels than entries")
@@ -475,7 +506,7 @@ def read_levels(data: bytes, shapes: list[tuple[int, ...]]) -> dict[int, int]:
         return {}
     least, data = read_varint(data)
     spread, data = read_varint(data)
-    demand(1 <= least and least + spread <= 32767, "magnitudes")
+    demand(1 <= least and least + spread <= largest, "magnitudes")
     length, data = read_varint(data)
     number, data = read_varint(data)
     demand(length <= len(data), "length of the code")

@@ -11,7 +11,15 @@ from layout import Layout
 
 WORDS = "fp32 fp16 bf16 int2 int4 int8 int16 qsgd2 qsgd4 qsgd8 ternary sign eden1 eden2 eden3 eden4"
 
-WORDS = [*WORDS.split(), "bounded(0.01)", "bounded(0.3)", "powersgd(1)", "powersgd(2)"]
+WORDS = [
+    *WORDS.split(),
+    "means2",
+    "means4",
+    "bounded(0.01)",
+    "bounded(0.3)",
+    "powersgd(1)",
+    "powersgd(2)",
+]
 
 SELECTING = [word for word in WORDS if "powersgd" not in word]
 

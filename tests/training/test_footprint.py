@@ -17,25 +17,25 @@ def tiny(hidden: int = 5) -> FlatModel:
     return FlatModel(nn.Sequential(*layers, nn.Linear(hidden, 10)), META)
 
 
-@pytest.mark.parametrize("has_momentum", [False, True])
-def test_a_network_counted_by_hand(has_momentum):
+@pytest.mark.parametrize("num_state_vectors", [0, 1, 2])
+def test_a_network_counted_by_hand(num_state_vectors):
     batch = 7
     # Every tensor begins at a multiple of four floats: 54, 2, 40, 5, 50 and at last 10 of them.
     parameters = 56 + 4 + 40 + 8 + 52 + 10
-    floats = (2 + has_momentum) * parameters
+    floats = (2 + num_state_vectors) * parameters
     floats += batch * 3 * 4 * 4  # the pictures, which the convolution saves
     floats += batch * 8  # what ReLU put out, which the linear layer saves too
     floats += batch * 5  # likewise
     floats += batch * 10 + 1  # log_softmax, and the loss's weight
-    found = footprint(tiny(), batch, (4, 4), has_momentum)
+    found = footprint(tiny(), batch, (4, 4), num_state_vectors)
     assert found.num_bytes == 4 * floats + 8 * batch  # the labels are int64
     assert found.flops == 2 * batch * (4 * 2 * 27 + 8 * 5 + 5 * 10)
 
 
 def test_more_examples_and_more_channels_take_more():
-    small = footprint(tiny(), 1, (4, 4), False)
-    large = footprint(tiny(), 2, (4, 4), False)
-    wide = footprint(tiny(9), 1, (4, 4), False)
+    small = footprint(tiny(), 1, (4, 4), 0)
+    large = footprint(tiny(), 2, (4, 4), 0)
+    wide = footprint(tiny(9), 1, (4, 4), 0)
     assert large.flops == 2 * small.flops
     assert small.num_bytes < large.num_bytes and small.num_bytes < wide.num_bytes
 
@@ -45,7 +45,7 @@ def test_every_network_can_be_counted_and_half_the_width_takes_less(name):
     width = {"cnn": 0.5, "lenet": 1.0}.get(name, 0.125)
     sizes = [(32, 32)] * 2
     whole, half = (
-        footprint(flat(name, size=size, width=share * width, device="meta"), 8, size, True)
+        footprint(flat(name, size=size, width=share * width, device="meta"), 8, size, 1)
         for share, size in zip((1.0, 0.5), sizes, strict=True)
     )
     assert half.num_bytes < 0.6 * whole.num_bytes
@@ -69,4 +69,4 @@ def test_a_real_pass_holds_as_much():
     expected = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     del loss
     meta = flat("lenet", size=(32, 32), width=1.0, device="meta")
-    assert footprint(meta, 8, (32, 32), False).num_bytes == pytest.approx(expected, rel=0.01)
+    assert footprint(meta, 8, (32, 32), 0).num_bytes == pytest.approx(expected, rel=0.01)
