@@ -117,8 +117,7 @@ def random(size: int, k: int, seed: int) -> np.ndarray:
 def random_by_layer(sizes: np.ndarray, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """About k positions in tensors of these sizes, and 1 / the density of each one's tensor.
 
-    Returns int64 [n], ascending, and float32 [n]. A tensor's seed is `seed` + its offset,
-    0 <= seed < 2^63; its density is that of layer_counts().
+    Returns int64 [n], ascending, and float32 [n]. A tensor's seed is `seed` + its offset.
     """
     counts, starts = layer_counts(sizes, k), np.cumsum(sizes) - sizes
     spans = zip(starts.tolist(), sizes.tolist(), counts.tolist(), strict=True)
@@ -130,19 +129,14 @@ def random_by_layer(sizes: np.ndarray, k: int, seed: int) -> tuple[np.ndarray, n
 def layer_counts(sizes: np.ndarray, k: int) -> np.ndarray:
     """How many entries of each tensor travel where about k do in all, int64; at least one of each.
 
-    The variance of a random choice is least if a tensor's density is in proportion to the root mean
-    square of its entries (Neyman 1934). Both ends know only its size: in proportion to size^(-1/3)
-    comes within a few percent of that on a LeNet's updates (docs/LOG.md).
+    The variance of a random choice is least if densities are in proportion to the root mean squares
+    of tensors (Neyman 1934), which are about in proportion to size^(-1/3) (docs/LOG.md).
     """
-    wanted, k = np.cbrt(sizes.astype(float)) ** 2, min(k, int(sizes.sum()))
-    counts = np.zeros(len(sizes))
-    for _ in range(len(sizes)):  # what a tensor that travels whole cannot take, the others get
+    wanted, counts = np.cbrt(sizes.astype(float)) ** 2, np.zeros(len(sizes))
+    for _ in sizes:  # what a tensor that travels whole cannot take, the others get
         whole = counts >= sizes
-        left = k - sizes[whole].sum()
-        counts = np.where(whole, sizes, wanted * left / max(wanted[~whole].sum(), 1e-300))
-        if (counts <= sizes).all():
-            break
-        counts = np.minimum(counts, sizes)
+        left = max(0, k - sizes[whole].sum()) / max(wanted[~whole].sum(), 1e-300)
+        counts = np.minimum(sizes, np.where(whole, sizes, wanted * left))
     return np.minimum(sizes, np.maximum(1, np.rint(counts))).astype(np.int64)
 
 

@@ -7,7 +7,9 @@ signs of a random part. Decoding is elementwise float32 in a fixed order.
 """
 
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 from statistics import NormalDist
 
 import numpy as np
@@ -47,11 +49,13 @@ class Rotated(Coder):
         return 1 / (tail * centroid**2) - 1
 
     def write(self, values: np.ndarray, layout: Layout, seed: int) -> bytes:
-        """Seed, the blocks' scales as bf16, then positions and signs in the shorter of two codes."""
+        """Seed, scales as bf16, then positions and signs in the shorter of two codes."""
         sizes = blocks(len(values))
         size, seed = int(sizes.sum()), seed & 2**64 - 1
         padded = np.zeros(size, np.float32)
-        padded[: len(values)] = values * _gains(layout)
+        padded[: len(values)] = values
+        for tensor, gain in _tensors(padded, layout):
+            np.multiply(np.clip(tensor, -LARGEST / gain, LARGEST / gain), gain, out=tensor)
         marks, scales = np.empty(size, np.int8), np.empty(len(sizes), np.float32)
         thresholds = _thresholds(padded, sizes, self.number)
         _rotate_and_mark(padded, sizes, np.uint64(seed), thresholds, *_room(), marks, scales)
@@ -70,12 +74,12 @@ class Rotated(Coder):
         scales = (scales.astype(np.uint32) << 16).view(np.float32)
         if not (np.isfinite(scales) & (scales >= 0)).all():
             raise PayloadError("a scale is negative or not finite")
-        marks = np.zeros(size, np.int8)
-        indices, signs = _read_marks(reader, size)
-        marks[indices] = signs
+        marks = _read_marks(reader, size)
         out = np.empty(size, np.float32)
         _rotate_back(marks, sizes, seed, scales, *_room(), out)
-        return out[:count] / _gains(layout)
+        for tensor, gain in _tensors(out, layout):
+            np.divide(tensor, gain, out=tensor)
+        return out[:count]
 
 
 def threshold_of(bits: np.ndarray | float) -> np.ndarray | float:
@@ -96,14 +100,14 @@ def _thresholds(values: np.ndarray, sizes: np.ndarray, bits: float) -> np.ndarra
     """Each block's threshold, float64, where a value takes `bits` on average.
 
     The error of a block is about in proportion to its energy / its bits. The sum is least if the
-    bits of a value are in proportion to the root mean square of its block (Neyman 1934).
+    bits of a value are in proportion to the root mean square of its block (Neyman 1934), up to one.
     """
     starts = np.cumsum(sizes) - sizes
-    squares = np.add.reduceat(np.square(values, dtype=float), starts)
-    rms = np.sqrt(squares / sizes)
-    mean = (rms * sizes).sum() / sizes.sum()
-    shares = rms / mean if mean > 0 else np.ones(len(sizes))
-    return threshold_of(np.minimum(1.0, bits * shares))
+    rates = np.sqrt(np.add.reduceat(np.square(values, dtype=float), starts) / sizes)
+    for _ in range(20):  # what a block with one bit cannot take, the others get
+        mean = (rates * sizes).sum() / max(sizes.sum(), 1)
+        rates = np.minimum(1.0, rates * (bits / mean)) if mean > 0 else rates
+    return threshold_of(rates)
 
 
 def blocks(count: int) -> np.ndarray:
@@ -120,15 +124,14 @@ def blocks(count: int) -> np.ndarray:
     return np.array(sizes, np.int64)
 
 
-@functools.lru_cache(maxsize=8)
-def _gains(layout: Layout) -> np.ndarray:
-    """What each value is multiplied by: about its tensor's size^(1/6), float32 [layout.size].
+def _tensors(vector: np.ndarray, layout: Layout) -> Iterator[tuple[np.ndarray, np.float32]]:
+    """Yield the part of a vector that is a tensor, and its gain: about its size^(1/6).
 
-    It is a product of a table and a power of two, so that all machines have the same.
+    It is a product from a table and a power of two, so that all machines have the same.
     """
-    lengths = [int(size).bit_length() for size in layout.sizes]
-    gains = [SIXTHS[length % 6] * 2.0 ** (length // 6) for length in lengths]
-    return np.repeat(np.array(gains, np.float32), layout.sizes)
+    for start, stop in itertools.pairwise(layout.offsets.tolist()):
+        digits = (stop - start).bit_length()
+        yield vector[start:stop], np.float32(SIXTHS[digits % 6] * 2.0 ** (digits // 6))
 
 
 def _rotated_layout(size: int) -> Layout:
@@ -147,15 +150,19 @@ def _rounded(scales: np.ndarray, seed: int) -> np.ndarray:
     return ((scales.view(np.uint32) + dither) >> np.uint64(16)).astype("<u2")
 
 
-def _read_marks(reader: Reader, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions, int64 [n], ascending, and their signs, int16 [n]. Raises PayloadError."""
+def _read_marks(reader: Reader, size: int) -> np.ndarray:
+    """What each of the rotated values is, int8 [size]: 1, -1 or 0. Raises PayloadError."""
     code, one = int(reader.take("u1", 1)[0]), _rotated_layout(size)
+    marks = np.zeros(size, np.int8)
     if code == RICE:
         indices = decode_positions(reader, one)
-        return indices, 1 - 2 * unpack_bits(reader, len(indices), 1)
-    if code == INTEGERS:
-        return read_integers(reader.rest(), one, size, largest=1)
-    raise PayloadError(f"positions and signs are written in code {code}, which there is not")
+        marks[indices] = 1 - 2 * unpack_bits(reader, len(indices), 1)
+    elif code == INTEGERS:
+        indices, signs = read_integers(reader.rest(), one, size, largest=1)
+        marks[indices] = signs
+    else:
+        raise PayloadError(f"marks are written in code {code}, which there is not")
+    return marks
 
 
 @compiled
@@ -183,7 +190,7 @@ def _rotate_and_mark(values, sizes, seed, thresholds, x, spare, marks, scales):
         limit = min(np.float32(thresholds[b] * math.sqrt(size)), largest)
         for j in range(size):
             is_marked = abs(x[j]) >= limit and norm > 0
-            marks[start + j] = (np.int8(1) if x[j] > 0 else np.int8(-1)) if is_marked else np.int8(0)
+            marks[start + j] = np.int8(np.sign(x[j])) if is_marked else np.int8(0)
             total += np.float64(abs(x[j])) if is_marked else 0.0
         scales[b] = min(norm / total, LARGEST / 2) if norm > 0 else 0.0
         start += size

@@ -1,8 +1,8 @@
 """uplink.budget: so many times fewer bytes up than dense, sent in the best known way.
 
 Clients that are asked a few times in a run cannot pay back what error feedback owes them, so the
-update has to be right on average: EDEN on a random part of the coordinates, which both ends draw
-from a seed. Among its bit widths and densities of equal bytes, the one of least variance is taken.
+update has to be right on average: EDEN, of all coordinates or of a random part. Among its bit
+widths and densities of equal bytes, the one of least variance is taken.
 """
 
 import re
@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from config import Config, Pruning
 
-BITS = (1, 2, 3, 4)
+WHOLE_BITS = (1, 2, 3, 4)
 
 
 def ratio_of(budget: str) -> float:
@@ -21,10 +21,11 @@ def ratio_of(budget: str) -> float:
     return float(found[1])
 
 
-def with_budget(config: Config, bits: int = 1, density: float = 1.0) -> Config:
+def with_budget(config: Config, bits: float = 1, density: float = 1.0) -> Config:
     """The config with what a budget settles; itself without a budget. Raises ValueError.
 
-    A run's own bits and density follow from the size of its network, see fit_to_budget().
+    bits: of each value that travels; below one, all of them do. A run's own bits and density follow
+    from the size of its network, see fit_to_budget().
     """
     if not config.uplink.budget:
         return config
@@ -37,8 +38,9 @@ def with_budget(config: Config, bits: int = 1, density: float = 1.0) -> Config:
     }.items():
         if is_used:
             raise ValueError(f"does not go with {key}: give one of the two")
-    pruning = Pruning(method="random", density=density)
-    up = replace(
-        config.uplink, values=f"eden{bits}", error_feedback=False, momentum=0.0, dense_below=0
-    )
+    values, pruning = f"eden({bits:.4g})", Pruning(method="none")
+    if bits in WHOLE_BITS:
+        values = f"eden{bits}"
+        pruning = Pruning(method="random", density=density, scope="layer")
+    up = replace(config.uplink, values=values, error_feedback=False, momentum=0.0, dense_below=0)
     return replace(config, uplink=up, pruning=pruning)

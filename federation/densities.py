@@ -7,8 +7,9 @@ import numpy as np
 
 from algorithms import make_algorithm
 from compression import OVERHEAD, parse_coder
+from compressors.rotated import Rotated
 from config import Config, ConfigError
-from federation.budget import BITS, ratio_of, with_budget
+from federation.budget import WHOLE_BITS, ratio_of, with_budget
 from federation.ledger import BYTES_PER_VALUE
 
 MARGIN = 0.9  # of the time that is left: jitter, other flows and heads of payloads take some
@@ -16,7 +17,7 @@ LEAST = 1e-4  # of the coordinates; a client that cannot even send these is late
 # The values of a random choice are scaled by 1 / density, so an update of fewer is mostly noise:
 # one client that sent 0.01% made a LeNet infinite.
 LEAST_AT_RANDOM = 0.05
-LEAST_VALUES = 64  # of an update; fewer say nothing
+HEADS = 1.03  # bits of EDEN for one of its word: scales of blocks, positions above their entropy
 PROBE = 1_000_000  # bytes, by which the speed of an upload is told
 Seconds = Callable[[np.ndarray, int], np.ndarray]  # of clients that send so many bytes
 
@@ -52,22 +53,25 @@ def fit_to_budget(config: Config, num_values: int, num_buffers: int) -> Config:
     if not config.uplink.budget:
         return config
     algorithm = make_algorithm(config.local.algorithm, **config.local.options)
-    dense = BYTES_PER_VALUE * (num_values * (1 + bool(algorithm.up)) + num_buffers)
-    room = np.array([dense / ratio_of(config.uplink.budget)])
-    choices = []
-    for bits in BITS:
-        candidate = with_budget(config, bits)
-        [density] = _fitting(candidate, room, num_values, num_buffers, least=0.0)
-        spread = 1 + parse_coder(candidate.uplink.values).variance
-        choices.append((spread / max(density, 1e-12), with_budget(config, bits, float(density))))
-    chosen = min(choices, key=lambda choice: choice[0])[1]
-    if chosen.pruning.density * num_values < LEAST_VALUES:
+    vectors, ratio = 1 + bool(algorithm.up), ratio_of(config.uplink.budget)
+    room = BYTES_PER_VALUE * (num_values * vectors + num_buffers) / ratio
+    left = room - upload_bytes(config, 0.0, np.array(0), num_buffers)  # heads and buffers
+    bits = 8 * float(left) / (vectors * num_values)
+    if bits < HEADS * Rotated.words.low:
         raise ConfigError(
-            f"uplink.budget: {config.uplink.budget} leaves {room[0]:,.0f} bytes a client, and what "
+            f"uplink.budget: {config.uplink.budget} leaves {room:,.0f} bytes a client, and what "
             f"norm layers send besides takes {BYTES_PER_VALUE * num_buffers:,}; set "
             "model.norm=group(2), or a smaller budget"
         )
-    return chosen
+    if bits < 1:
+        return with_budget(config, bits / HEADS)
+    choices = [with_budget(config, whole, min(1.0, bits / whole)) for whole in WHOLE_BITS]
+    return min(choices, key=_spread)
+
+
+def _spread(config: Config) -> float:
+    """1 + the relative variance of what arrives of an update."""
+    return (1 + parse_coder(config.uplink.values).variance) / config.pruning.density
 
 
 def _fitting(

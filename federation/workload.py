@@ -59,10 +59,9 @@ class Workload:
         """What was chosen for the clients, a line each."""
         lines, config = self.widths.describe(), self.config
         if config.uplink.budget:
-            lines.append(
-                f"uplink.budget {config.uplink.budget}: uplink.values={config.uplink.values}, "
-                f"pruning.method=random, pruning.density={config.pruning.density:.4g}"
-            )
+            up, pruning = config.uplink, config.pruning
+            part = f"pruning.density={pruning.density:.4g} of " * (pruning.method == "random")
+            lines.append(f"uplink.budget {up.budget}: {part}uplink.values={up.values}")
         return lines
 
     def seconds_alone(

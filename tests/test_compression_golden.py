@@ -21,7 +21,7 @@ from wire.positions import pack_positions
 GOLDEN = Path(__file__).parent / "golden_payloads.json"
 WORDS = "fp32 fp16 bf16 int2 int4 int8 int16 qsgd2 qsgd4 qsgd8 ternary sign eden1 eden2 eden3 eden4"
 WORDS = [*WORDS.split(), "bounded(0.01)", "bounded(0.3)", "powersgd(1)", "powersgd(2)"]
-WORDS += ["means2", "means3"]
+WORDS += ["means2", "means3", "eden(0.05)", "eden(0.5)"]
 SHAPES = ((6, 3, 3, 3), (6,), (12, 6, 5, 5), (12, 6, 1, 1), (12,), (40, 48), (40,), (), (0, 3))
 LAYOUT = Layout(tuple(f"t{i}" for i in range(len(SHAPES))), SHAPES)
 
@@ -36,7 +36,7 @@ def cases() -> dict[str, tuple[str, float, int]]:
     """Name: (values, density, dense_below)."""
     found = {}
     for word in WORDS:
-        for density in (1.0,) if "powersgd" in word else (1.0, 0.1, 0.01):
+        for density in (1.0,) if word.startswith(("powersgd", "eden(")) else (1.0, 0.1, 0.01):
             for dense_below in (0, 50):
                 found[f"{word} density={density} dense_below={dense_below}"] = (
                     word,

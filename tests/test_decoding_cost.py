@@ -22,6 +22,7 @@ CASES = [
     "kind 4",
     "kind 5",
     "kind 8",
+    "kind 9",
     "a rank of 220",
 ]
 

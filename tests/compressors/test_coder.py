@@ -45,7 +45,7 @@ def test_other_words_are_refused_with_the_valid_ones(word):
     assert str(error.value) == (
         f"{word!r} is no way to send values; valid are fp32, fp16, bf16, int2..int16, "
         "qsgd2..qsgd8, ternary, means2..means4, sign, eden1..eden4, "
-        "bounded(3.125e-05)..bounded(0.5), powersgd(1)..powersgd(65535)"
+        "eden(0.001)..eden(1), bounded(3.125e-05)..bounded(0.5), powersgd(1)..powersgd(65535)"
     )
 
 
@@ -55,13 +55,16 @@ def test_other_words_are_refused_with_the_valid_ones(word):
 WORDS = "fp32 fp16 bf16 int2 int3 int4 int5 int8 int16 qsgd2 qsgd4 qsgd5 qsgd6 qsgd7 qsgd8 ternary"
 WORDS += " means2 means3 means4"
 WORDS += " sign eden1 eden2 eden3 eden4 bounded(3.125e-05) bounded(0.03) bounded(0.1) bounded(0.5)"
+WORDS += " eden(0.1) eden(1)"
 WORDS = [*WORDS.split(), "powersgd(1)", "powersgd(3)", "powersgd(65535)"]
 
 UNBIASED = "fp32 qsgd2 qsgd4 qsgd5 qsgd6 qsgd7 qsgd8 eden1 eden2 eden3 eden4".split()
-NOT_CONTRACTIVE = ["qsgd2", "qsgd4"]
+UNBIASED += ["eden(0.1)", "eden(1)"]
+NOT_CONTRACTIVE = ["qsgd2", "qsgd4", "eden(0.1)"]
 LENGTHENS = "int2 int3 int4 qsgd2 qsgd4 qsgd5 qsgd6 eden1 eden2 bounded(0.1) bounded(0.5)".split()
+LENGTHENS += ["eden(0.1)", "eden(1)"]
 RUINS_MODELS = ["int2", "qsgd2", "ternary", "means2", "means3", "sign", "eden1", "bounded(0.5)"]
-RUINS_MODELS += WORDS[-3:]
+RUINS_MODELS += WORDS[-5:]
 
 MATRIX = Layout(("m", "bias"), ((8, 10), (4,)))
 SHAPES = {
@@ -94,7 +97,7 @@ def test_what_is_declared(word):
     assert coder.contractive == (word not in NOT_CONTRACTIVE)
     assert coder.keeps_norms == (word not in LENGTHENS)
     assert coder.ruins_models == (word in RUINS_MODELS)
-    assert coder.takes_selection == ("powersgd" not in word)
+    assert coder.takes_selection == (not word.startswith(("powersgd", "eden(")))
 
 
 @pytest.mark.parametrize("word", UNBIASED)
@@ -196,7 +199,7 @@ def test_powersgd_keeps_in_the_mean_what_as_many_random_columns_would(rank):
         assert float(lost.mean()) <= (1 - 0.9 * rank / 10) * squared(matrix)
 
 
-@pytest.mark.parametrize("word", NOT_CONTRACTIVE)
+@pytest.mark.parametrize("word", ["qsgd2", "qsgd4"])
 def test_what_is_not_contractive_can_lose_more_than_there_is(word):
     vector = torch.full((512,), parse_coder(word).steps / 25)
     vector[0] = parse_coder(word).steps

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from compression import decode, encode, unpack_positions
+from compressors import rotated
 from compressors.eden import Eden
 from layout import Layout
 from wire.container import PayloadError, compress, pack
@@ -79,6 +80,12 @@ def cases() -> Iterator[Case]:
     packet = compress(bytes(4 * 8 * len(SHAPES) + -(-size * 4 // 8)))
     means = pack(0, 8, LAYOUT, b"\x04", packet, flags=1)
     yield "kind 8", means, as_any, valid("means4", None)
+    blocks = rotated.blocks(size)
+    padded = Layout(("rotated",), ((int(blocks.sum()),),))
+    marks = np.ones(padded.size, np.int16)
+    marks = encode_integers(np.arange(padded.size), marks, padded)
+    marked = pack(0, 9, LAYOUT, bytes(8 + 2 * len(blocks)) + b"\1", marks)
+    yield "kind 9", marked, as_any, valid("eden(0.1)", None)
     yield "a rank of 220", high_rank(), agreed("powersgd(4)", None), valid("powersgd(4)", None)
 
 
@@ -115,8 +122,16 @@ def cost(decoding: Callable[[bytes], object], payload: bytes) -> tuple[int, floa
 
 def main() -> None:
     torch.set_num_threads(1)
-    for word in ("fp16", "int8", "qsgd8", "means4", "eden1", "powersgd(1)"):  # compiles, or loads
-        for select in (None, every_position) if "powersgd" not in word else (None,):
+    for word in (
+        "fp16",
+        "int8",
+        "qsgd8",
+        "means4",
+        "eden1",
+        "powersgd(1)",
+        "eden(1)",
+    ):  # compiles, or loads
+        for select in (None, every_position) if "(" not in word else (None,):
             for dense_below in (0, 10):
                 decode(encode(torch.ones(SMALL.size), SMALL, word, select, dense_below)[0], SMALL)
     found = {}

@@ -16,6 +16,9 @@ class Refused(Exception):
     pass
 
 
+SIXTH_ROOTS = (1.0, 1.122462, 1.2599211, 1.4142135, 1.587401, 1.7817974)
+
+
 def demand(condition: bool, what: str) -> None:
     if not condition:
         raise Refused(what)
@@ -29,7 +32,7 @@ def decode(payload: bytes, tensors: list[tuple[str, tuple[int, ...]]], agreed: b
     selection, kind, flags = payload[5:8]
     demand(selection in (0, 1, 2, 3), "selection")
     sparse_kinds = (0, 1, 2, 6)
-    demand(kind in (range(9), sparse_kinds, (3, 5, 8), sparse_kinds)[selection], "kind")
+    demand(kind in (range(10), sparse_kinds, (3, 5, 8), sparse_kinds)[selection], "kind")
     compressible = (3, 4, 5, 6, 8) if selection == 0 else () if selection == 2 else (6,)
     demand(flags in (0, 2) or flags in (1, 3) and kind in compressible, "flags")
     demand(payload[8:16] == fingerprint(tensors, agreed), "layout")
@@ -169,6 +172,8 @@ def read_values(body: Body, kind: int, compressed: bool, count: int, shapes) -> 
         return [struct.unpack("<f", struct.pack("<I", half << 16))[0] for half in halves]
     if kind == 7:
         return read_factors(body, shapes)
+    if kind == 9:
+        return read_rotated(body, shapes, count)
     bits = body.take(1)[0]
     demand(1 <= bits <= (4 if kind in (6, 8) else 16), "bits")
     groups = {  # how many values have the same scale
@@ -278,6 +283,49 @@ def read_eden(body: Body, bits: int, sizes: list[int], count: int) -> list[float
             x = [float(number * np.float32(scale)) for number in x]
         values += [max(-LARGEST, min(LARGEST, number)) for number in x]
     return values + body.take_floats(count - sum(sizes))
+
+
+def read_rotated(body: Body, shapes, count: int) -> list[float]:
+    sizes = padded_blocks_of(count)
+    total = sum(sizes)
+    seed = int.from_bytes(body.take(8), "little")
+    scales = []
+    for _ in sizes:
+        scales += struct.unpack("<f", b"\0\0" + body.take(2))
+    demand(all(isfinite(scale) and scale >= 0 for scale in scales), "a scale")
+    code = body.take(1)[0]
+    demand(code in (0, 1), "code of positions and signs")
+    if code == 0:
+        positions, _ = read_positions(body, [total])
+        negative = body.take_fields(len(positions), 1)
+        marks = {at: -1 if sign else 1 for at, sign in zip(positions, negative, strict=True)}
+    else:
+        marks = read_levels(body.take(len(body.data)), [(total,)], largest=1)
+    gains = [
+        np.float32(SIXTH_ROOTS[prod(shape).bit_length() % 6] * 2 ** (prod(shape).bit_length() // 6))
+        for shape in shapes
+        for _ in range(prod(shape))
+    ]
+    values = []
+    for size, scale in zip(sizes, scales, strict=True):
+        start = len(values)
+        x = [np.float32(marks.get(start + i, 0)) for i in range(size)]
+        for stage in (1, 0):
+            x = flipped(turned(x), start, stage, seed)
+        with np.errstate(over="ignore"):
+            x = [float(number * np.float32(scale)) for number in x]
+        values += [max(-LARGEST, min(LARGEST, number)) for number in x]
+    pairs = zip(values[:count], gains, strict=True)
+    return [float(np.float32(value) / gain) for value, gain in pairs]
+
+
+def padded_blocks_of(count: int) -> list[int]:
+    sizes, rest = [32768] * (count // 32768), count % 32768
+    for power in (16384, 8192, 4096, 2048, 1024):
+        sizes += [power] * (rest & power > 0)
+    rest %= 1024
+    powers = (16, 32, 64, 128, 256, 512, 1024)
+    return sizes + [min(power for power in powers if power >= rest)] * (rest > 0)
 
 
 def turned(x: list) -> list:

@@ -19,9 +19,11 @@ WORDS = [
     "bounded(0.3)",
     "powersgd(1)",
     "powersgd(2)",
+    "eden(0.05)",
+    "eden(0.5)",
 ]
 
-SELECTING = [word for word in WORDS if "powersgd" not in word]
+SELECTING = [word for word in WORDS if not word.startswith(("powersgd", "eden("))]
 
 CODED = [word for word in SELECTING if not word.startswith(("fp", "bf", "eden"))]
 
