@@ -17,6 +17,7 @@ from compression import (
     Memory,
     NotFinite,
     all_finite,
+    composition,
     decode,
     encode,
     new_memory,
@@ -26,6 +27,7 @@ from compression import (
 )
 from config import Config, Selection
 from federation.client_store import State
+from federation.phases import within
 from layout import Layout
 
 ALL = -1  # stands for a client in what goes to all clients: its random choices are no client's
@@ -81,7 +83,7 @@ class Channel:
         part = vector
         if support is not None:
             part = vector[torch.as_tensor(support, device=vector.device)].mul_(scale)
-        select = select or self._select(round_number, client)
+        select = _timed(select or self._select(round_number, client))
         seed = self.seed_for("values", round_number, client)
         payload, sent = encode(part, layout, self.coder, select, self.dense_below, seed, memory)
         return payload, self._lift(sent, support)
@@ -92,6 +94,14 @@ class Channel:
         most = self._most_selected(round_number, client, layout)
         decoded = decode(payload, layout, self.coder, most, self.dense_below)
         return self._lift(decoded, support)
+
+    def composition(
+        self, payload: memoryview, round_number: int, client: int = ALL
+    ) -> tuple[dict[str, int], dict[str, int]]:
+        """(bytes by part, bytes by tensor) of what encode() returned, see compression.py."""
+        with within("evaluate"):
+            _, layout, _ = self._support(round_number, client)
+            return composition(payload, layout, self.coder)
 
     @property
     def num_coordinates(self) -> int:
@@ -153,6 +163,18 @@ class Channel:
         if self.damping != 1:
             values = values * self.damping
         return Decoded(self.layout.size, indices, values)
+
+
+def _timed(select: Select | None) -> Select | None:
+    """The same selection, whose time counts as a phase of its own."""
+    if select is None:
+        return None
+
+    def timed(vector: Tensor, layout: Layout) -> np.ndarray:
+        with within("select"):
+            return select(vector, layout)
+
+    return timed
 
 
 class PositionChannel:

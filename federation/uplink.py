@@ -5,6 +5,7 @@ It works on any thread, and for a client that it has never met: what it needs is
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from algorithms import LocalRound
@@ -32,6 +33,7 @@ class LocalUpdate:
     received: Tensor | None = None  # float32 [num_parameters]: the weights that it began with
     known: State = field(default_factory=dict)  # the part of the state that its team has, too
     loss: Tensor | float = 0.0  # mean over the batches
+    is_described: bool = False  # whether the report shall say what the update's bytes are
 
 
 class Uplink:
@@ -109,9 +111,14 @@ class Uplink:
         update = trained.update
         after = self.feedback.add(update, state) if self.feedback else {}
         arrived = {"update": self._add(report, "update", update, round_number, memory)}
+        if trained.is_described:
+            channel, payload = self.agreement.channel("up", "update"), report.messages[-1].payload
+            described = channel.composition(payload, round_number, report.client)
+            report.bytes_by_part, report.bytes_by_tensor = described
         if self.feedback:
             kept |= self.feedback.subtract(update, arrived["update"], after)
             self.sent[report.client] = report.messages[-1].payload
+            report.residual_norm = float(torch.linalg.vector_norm(kept["residual"]))
         if trained.besides is not None:
             kind = self.agreement.algorithm.up
             arrived[kind] = self._add(report, kind, trained.besides, round_number, memory)
