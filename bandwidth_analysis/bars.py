@@ -1,9 +1,12 @@
 """Draw what a group's bytes and a round's time consist of: a bar for each group of runs."""
 
+from collections.abc import Callable
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bandwidth_analysis.breakdown import REST, Parts, megabytes_by_part, phase_seconds
 from bandwidth_analysis.drawing import PLAIN_NUMBER, cut, drawable, new_figure, title
 from bandwidth_analysis.groups import Group, group_names, group_runs
 from bandwidth_analysis.palette import COLOURS, GREY
@@ -13,6 +16,25 @@ from bandwidth_analysis.runs import Run
 NAME_CHARACTERS = 40  # A longer name of a group is cut off beside its bar.
 WAITING = "#E6E6E6"
 SHORTEST = 1e-6  # of a round: less is the rounding of times that are equal
+# Neighbours differ in brightness, too.
+PHASES = {
+    "train": COLOURS[4],
+    "select": COLOURS[6],
+    "encode": COLOURS[5],
+    "exchange": COLOURS[0],
+    "decode": COLOURS[3],
+    "step": COLOURS[2],
+    "evaluate": COLOURS[1],
+    REST: WAITING,
+}
+PARTS = {
+    "header": COLOURS[6],
+    "small tensors": COLOURS[4],
+    "positions": COLOURS[0],
+    "values": COLOURS[5],
+    "positions and values": COLOURS[3],
+    "buffers": COLOURS[2],
+}
 
 
 def bytes_by_kind(runs: list[Run]) -> Figure:
@@ -51,6 +73,36 @@ def time_of_a_round(runs: list[Run]) -> Figure:
     figure = _bars(runs, used, [colours[name] for name in used])
     figure.axes[0].set(title=title("A client's round", runs), xlabel="Simulated time (s)")
     return figure
+
+
+def time_by_phase(runs: list[Run]) -> Figure:
+    """Draw what the main rank spends a round's time on, by its own clock."""
+    figure = _known_bars(runs, phase_seconds, PHASES)
+    label = "Wall time of the main rank, mean over the rounds after the first (s)"
+    figure.axes[0].set(title=title("Time by phase of a round", runs), xlabel=label)
+    return figure
+
+
+def bytes_by_part(runs: list[Run]) -> Figure:
+    """Draw what the megabytes that went up consist of: parts of the updates, and other kinds."""
+    figure = _known_bars(runs, megabytes_by_part, PARTS)
+    label = "Sent up by all (MB); updates are split as one client's of each evaluated round is"
+    figure.axes[0].set(title=title("Bytes up by part", runs), xlabel=label)
+    return figure
+
+
+def _known_bars(
+    runs: list[Run], parts_of: Callable[[list[Run]], Parts], colours: dict[str, str]
+) -> Figure:
+    """Draw a bar for each group whose parts are known; colours: of the parts, in their order."""
+    known = [(group.runs, parts) for group in group_runs(runs) if (parts := parts_of(group.runs))]
+    each = [parts for _, parts in known]
+    longest = max((sum(parts.values()) for parts in each), default=0.0)
+    names = dict.fromkeys([*colours, *(name for parts in each for name in parts)])
+    parts = {name: [parts.get(name, 0.0) for parts in each] for name in names}
+    used = {name: part for name, part in parts.items() if max(part) > SHORTEST * longest}
+    runs = [run for members, _ in known for run in members]
+    return _bars(runs, used, [colours.get(name, GREY) for name in used])
 
 
 def _megabytes(group: Group, kind: tuple[str, str]) -> float:
