@@ -16,6 +16,8 @@ from bandwidth_analysis.runs import Run
 NAME_CHARACTERS = 40  # A longer name of a group is cut off beside its bar.
 WAITING = "#E6E6E6"
 SHORTEST = 1e-6  # of a round: less is the rounding of times that are equal
+WIDE = 9  # percent of a bar: a part that is wider has room for a number
+DARK = (COLOURS[0], COLOURS[6], GREY)
 # Neighbours differ in brightness, too.
 PHASES = {
     "train": COLOURS[4],
@@ -77,32 +79,47 @@ def time_of_a_round(runs: list[Run]) -> Figure:
 
 def time_by_phase(runs: list[Run]) -> Figure:
     """Draw what the main rank spends a round's time on, by its own clock."""
-    figure = _known_bars(runs, phase_seconds, PHASES)
-    label = "Wall time of the main rank, mean over the rounds after the first (s)"
-    figure.axes[0].set(title=title("Time by phase of a round", runs), xlabel=label)
+    figure = _shares(runs, phase_seconds, PHASES, "s")
+    label = "Share of the main rank's wall time, mean over the rounds after the first (%)"
+    figure.axes[0].set(title=title("Time of a round by phase", runs), xlabel=label)
     return figure
 
 
 def bytes_by_part(runs: list[Run]) -> Figure:
     """Draw what the megabytes that went up consist of: parts of the updates, and other kinds."""
-    figure = _known_bars(runs, megabytes_by_part, PARTS)
-    label = "Sent up by all (MB); updates are split as one client's of each evaluated round is"
+    figure = _shares(runs, megabytes_by_part, PARTS, "MB")
+    label = "Share of all bytes up (%); updates split as those of one client in evaluated rounds"
     figure.axes[0].set(title=title("Bytes up by part", runs), xlabel=label)
     return figure
 
 
-def _known_bars(
-    runs: list[Run], parts_of: Callable[[list[Run]], Parts], colours: dict[str, str]
+def _shares(
+    runs: list[Run], parts_of: Callable[[list[Run]], Parts], colours: dict[str, str], unit: str
 ) -> Figure:
-    """Draw a bar for each group whose parts are known; colours: of the parts, in their order."""
+    """Draw a bar of 100 % for each group whose parts are known; numbers are in the unit.
+
+    colours: of the parts, in their order.
+    """
     known = [(group.runs, parts) for group in group_runs(runs) if (parts := parts_of(group.runs))]
     each = [parts for _, parts in known]
-    longest = max((sum(parts.values()) for parts in each), default=0.0)
-    names = dict.fromkeys([*colours, *(name for parts in each for name in parts)])
-    parts = {name: [parts.get(name, 0.0) for parts in each] for name in names}
-    used = {name: part for name, part in parts.items() if max(part) > SHORTEST * longest}
-    runs = [run for members, _ in known for run in members]
-    return _bars(runs, used, [colours.get(name, GREY) for name in used])
+    totals = [sum(parts.values()) for parts in each]
+    shares: dict[str, list[float]] = {}
+    for name in dict.fromkeys([*colours, *(name for parts in each for name in parts)]):
+        share = [100 * p.get(name, 0.0) / total for p, total in zip(each, totals, strict=True)]
+        if max(share, default=0) > 100 * SHORTEST:
+            shares[name] = share
+    used = [colours.get(name, GREY) for name in shares]
+    figure = _bars([run for members, _ in known for run in members], shares, used)
+    axes = figure.axes[0]
+    for bars, colour, share in zip(axes.containers, used, shares.values(), strict=True):
+        numbers = [s * total / 100 for s, total in zip(share, totals, strict=True)]
+        texts = [f"{n:.3g}" if s > WIDE else "" for n, s in zip(numbers, share, strict=True)]
+        ink = "white" if colour in DARK else "black"
+        axes.bar_label(bars, texts, label_type="center", fontsize=8, color=ink)
+    for place, total in enumerate(totals):
+        axes.text(101, place, f"{total:.3g} {unit}", va="center", fontsize=9)
+    axes.set(xlim=(0, 112), xticks=range(0, 101, 20))
+    return figure
 
 
 def _megabytes(group: Group, kind: tuple[str, str]) -> float:

@@ -14,6 +14,7 @@ from bandwidth_analysis.palette import COLOURS
 from bandwidth_analysis.runs import Run
 
 MAX_LAYERS = 45  # More rows than this are merged.
+LABEL = "Bytes of one client's update, mean over the evaluated rounds"
 BYTES = EngFormatter(unit="B")
 
 
@@ -33,7 +34,7 @@ def bytes_by_layer(runs: list[Run]) -> Figure:
     for axes, (layers, sizes) in zip(panels, networks.items(), strict=True):
         _draw(axes, sizes, as_bars=len(groups) == 1)
         axes.set_yticks(range(len(layers)), [cut(drawable(n), 30) for n in layers], fontsize=7.5)
-        axes.set(ylim=(len(layers) - 0.3, -0.7), xlabel="Of one client's update, evaluated rounds")
+        axes.set(ylim=(len(layers) - 0.3, -0.7), xlabel=LABEL)
         axes.tick_params(axis="y", length=0)
     panels[0].set_title(title("Bytes by layer", runs))
     if len(groups) > 1:
@@ -49,7 +50,7 @@ def _draw(axes: Axes, sizes: dict[int, list[float]], as_bars: bool) -> None:
             axes.plot(values, places, **_point(index))
             continue
         bars = axes.barh(places, values, color=COLOURS[index], height=0.7)
-        axes.bar_label(bars, [_short(value) for value in values], padding=3, fontsize=7)
+        axes.bar_label(bars, [short(value) for value in values], padding=3, fontsize=7)
         axes.margins(x=0.1)
         axes.grid(False, axis="y")
     if as_bars:
@@ -58,8 +59,9 @@ def _draw(axes: Axes, sizes: dict[int, list[float]], as_bars: bool) -> None:
         scale(axes.xaxis, np.concatenate(list(sizes.values())), BYTES)
 
 
-def _short(num_bytes: float) -> str:
+def short(num_bytes: float) -> str:
     """Three digits and a unit, such as 1.23 kB."""
+    num_bytes = float(f"{num_bytes:.3g}")
     power = max(0, min(3, (len(str(int(num_bytes))) - 1) // 3))
     return f"{num_bytes / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"
 
