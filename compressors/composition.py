@@ -4,6 +4,8 @@ It reads payloads that this process has written, to report on them; nothing that
 it.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from compressors.coder import CODED, DENSE, SMALL_DENSE, Coder, read_positions
@@ -45,23 +47,21 @@ def composition(
             parts[POSITIONS] = reader.position - begin
         parts[VALUES] = len(body) - reader.position
         values = coder.decode(reader, flags, rest, rest.size if indices is None else len(indices))
-        sizes = [
-            len(coder.encode(some, None if indices is None else places, tensor, seed=0))
-            for places, some, tensor in _by_tensor(rest, indices, values)
-        ]
+        pieces = _by_tensor(rest, indices, values)
+        sizes = [len(coder.encode(some, places, one, seed=0)) for places, some, one in pieces]
     by_tensor = dict(zip(layout.names, (BYTES_PER_VALUE * layout.sizes).tolist(), strict=True))
     return parts, by_tensor | dict(zip(rest.names, sizes, strict=True))
 
 
 def _by_tensor(
     layout: Layout, indices: np.ndarray | None, values: np.ndarray
-) -> list[tuple[np.ndarray, np.ndarray, Layout]]:
-    """For each tensor its positions, counted from its own begin, its values, and its layout."""
-    if indices is None:
-        indices = np.arange(layout.size)
-    bounds = np.searchsorted(indices, layout.offsets)
+) -> Iterator[tuple[np.ndarray | None, np.ndarray, Layout]]:
+    """Of each tensor the positions, counted from its own beginning, the values, and its layout.
+
+    If all values travel, there are no positions.
+    """
+    bounds = layout.offsets if indices is None else np.searchsorted(indices, layout.offsets)
     pieces = zip(bounds, bounds[1:], layout.offsets, layout.names, layout.shapes, strict=False)
-    return [
-        (indices[start:end] - offset, values[start:end], Layout((name,), (shape,)))
-        for start, end, offset, name, shape in pieces
-    ]
+    for start, end, offset, name, shape in pieces:
+        places = None if indices is None else indices[start:end] - offset
+        yield places, values[start:end], Layout((name,), (shape,))

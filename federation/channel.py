@@ -27,6 +27,7 @@ from compression import (
 )
 from config import Config, Selection
 from federation.client_store import State
+from federation.messages import Report
 from federation.phases import within
 from layout import Layout
 
@@ -95,13 +96,12 @@ class Channel:
         decoded = decode(payload, layout, self.coder, most, self.dense_below)
         return self._lift(decoded, support)
 
-    def composition(
-        self, payload: memoryview, round_number: int, client: int = ALL
-    ) -> tuple[dict[str, int], dict[str, int]]:
-        """(bytes by part, bytes by tensor) of what encode() returned, see compression.py."""
+    def describe(self, report: Report, round_number: int) -> None:
+        """Note in the report what the bytes of its last message are, which encode() has written."""
         with within("evaluate"):
-            _, layout, _ = self._support(round_number, client)
-            return composition(payload, layout, self.coder)
+            _, layout, _ = self._support(round_number, report.client)
+            described = composition(report.messages[-1].payload, layout, self.coder)
+            report.bytes_by_part, report.bytes_by_tensor = described
 
     @property
     def num_coordinates(self) -> int:

@@ -122,9 +122,7 @@ class Gossip(Federation):
         sent = model - state["estimate"].to(model.device) if self.is_choco else model
         self._add(report, "update", sent, round_number, memory)
         if trained.is_described:
-            channel, payload = self.agreement.channel("up", "update"), report.messages[-1].payload
-            described = channel.composition(payload, round_number, report.client)
-            report.bytes_by_part, report.bytes_by_tensor = described
+            self.agreement.channel("up", "update").describe(report, round_number)
         if self.agreement.sends_buffers:
             self._add(report, "buffers", buffers, round_number, memory)
         state = state | State(model=model, buffers=buffers)

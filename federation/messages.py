@@ -51,8 +51,9 @@ class Report:
     is_late: bool = False  # whether it is left out because the server did not wait for it
     messages: list[Message] = field(default_factory=list)
     residual_norm: float | None = None  # L2, of what the client owes now; None: it never owes
-    bytes_by_part: dict[str, int] = field(default_factory=dict)  # of its update, see Channel
-    bytes_by_tensor: dict[str, int] = field(default_factory=dict)  # both are empty for most clients
+    # Of its update, see compressors/composition.py; only some clients say so, see LocalUpdate.
+    bytes_by_part: dict[str, int] = field(default_factory=dict)
+    bytes_by_tensor: dict[str, int] = field(default_factory=dict)
 
     def fail(self, reason: str) -> None:
         """Send nothing, and say why."""

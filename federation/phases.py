@@ -10,7 +10,8 @@ T = TypeVar("T")
 # encode holds the server's broadcast, too; step what adds updates up; evaluate what describes a
 # message for rounds.jsonl.
 PHASES = ("train", "select", "encode", "exchange", "decode", "step", "evaluate")
-_this_thread = threading.local()  # phases: those of the phase that it is in; inner: see Phases
+# Of the phase that a thread is in: whose it is (phases), how long phases within it took (inner).
+_this_thread = threading.local()
 
 
 class Phases:
@@ -31,7 +32,7 @@ class Phases:
     def __call__(self, phase: str) -> Iterator[None]:
         """What happens inside of `with phases("train"):` counts as that phase."""
         outer, before = getattr(_this_thread, "phases", None), getattr(_this_thread, "inner", 0.0)
-        _this_thread.phases, _this_thread.inner = self, 0.0  # seconds of the phases within
+        _this_thread.phases, _this_thread.inner = self, 0.0
         begin = time.perf_counter()
         try:
             yield

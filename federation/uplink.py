@@ -112,9 +112,7 @@ class Uplink:
         after = self.feedback.add(update, state) if self.feedback else {}
         arrived = {"update": self._add(report, "update", update, round_number, memory)}
         if trained.is_described:
-            channel, payload = self.agreement.channel("up", "update"), report.messages[-1].payload
-            described = channel.composition(payload, round_number, report.client)
-            report.bytes_by_part, report.bytes_by_tensor = described
+            self.agreement.channel("up", "update").describe(report, round_number)
         if self.feedback:
             kept |= self.feedback.subtract(update, arrived["update"], after)
             self.sent[report.client] = report.messages[-1].payload

@@ -2,7 +2,7 @@
 
 import matplotlib.image
 import pytest
-from helpers.run_folders import PLOT_NAMES, PLOT_NAMES_OF_ONE_RUN, edit, write_run
+from helpers.run_folders import PLOT_NAMES, PLOT_NAMES_OF_COLUMNS, edit, write_run
 
 from bandwidth_analysis import AnalysisError, layers_plot, plots, read_run, write_plots
 from bandwidth_analysis.breakdown import REST, bytes_by_layer, megabytes_by_part, phase_seconds
@@ -24,7 +24,6 @@ COLUMNS = (  # of rounds of 1.5 s; of its 20,000 bytes up, updates are all
         "bytes_by_tensor": {name: 3 * number for name, number in TENSORS.items()},
     },
 )
-NEW_PLOTS = ["time_by_phase", "residual_per_round", "bytes_by_part", "bytes_by_layer"]
 
 
 @pytest.fixture
@@ -90,13 +89,13 @@ def test_a_damaged_column_is_named(tmp_path, old, new, message):
 
 
 def test_runs_with_the_columns_have_more_plots_and_older_ones_stay(one, older, tmp_path):
-    names = [path.stem for path in write_plots([one], tmp_path / "new")]
-    assert [name for name in names if f"{name}.png" not in PLOT_NAMES_OF_ONE_RUN] == NEW_PLOTS
+    new = [path.name for path in write_plots([one], tmp_path / "new")]
+    assert new == [*PLOT_NAMES, *PLOT_NAMES_OF_COLUMNS, "timeline.png"]
     old = [path.name for path in write_plots([older], tmp_path / "old")]
     assert old == [*PLOT_NAMES, "timeline.png"]
-    both = {path.stem: path for path in write_plots([one, older], tmp_path / "both")}
-    assert both.keys() >= set(NEW_PLOTS)
-    for name in NEW_PLOTS:
+    both = {path.name: path for path in write_plots([one, older], tmp_path / "both")}
+    assert both.keys() >= set(PLOT_NAMES_OF_COLUMNS)
+    for name in PLOT_NAMES_OF_COLUMNS:
         height, width, _ = matplotlib.image.imread(both[name]).shape
         assert width == 1200 and 250 <= height <= 1000
 

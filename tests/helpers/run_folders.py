@@ -19,6 +19,12 @@ PLOT_NAMES = [
     "labels_per_client.png",
 ]
 PLOT_NAMES_OF_ONE_RUN = [*PLOT_NAMES, "timeline.png"]
+PLOT_NAMES_OF_COLUMNS = [  # which every new run has, and write_run() only if it is given them
+    "time_by_phase.png",
+    "residual_per_round.png",
+    "bytes_by_part.png",
+    "bytes_by_layer.png",
+]
 PLOT_NAMES_OF_SEEDS = [
     *PLOT_NAMES,
     "accuracy_by_direction.png",
