@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from helpers.runs import (
     killed_before_logging,
     ledger,
@@ -19,6 +20,7 @@ from helpers.runs import (
 )
 
 from federation.phases import PHASES, Phases, within
+from federation.uplink import _norm
 
 TIMES = ("phase_seconds", "wall_seconds")
 
@@ -162,6 +164,12 @@ def test_the_residual_norm_is_the_root_mean_square_of_what_the_clients_owe(tmp_p
         squares = [np.square(vector, dtype=np.float64).sum() for vector in kept]
         assert len(squares) == 3
         assert row["residual_norm"] == pytest.approx(math.sqrt(sum(squares) / 3), rel=1e-5)
+
+
+def test_the_norm_of_a_long_vector_is_right_to_five_digits():
+    vector = torch.randn(5_000_001, generator=torch.Generator().manual_seed(0))
+    expected = np.linalg.norm(vector.double().numpy())
+    assert _norm(vector) == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_error_feedback_nobody_owes(tmp_path):
