@@ -23,12 +23,12 @@ from compressors.coder import (
     CODED,
     COMPRESSED,
     SMALL_DENSE,
-    SPARSE,
     SPARSE_CODED,
     Body,
     Coder,
-    read_integers,
+    read_positions,
 )
+from compressors.composition import composition
 from compressors.eden import Eden
 from compressors.linear import Linear
 from compressors.means import Means
@@ -50,7 +50,7 @@ from wire.container import (
     pack,
     unpack,
 )
-from wire.positions import decode_positions, pack_positions, unpack_positions
+from wire.positions import pack_positions, unpack_positions
 
 __all__ = [
     "CODERS",
@@ -62,6 +62,7 @@ __all__ = [
     "PayloadMemory",
     "PayloadError",
     "all_finite",
+    "composition",
     "decode",
     "encode",
     "new_memory",
@@ -258,26 +259,13 @@ def _decode(
     reader: Reader, selection: int, flags: int, layout: Layout, coder: Coder, most: int
 ) -> Decoded:
     """The vector in a body, which may hold `most` positions. Raises PayloadError."""
-    indices = None
     if selection == CODED:  # which only levels are
         return Decoded(layout.size, *coder.read_coded(reader, layout, most))
-    if selection == SPARSE:
-        indices = decode_positions(reader, layout, most)
-    elif selection == SPARSE_CODED:
-        indices = _read_ones(reader, layout, most)
+    indices = read_positions(reader, selection, layout, most)
     count = layout.size if indices is None else len(indices)
     values = coder.decode(reader, flags, layout, count)
     reader.finish()
     return Decoded(layout.size, indices, values)
-
-
-def _read_ones(reader: Reader, layout: Layout, most: int) -> np.ndarray:
-    """Positions that are coded as integers of 1, int64, ascending. Raises PayloadError."""
-    code = reader.take("u1", int(reader.take("<u4", 1)[0]))
-    indices, levels = read_integers(code.data, layout, most, largest=1)
-    if len(levels) and not levels.min() == levels.max() == 1:
-        raise PayloadError("positions are coded as levels of 1, and one is another")
-    return indices
 
 
 # --- small tensors dense --------------------------------------------------------------------------

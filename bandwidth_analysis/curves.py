@@ -125,10 +125,7 @@ def density_per_round(runs: list[Run]) -> Figure:
     panels = figure.subplots(1, 2)
     groups = group_runs(runs)
     shares, bits = panels
-    _per_round(shares, groups, lambda run: 100 * run.density_up)
-    shares.set(title=title("Values sent up", runs, width=42), xlabel="Round")
-    shares.set_ylabel("Share of all values (%)")
-    scale(shares.yaxis, np.concatenate([100 * r.density_up for r in runs]), PLAIN_NUMBER)
+    _draw_shares(shares, runs)
     lines = _per_round(bits, groups, lambda run: run.bits_per_value_up)
     bits.set(title=title("Bits per value", runs, width=42), xlabel="Round", ylim=(0, None))
     bits.set_ylabel("Bits, positions included")
@@ -136,6 +133,28 @@ def density_per_round(runs: list[Run]) -> Figure:
         _say_if_empty(axes, lines, "no round completed yet")
     add_legend(figure, runs, lines)
     return figure
+
+
+def residual_per_round(runs: list[Run]) -> Figure:
+    """Draw which share of an update's values travels up, and how much the clients owe besides."""
+    figure = new_figure(runs, height=3.8)
+    shares, owed = figure.subplots(1, 2)
+    _draw_shares(shares, runs)
+    lines = _per_round(owed, group_runs(runs), lambda run: run.per_round("residual_norm"))
+    owed.set(title=title("What a client owes", runs, width=42), xlabel="Round")
+    owed.set_ylabel("L2 norm of the residual")
+    norms = np.concatenate([run.per_round("residual_norm") for run in runs])
+    scale(owed.yaxis, norms, PLAIN_NUMBER)
+    add_legend(figure, runs, lines)
+    return figure
+
+
+def _draw_shares(axes: Axes, runs: list[Run]) -> None:
+    """Draw which share of an update's values travels up."""
+    _per_round(axes, group_runs(runs), lambda run: 100 * run.density_up)
+    axes.set(title=title("Values sent up", runs, width=42), xlabel="Round")
+    axes.set_ylabel("Share of all values (%)")
+    scale(axes.yaxis, np.concatenate([100 * r.density_up for r in runs]), PLAIN_NUMBER)
 
 
 # --- lines and bands ------------------------------------------------------------------------------

@@ -9,7 +9,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bandwidth_analysis.bars import bytes_by_kind, time_of_a_round
+from bandwidth_analysis.bars import (
+    bytes_by_kind,
+    bytes_by_part,
+    time_by_phase,
+    time_of_a_round,
+)
 from bandwidth_analysis.curves import (
     accuracy_by_direction,
     accuracy_vs_megabytes,
@@ -17,10 +22,12 @@ from bandwidth_analysis.curves import (
     accuracy_vs_time,
     bytes_per_round,
     density_per_round,
+    residual_per_round,
 )
 from bandwidth_analysis.drawing import alike, count_on, cut, drawable, new_figure, plain
 from bandwidth_analysis.front import pareto_front
 from bandwidth_analysis.groups import group_runs
+from bandwidth_analysis.layers_plot import bytes_by_layer
 from bandwidth_analysis.palette import COLOURS, GREY
 from bandwidth_analysis.population_plot import population
 from bandwidth_analysis.runs import Run
@@ -67,6 +74,13 @@ PLOTS = {
     "time_of_a_round": time_of_a_round,
     "labels_per_client": labels_per_client,
 }
+# By the column of rounds.jsonl that they show, which older runs lack.
+PLOTS_OF_COLUMNS = {
+    "phase_seconds": ("time_by_phase", time_by_phase),
+    "residual_norm": ("residual_per_round", residual_per_round),
+    "bytes_by_part": ("bytes_by_part", bytes_by_part),
+    "bytes_by_tensor": ("bytes_by_layer", bytes_by_layer),
+}
 # Each takes a tenth of a second, which would be much at the end of each of many small runs.
 PLOTS_OF_SEVERAL_RUNS = {
     "accuracy_by_direction": accuracy_by_direction,
@@ -80,6 +94,9 @@ def plots_of(runs: list[Run]) -> dict[str, Callable[[list[Run]], Figure]]:
     more: dict[str, Callable[[list[Run]], Figure]] = {}
     if len(runs) > 1:
         more |= PLOTS_OF_SEVERAL_RUNS
+    for column, (name, draw) in PLOTS_OF_COLUMNS.items():
+        if any(row[column] for run in runs for row in run.rows):
+            more[name] = draw
     if len(group_runs(runs)) > 1:
         more["pareto_front"] = pareto_front
     if any(run.samples for run in runs):

@@ -17,8 +17,10 @@ LEDGER_FIELDS |= dict.fromkeys(("bytes", "dense_bytes", "num_values"), "i8")
 NUMBER = (int, float)
 NUMBER_OR_NULL = (int, float, type(None))
 MEANS = ("waited_seconds", "link_utilisation", "device_utilisation")  # taken over the rounds
+MAPPINGS = ("phase_seconds", "bytes_by_part", "bytes_by_tensor")  # of names to numbers
 # What a row of rounds.jsonl says that lacks one of these keys.
-OPTIONAL: dict[str, Any] = dict.fromkeys(MEANS) | {"late": [], "failures": {}}
+OPTIONAL: dict[str, Any] = dict.fromkeys((*MEANS, "residual_norm")) | dict.fromkeys(MAPPINGS, {})
+OPTIONAL |= {"late": [], "failures": {}}
 
 
 def text_of(path: Path) -> str:
@@ -41,7 +43,7 @@ def read_mapping(path: Path, parse: Callable[[str], Any]) -> dict:
     return mapping
 
 
-def get(mapping: dict, key: str, kind: type | tuple[type, ...], source: Path) -> Any:
+def get(mapping: dict, key: str, kind: type | tuple[type, ...], source: Path | str) -> Any:
     """Return mapping[key]; raise AnalysisError if it is missing or is not of the kind."""
     if key not in mapping or not isinstance(mapping[key], kind):
         found = repr(mapping[key]) if key in mapping else "nothing"
@@ -72,7 +74,10 @@ def read_rounds(path: Path, may_be_missing: bool) -> list[dict]:
         get(row, "test_accuracy", NUMBER_OR_NULL, source)
         row = OPTIONAL | row
         for key, otherwise in OPTIONAL.items():
-            get(row, key, NUMBER_OR_NULL if key in MEANS else type(otherwise), source)
+            get(row, key, NUMBER_OR_NULL if otherwise is None else type(otherwise), source)
+        for key in MAPPINGS:
+            for name in row[key]:
+                get(row[key], name, NUMBER, f"{source}: {key}")
         rows.append(row)
     return rows
 

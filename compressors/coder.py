@@ -13,7 +13,7 @@ import numpy as np
 from layout import Layout
 from wire.container import PayloadError, Reader, compress, decompress
 from wire.entropy import MAX_LEVEL, decode_integers, encode_integers
-from wire.positions import encode_positions
+from wire.positions import decode_positions, encode_positions
 from wire.range_coder import read_varint
 
 Buffer = bytes | memoryview
@@ -159,6 +159,22 @@ def in_order(
     if len(coded) < len(rice):
         return Body(SPARSE_CODED, kind, coded, values, flags, indices)
     return Body(SPARSE, kind, rice, values, flags, indices)
+
+
+def read_positions(reader: Reader, selection: int, layout: Layout, most: int) -> np.ndarray | None:
+    """What in_order() wrote before the values: at most `most` positions, int64, ascending.
+
+    None means that all values travel. Raises PayloadError.
+    """
+    if selection == SPARSE:
+        return decode_positions(reader, layout, most)
+    if selection != SPARSE_CODED:
+        return None
+    code = reader.take("u1", int(reader.take("<u4", 1)[0]))
+    indices, levels = read_integers(code.data, layout, most, largest=1)
+    if len(levels) and not levels.min() == levels.max() == 1:
+        raise PayloadError("positions are coded as levels of 1, and one is another")
+    return indices
 
 
 def read_integers(

@@ -10,7 +10,7 @@ from compiled import compiled
 from compressors.coder import CODED, DENSE, Body, Packed, read_integers, with_bits
 from layout import Layout
 from wire.bits import pack_bits, unpack_bits
-from wire.container import Reader
+from wire.container import PayloadError, Reader
 from wire.entropy import MAX_LEVEL, encode_integers
 
 SMALLEST = np.float32(2.0**-149)
@@ -113,9 +113,16 @@ class Levels(Packed):
         self, reader: Reader, layout: Layout, most: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """(indices int64 [n], ascending, values float32 [n]), n <= most. Raises PayloadError."""
-        scales = reader.take("<f4", 1)
+        scales, counts = self.read_head(reader, layout)
         indices, levels = self.read_levels(reader.rest(), layout, most)
-        return indices, times(levels, scales, np.array([len(levels)]))
+        counts = np.array([len(levels)]) if counts is None else counts
+        if counts.sum() != len(levels):
+            raise PayloadError(f"buckets of {counts.sum()} levels in all hold {len(levels)}")
+        return indices, times(levels, scales, counts)
+
+    def read_head(self, reader: Reader, layout: Layout) -> tuple[np.ndarray, np.ndarray | None]:
+        """What head() wrote: the scales, and how many levels have each; None: all have the one."""
+        return reader.take("<f4", 1), None
 
     def read_levels(
         self, code: memoryview, layout: Layout, most: int

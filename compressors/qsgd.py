@@ -9,7 +9,7 @@ import numpy as np
 
 from compiled import compiled, uniform
 from compressors.coder import Words
-from compressors.levels import Levels, scales_of, times
+from compressors.levels import Levels, scales_of
 from layout import Layout
 from wire.container import PayloadError, Reader
 
@@ -56,18 +56,12 @@ class Qsgd(Levels):
         parts = len(scales).to_bytes(4, "little"), scales.astype("<f4"), counts.astype("<u2")
         return b"".join(parts), counts
 
-    def read_coded(
-        self, reader: Reader, layout: Layout, most: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def read_head(self, reader: Reader, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
         num_scales = int(reader.take("<u4", 1)[0])
         if num_scales > -(-layout.size // BUCKET):
             raise PayloadError(f"{num_scales} scales are more than the layout allows")
         scales = reader.take("<f4", num_scales)
-        counts = reader.take("<u2", num_scales).astype(np.int64)
-        indices, levels = self.read_levels(reader.rest(), layout, most)
-        if counts.sum() != len(levels):
-            raise PayloadError(f"buckets of {counts.sum()} levels in all hold {len(levels)}")
-        return indices, times(levels, scales, counts)
+        return scales, reader.take("<u2", num_scales).astype(np.int64)
 
 
 @compiled

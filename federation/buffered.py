@@ -52,8 +52,9 @@ class FedBuff(Federation):
             self.clock.load(clock)
             raise
         used, self.buffer = self.buffer[: self.buffer_size], self.buffer[self.buffer_size :]
-        average = self._average(sorted(used, key=lambda f: f.report.client), round_number)
-        averaged = self.server.step(average, round_number)
+        with self.phases("step"):
+            average = self._average(sorted(used, key=lambda f: f.report.client), round_number)
+            averaged = self.server.step(average, round_number)
         self.clients.store.commit()
         self.server.commit(round_number, started)
         scores = self._evaluate(round_number, averaged)
@@ -100,7 +101,7 @@ class FedBuff(Federation):
         """Train these clients from the present model, and send them on their way."""
         if not wave:
             return
-        broadcast = self.server.broadcast(round_number, wave).to(self.ranks.device)
+        broadcast = self._broadcast(self.server, round_number, wave)
         self.clients.receive(broadcast, round_number)
         self._place(wave)
         trained = self._train(wave, round_number, broadcast)
@@ -115,7 +116,8 @@ class FedBuff(Federation):
         """What the buffer holds, each update discounted by its staleness."""
         average = self.server.new_average([flight.report.client for flight in used])
         for flight in used:
-            arrived = average.decode(flight.report, flight.round_number)
+            with self.phases("decode"):
+                arrived = average.decode(flight.report, flight.round_number)
             average.add(flight.report, arrived, self._discount(flight, round_number))
             flight.report = flight.report.without_payloads()
         return average

@@ -53,11 +53,12 @@ class CarriedOver(Synchronous):
         flights = {
             client: self.flights.pop(client) for client in is_complete if client not in fresh
         }
-        for client in sorted(fresh | flights):
-            if client in fresh:
-                self._add_fresh(average, fresh[client], is_complete, round_number)
-            else:
-                self._add_late(average, flights[client], is_complete[client], round_number)
+        with self.phases("step"):
+            for client in sorted(fresh | flights):
+                if client in fresh:
+                    self._add_fresh(average, fresh[client], is_complete, round_number)
+                else:
+                    self._add_late(average, flights[client], is_complete[client], round_number)
         used = [flight for flight in flights.values() if not flight.report.failure]
         more = {
             "num_carried": len(used),  # updates of earlier rounds that count in this one
@@ -101,7 +102,8 @@ class CarriedOver(Synchronous):
         """Add an update of an earlier round, unless its client has left on the way."""
         report, arrived = flight.report, {}
         if is_done:
-            arrived = average.decode(report, flight.round_number)
+            with self.phases("decode"):
+                arrived = average.decode(report, flight.round_number)
         else:
             holds_state = self.placement.holds_state(report.client)
             flight.lose(self.clients.uplink if holds_state else None, round_number)

@@ -17,6 +17,7 @@ from compression import (
     Memory,
     NotFinite,
     all_finite,
+    composition,
     decode,
     encode,
     new_memory,
@@ -27,6 +28,8 @@ from compression import (
 )
 from config import Config, Selection
 from federation.client_store import State
+from federation.messages import Report
+from federation.phases import within
 from layout import Layout
 
 ALL = -1  # stands for a client in what goes to all clients: its random choices are no client's
@@ -83,7 +86,7 @@ class Channel:
         if support is not None:
             part = vector[torch.as_tensor(support, device=vector.device)]
             part.mul_(scale if isinstance(scale, float) else to_device(scale, part.device))
-        select = select or self._select(round_number, client)
+        select = _timed(select or self._select(round_number, client))
         seed = self.seed_for("values", round_number, client)
         payload, sent = encode(part, layout, self.coder, select, self.dense_below, seed, memory)
         return payload, self._lift(sent, support)
@@ -94,6 +97,13 @@ class Channel:
         most = self._most_selected(round_number, client, layout)
         decoded = decode(payload, layout, self.coder, most, self.dense_below)
         return self._lift(decoded, support)
+
+    def describe(self, report: Report, round_number: int) -> None:
+        """Note in the report what the bytes of its last message are, which encode() has written."""
+        with within("evaluate"):
+            _, layout, _ = self._support(round_number, report.client)
+            described = composition(report.messages[-1].payload, layout, self.coder)
+            report.bytes_by_part, report.bytes_by_tensor = described
 
     @property
     def num_coordinates(self) -> int:
@@ -161,6 +171,18 @@ class Channel:
         if self.damping != 1:
             values = values * self.damping
         return Decoded(self.layout.size, indices, values)
+
+
+def _timed(select: Select | None) -> Select | None:
+    """The same selection, whose time counts as a phase of its own."""
+    if select is None:
+        return None
+
+    def timed(vector: Tensor, layout: Layout) -> np.ndarray:
+        with within("select"):
+            return select(vector, layout)
+
+    return timed
 
 
 class PositionChannel:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from distributed import Ranks
 from federation.messages import Report, pack_reports, unpack_reports
+from federation.phases import Phases
 from federation.server import Average
 from training.local_sgd import Interrupted
 
@@ -11,8 +12,8 @@ from training.local_sgd import Interrupted
 class Exchange:
     """sums: with `exchange: allreduce` payloads stay where they are, and sums are added up."""
 
-    def __init__(self, ranks: Ranks, sums: bool):
-        self.ranks, self.sums = ranks, sums
+    def __init__(self, ranks: Ranks, sums: bool, phases: Phases):
+        self.ranks, self.sums, self.phases = ranks, sums, phases
 
     def gather(self, own: Iterator[Report]) -> list[Report]:
         """The reports of all ranks' clients, in client order, from those of this rank's.
@@ -25,7 +26,8 @@ class Exchange:
             parts = pack_reports(sent)
         except Interrupted:
             parts = [b"stop"]
-        blobs = self.ranks.gather(*parts)
+        with self.phases("exchange"):
+            blobs = self.ranks.gather(*parts)
         if b"stop" in blobs:  # some rank was asked to stop: the round never happened
             raise Interrupted
         everybody = {report.client: report for blob in blobs for report in unpack_reports(blob)}
@@ -42,11 +44,12 @@ class Exchange:
             return
         refused = {report.client: report.failure for report in average.reports if report.failure}
         sizes = {kind: len(vector) for kind, vector in average.sums.items()}
-        for failures, others in self.ranks.gather_json([refused, sizes]):
-            for report in average.reports:
-                report.failure = report.failure or failures.get(str(report.client), "")
-            for kind, size in others.items():
-                average.sums.setdefault(kind, average.counters.new_zeros(size))
-        for kind in sorted(average.sums):
-            self.ranks.sum_(average.sums[kind])
-        self.ranks.maximum_(average.counters)
+        with self.phases("exchange"):
+            for failures, others in self.ranks.gather_json([refused, sizes]):
+                for report in average.reports:
+                    report.failure = report.failure or failures.get(str(report.client), "")
+                for kind, size in others.items():
+                    average.sums.setdefault(kind, average.counters.new_zeros(size))
+            for kind in sorted(average.sums):
+                self.ranks.sum_(average.sums[kind])
+            self.ranks.maximum_(average.counters)

@@ -7,7 +7,6 @@ model.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +22,10 @@ from federation.densities import fit_to_budget
 from federation.exchange import Exchange
 from federation.ledger import LedgerRow
 from federation.messages import Broadcast, Report
+from federation.phases import Phases
 from federation.pipeline import Pipeline, num_coding_threads
+from federation.progress import Progress
+from federation.server import Server
 from federation.setup import (
     build_model,
     build_models,
@@ -39,6 +41,7 @@ from federation.setup import (
     make_submodel_server,
     partition,
 )
+from federation.uplink import LocalUpdate
 from federation.utilisation import utilisation
 from federation.workload import Workload
 from training.choices import Choices
@@ -50,36 +53,6 @@ from training.static_norm import static_statistics
 
 T = TypeVar("T")
 Encode = Callable[[Memory], Report]  # encodes what a client has learned, on any thread
-
-
-@dataclass
-class Progress:
-    """How far a run is; a checkpoint holds it."""
-
-    round_number: int = 0  # rounds completed
-    wall_seconds: float = 0.0
-    simulated_seconds: float = 0.0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    num_failed: int = 0  # updates that could not be used
-    num_late: int = 0  # updates for which the server did not wait
-    empty_rounds: int = 0  # the last so many rounds in a row lost updates and could use none
-    last_failure: str = ""  # why the last one could not be used
-    evaluations: list[dict[str, float | None]] = field(default_factory=list)  # oldest first
-
-    def add_bytes(self, rows: list[LedgerRow]) -> tuple[int, int]:
-        """Count a round's messages; return its bytes up and down."""
-        up = sum(row.bytes for row in rows if row.direction == "up")
-        down = sum(row.bytes for row in rows if row.direction == "down")
-        self.bytes_up += up
-        self.bytes_down += down
-        return up, down
-
-    def add_failures(self, failures: dict[str, str]) -> None:
-        """failures: by client, why its update could not be used."""
-        self.num_failed += len(failures)
-        for client, reason in failures.items():
-            self.last_failure = f"client {client}: {reason}"
 
 
 class Federation:
@@ -113,7 +86,9 @@ class Federation:
         self.versions: dict[int, int] = {}  # client: version of its saved state, of all ranks
         self.placement = Placement(ranks, [])
         self.pipeline = Pipeline(ranks.device, num_coding_threads(ranks.device))
-        self.exchange = Exchange(ranks, sums=config.distributed.exchange == "allreduce")
+        self.phases = Phases()
+        sums = config.distributed.exchange == "allreduce"
+        self.exchange = Exchange(ranks, sums, self.phases)
         self.progress = Progress()
         self.received = 0  # bytes that collectives had brought to this rank up to the last round
 
@@ -177,14 +152,27 @@ class Federation:
         """
         raise NotImplementedError
 
+    def _broadcast(self, server: Server, round_number: int, cohort: list[int]) -> Broadcast:
+        """What the server, or an edge server, sends to these clients, on the device."""
+        with self.phases("encode"):
+            return server.broadcast(round_number, cohort).to(self.ranks.device)
+
     def _train(
         self, cohort: list[int], round_number: int, broadcast: Broadcast
     ) -> Iterator[Encode]:
-        """Train this rank's clients; of each return what encodes the update."""
-        clients = self.clients
+        """Train this rank's clients; of each return what encodes the update.
+
+        In a round that is evaluated, the cohort's first client describes what it sends.
+        """
+        described = cohort[:1] if self._is_evaluated(self.progress.round_number + 1) else []
         with memory_governed_by("local.batch_size"):
-            for update in clients.train(self._own(cohort), round_number, broadcast):
-                yield partial(clients.uplink.encode, update, round_number)
+            for update in self.clients.train(self._own(cohort), round_number, broadcast):
+                update.is_described = update.report.client in described
+                yield partial(self._encode, update, round_number)
+
+    def _encode(self, trained: LocalUpdate, round_number: int, memory: Memory) -> Report:
+        """What a client sends, on any thread."""
+        return self.clients.uplink.encode(trained, round_number, memory)
 
     def _score(self, cohort: list[int], broadcast: Broadcast) -> Iterator[Encode]:
         """The same for the scores of the weights."""
@@ -212,10 +200,16 @@ class Federation:
         another order. Raises Interrupted.
         """
 
+        def encoded(encode: Encode, memory: Memory) -> Report:
+            with self.phases("encode"):
+                return encode(memory)
+
         def with_more(report: Report) -> tuple[Report, T]:
-            return report, then(report)
+            with self.phases("decode"):
+                return report, then(report)
 
         self.pipeline.clear()
+        trained = (partial(encoded, encode) for encode in self.phases.each("train", trained))
         if self.ranks.size == 1:
             jobs = (lambda memory, e=encode: with_more(e(memory)) for encode in trained)
             in_order = self.clients.num_lanes == 1
@@ -229,11 +223,11 @@ class Federation:
 
     def _evaluate(self, round_number: int, cohort: list[int]) -> dict[str, float | None]:
         """Scores of the model, or of the cohort's models with their own norm layers, if due."""
-        evaluation = self.config.evaluation
-        if round_number % evaluation.every and round_number != self.config.rounds:
+        if not self._is_evaluated(round_number):
             return {"test_accuracy": None, "test_loss": None}
-        server, clients = self.server, self.clients
-        with memory_governed_by("evaluation.batch_size"), self._statistics():
+        server, clients, evaluation = self.server, self.clients, self.config.evaluation
+        memory = memory_governed_by("evaluation.batch_size")
+        with self.phases("evaluate"), memory, self._statistics():
             scores = evaluate_models(
                 [SHARED] if clients.own_positions is None else cohort,
                 lambda c: clients.load(
@@ -249,6 +243,10 @@ class Federation:
             )
         self.progress.evaluations.append(scores)
         return scores
+
+    def _is_evaluated(self, round_number: int) -> bool:
+        every, last = self.config.evaluation.every, self.config.rounds
+        return round_number % every == 0 or round_number == last
 
     def _statistics(self) -> AbstractContextManager[None]:
         """Where BatchNorm is static: the statistics of the server's model, for its evaluation."""
@@ -303,11 +301,14 @@ class Federation:
             "train_loss": _mean_loss(reports),
             **scores,
             **more,
+            "residual_norm": _mean_residual(reports),
+            **_described(reports),
             "bytes_up": up,
             "bytes_down": down,
             "bytes_between_ranks": self.ranks.bytes_received - self.received,
             "simulated_seconds": lasted,
             **utilisation(rows, averaged, left_out, self.clock.now - lasted, self.clock.now),
+            "phase_seconds": self.phases.take(),
             "wall_seconds": wall,
         }
         self.received = self.ranks.bytes_received
@@ -378,3 +379,17 @@ def _mean_loss(reports: list[Report]) -> float | None:
     losses = [report.loss for report in reports if not report.failure]
     loss = sum(losses) / max(1, len(losses))
     return loss if losses and np.isfinite(loss) else None
+
+
+def _mean_residual(reports: list[Report]) -> float | None:
+    """The root mean square of the norms of what the averaged clients owe; None if nobody owes."""
+    norms = [r.residual_norm for r in reports if not r.failure and r.residual_norm is not None]
+    mean = float(np.sqrt(np.mean(np.square(norms)))) if norms else np.inf
+    return mean if np.isfinite(mean) else None
+
+
+def _described(reports: list[Report]) -> dict[str, dict[str, int]]:
+    """Columns of what a client's update consists of; empty if no client that counts says so."""
+    described = [report for report in reports if report.bytes_by_part and not report.failure]
+    names = "bytes_by_part", "bytes_by_tensor"
+    return {name: getattr(described[0], name) if described else {} for name in names}

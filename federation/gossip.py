@@ -23,7 +23,6 @@ What is scored, saved and hashed as the model of the run is the average of all n
 """
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -36,7 +35,7 @@ from config import Config, from_here
 from distributed import Ranks
 from federation.agreement import Agreement
 from federation.client_store import ClientStore, State
-from federation.federation import Encode, Federation
+from federation.federation import Federation
 from federation.ledger import LedgerRow
 from federation.messages import SERVER, Broadcast, Report
 from federation.server import Server
@@ -44,7 +43,6 @@ from federation.uplink import LocalUpdate
 from network.graph import make_graph, metropolis
 from training.evaluation import evaluate
 from training.local_sgd import Interrupted
-from training.memory import memory_governed_by
 
 # Models are added up as whole multiples of this, so that no order of adding changes a bit.
 UNIT = 2.0**-32
@@ -100,7 +98,8 @@ class Gossip(Federation):
         except Interrupted:
             self.clients.store.discard()
             raise
-        self._exchange(reports, round_number)
+        with self.phases("step"):
+            self._exchange(reports, round_number)
         self.clients.store.commit()
         scores = self._evaluate(round_number, nodes)
         averaged = [report.client for report in reports if not report.failure]
@@ -108,14 +107,6 @@ class Gossip(Federation):
         return self._record(round_number, begin, reports, averaged, scores, rows)
 
     # --- what a node sends ------------------------------------------------------------------------
-
-    def _train(
-        self, cohort: list[int], round_number: int, broadcast: OwnModels
-    ) -> Iterator[Encode]:
-        """Train this rank's nodes; of each return what encodes the message to its neighbours."""
-        with memory_governed_by("local.batch_size"):
-            for update in self.clients.train(self._own(cohort), round_number, broadcast):
-                yield partial(self._encode, update, round_number)
 
     def _encode(self, trained: LocalUpdate, round_number: int, memory: Memory) -> Report:
         """Encode what a node sends, and stage its model: the one that it had if training failed."""
@@ -130,6 +121,8 @@ class Gossip(Federation):
         state = trained.state or self.models.first()
         sent = model - state["estimate"].to(model.device) if self.is_choco else model
         self._add(report, "update", sent, round_number, memory)
+        if trained.is_described:
+            self.agreement.channel("up", "update").describe(report, round_number)
         if self.agreement.sends_buffers:
             self._add(report, "buffers", buffers, round_number, memory)
         state = state | State(model=model, buffers=buffers)
@@ -156,12 +149,13 @@ class Gossip(Federation):
 
     def _decode(self, report: Report, round_number: int) -> dict[str, Decoded]:
         """What a node has sent, by kind. Raises PayloadError."""
-        return {
-            message.kind: self.agreement.channel("up", message.kind)
-            .decode(message.payload, round_number, report.client)
-            .to(self.ranks.device)
-            for message in report.messages
-        }
+        with self.phases("decode"):
+            return {
+                message.kind: self.agreement.channel("up", message.kind)
+                .decode(message.payload, round_number, report.client)
+                .to(self.ranks.device)
+                for message in report.messages
+            }
 
     def _exchange(self, reports: list[Report], round_number: int) -> None:
         """Mix the models of this rank's nodes, and put the average of all nodes' into the server.
@@ -183,9 +177,10 @@ class Gossip(Federation):
             for total, vector in zip(sums, vectors, strict=True):
                 total += (vector.double() / UNIT).round().long()
             counters = torch.maximum(counters, vectors[1])
-        for total in sums:
-            self.ranks.sum_(total)
-        self.ranks.maximum_(counters)
+        with self.phases("exchange"):
+            for total in sums:
+                self.ranks.sum_(total)
+            self.ranks.maximum_(counters)
         parameters, buffers = ((total.double() * UNIT / len(inbox)).float() for total in sums)
         server.parameters.data.copy_(parameters)
         server.buffers = torch.where(server.is_counter, counters, buffers)

@@ -84,8 +84,8 @@ class Hierarchical(Federation):
         below: dict[int, list[int]] = {}  # by edge server, if it has any: its part of the cohort
         for client in cohort:
             below.setdefault(client % len(self.edges), []).append(client)
-        broadcast = self.server.broadcast(round_number, [edge_server(edge) for edge in below])
-        broadcast = broadcast.to(self.ranks.device)
+        edges = [edge_server(edge) for edge in below]
+        broadcast = self._broadcast(self.server, round_number, edges)
         try:
             works = {
                 edge: self._run_edge(edge, clients, round_number, broadcast)
@@ -94,7 +94,8 @@ class Hierarchical(Federation):
         except Interrupted:
             self.clients.store.discard()
             raise
-        self._step(list(works.values()), round_number)
+        with self.phases("step"):
+            self._step(list(works.values()), round_number)
         self.clients.store.commit()
         reports = [report for work in works.values() for report in work.reports]
         averaged = sorted({client for work in works.values() for client in work.averaged})
@@ -120,7 +121,8 @@ class Hierarchical(Federation):
         node, messages = self.first_edge + edge, broadcast.messages[edge_server(edge)]
         work = EdgeWork(Report(node, 0, messages=messages), rounds, Report(node, 0))
         if work.averaged:
-            work.sends.messages = self._change(edge, round_number, broadcast)
+            with self.phases("encode"):
+                work.sends.messages = self._change(edge, round_number, broadcast)
         else:
             work.sends.fail("no update of its clients could be used")
         return work
@@ -128,17 +130,19 @@ class Hierarchical(Federation):
     def _average(self, edge: int, clients: list[int], edge_round: int) -> Average:
         """One round of an edge server. Raises Interrupted."""
         server, uplink = self.edges[edge], self.clients.uplink
-        broadcast = server.broadcast(edge_round, clients).to(self.ranks.device)
+        broadcast = self._broadcast(server, edge_round, clients)
         average = server.new_average(clients)
         trained = self._train(clients, edge_round, broadcast)
         decode = partial(average.decode, round_number=edge_round)
         for report, arrived in self._arrivals(trained, decode):
             messages = [*broadcast.messages[report.client], *report.messages]
             report.messages = [_by_way_of(edge, message) for message in messages]
-            average.add(report, arrived)
+            with self.phases("step"):
+                average.add(report, arrived)
             uplink.owe_refused(report, edge_round)
         self.exchange.add_up(average)
-        server.step(average, edge_round)
+        with self.phases("step"):
+            server.step(average, edge_round)
         self.clients.store.advance()
         return average
 
@@ -166,7 +170,9 @@ class Hierarchical(Federation):
         marks = server.is_counter, server.is_variance
         average = Average(self.to_cloud, weights, *marks, with_norms=False)
         for work in works:
-            average.add(work.sends, average.decode(work.sends, round_number))
+            with self.phases("decode"):
+                arrived = average.decode(work.sends, round_number)
+            average.add(work.sends, arrived)
         server.step(average, round_number)
 
     # --- on the simulated clock -------------------------------------------------------------------

@@ -50,6 +50,10 @@ class Report:
     failure: str = ""  # why the client is left out of the average; empty if it is not
     is_late: bool = False  # whether it is left out because the server did not wait for it
     messages: list[Message] = field(default_factory=list)
+    residual_norm: float | None = None  # L2, of what the client owes now; None: it never owes
+    # Of its update, see compressors/composition.py; only some clients say so, see LocalUpdate.
+    bytes_by_part: dict[str, int] = field(default_factory=dict)
+    bytes_by_tensor: dict[str, int] = field(default_factory=dict)
 
     def fail(self, reason: str) -> None:
         """Send nothing, and say why."""

@@ -47,12 +47,13 @@ class Synchronous(Federation):
         cohort = self.sampler.choose(there, round_number)
         if self.server.mask.awaits_scores:
             self._choose_mask(cohort)
-        broadcast = self.server.broadcast(round_number, cohort).to(self.ranks.device)
+        broadcast = self._broadcast(self.server, round_number, cohort)
         self.clients.receive(broadcast, round_number)
         self._place(cohort)
         trained = self._train(cohort, round_number, broadcast)
         average, rows, more = self._average(cohort, round_number, broadcast, trained)
-        averaged = self.server.step(average, round_number)
+        with self.phases("step"):
+            averaged = self.server.step(average, round_number)
         self.clients.store.commit()
         late = {report.client for report in average.reports if report.is_late}
         self.server.commit(round_number, [client for client in cohort if client not in late])
@@ -81,7 +82,8 @@ class Synchronous(Federation):
             if keep:
                 arrivals, rows = self._on_time(list(arrivals), round_number)
             for report, arrived in arrivals:
-                average.add(report, arrived)
+                with self.phases("step"):
+                    average.add(report, arrived)
                 uplink.owe_refused(report, round_number)
         except Interrupted:
             self.clients.store.discard()
@@ -101,7 +103,7 @@ class Synchronous(Federation):
 
     def _choose_mask(self, cohort: list[int]) -> None:
         """Before round 1 its cohort scores the weights: in the ledger this is round 0."""
-        broadcast = self.server.broadcast(0, cohort).to(self.ranks.device)
+        broadcast = self._broadcast(self.server, 0, cohort)
         self._place(cohort)
         average = self.server.new_average(cohort)
         scored = self._score(cohort, broadcast)

@@ -5,6 +5,7 @@ It works on any thread, and for a client that it has never met: what it needs is
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from algorithms import LocalRound
@@ -14,6 +15,8 @@ from federation.agreement import Agreement
 from federation.channel import Select, error_feedback
 from federation.client_store import OWED, ClientStore, State
 from federation.messages import SERVER, Buffer, Report
+
+PIECE = 1 << 18  # values whose squares are added up in float32
 
 
 @dataclass
@@ -33,6 +36,7 @@ class LocalUpdate:
     received: Tensor | None = None  # float32 [num_parameters]: the weights that it began with
     known: State = field(default_factory=dict)  # the part of the state that its team has, too
     loss: Tensor | float = 0.0  # mean over the batches
+    is_described: bool = False  # whether the report shall say what the update's bytes are
 
 
 class Uplink:
@@ -110,9 +114,12 @@ class Uplink:
         update = trained.update
         after = self.feedback.add(update, state) if self.feedback else {}
         arrived = {"update": self._add(report, "update", update, round_number, memory)}
+        if trained.is_described:
+            self.agreement.channel("up", "update").describe(report, round_number)
         if self.feedback:
             kept |= self.feedback.subtract(update, arrived["update"], after)
             self.sent[report.client] = report.messages[-1].payload
+            report.residual_norm = _norm(kept["residual"])
         if trained.besides is not None:
             kind = self.agreement.algorithm.up
             arrived[kind] = self._add(report, kind, trained.besides, round_number, memory)
@@ -148,3 +155,9 @@ class Uplink:
             self.agreement.message("up", kind, client, SERVER, payload, len(arrived.values))
         )
         return arrived.to(vector.device)
+
+
+def _norm(vector: Tensor) -> float:
+    """The L2 norm, from the norms of pieces: one sum in float32 of ten million squares is off."""
+    norms = [torch.linalg.vector_norm(piece) for piece in vector.split(PIECE)]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))

@@ -10,6 +10,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from helpers.run_folders import PLOT_NAMES_OF_COLUMNS, PLOT_NAMES_OF_ONE_RUN
 from helpers.runs import PYTHON, REPOSITORY, SCRIPTS, launch, summary, tiny_command
 
 from federation import client
@@ -22,7 +23,8 @@ def test_a_run_leaves_every_file_of_the_run_folder(run):
     assert status == 0
     for name in ("config.yaml", "environment.json", "rounds.jsonl", "ledger.csv", "checkpoint.pt"):
         assert (folder / name).stat().st_size > 0
-    assert len(list((folder / "plots").glob("*.png"))) == 7
+    plots = {path.name for path in (folder / "plots").iterdir()}
+    assert plots == {*PLOT_NAMES_OF_ONE_RUN, *PLOT_NAMES_OF_COLUMNS}
     assert list((folder / "tensorboard").iterdir())
     result = summary(folder)
     assert result["dataset"] == "digits" and result["model"] == "lenet"

@@ -11,6 +11,7 @@ from config import Config, Pruning, Uplink
 from federation.agreement import Agreement
 from federation.exchange import Exchange
 from federation.messages import Report
+from federation.phases import Phases
 from federation.server import Average
 from layout import Layout
 from training.local_sgd import Interrupted
@@ -53,7 +54,7 @@ def own_reports(rank: int, wounded: int | None = None):
 
 def test_every_rank_gets_all_reports_in_client_order():
     def work(ranks):
-        arrived = Exchange(ranks, sums=False).gather(own_reports(ranks.rank))
+        arrived = Exchange(ranks, sums=False, phases=Phases()).gather(own_reports(ranks.rank))
         for one in arrived:
             one.messages = [replace(m, payload=bytes(m.payload)) for m in one.messages]
         return arrived
@@ -65,7 +66,7 @@ def test_every_rank_gets_all_reports_in_client_order():
 
 def test_with_sums_payloads_stay_on_the_rank_that_made_them():
     def work(ranks):
-        return Exchange(ranks, sums=True).gather(own_reports(ranks.rank))
+        return Exchange(ranks, sums=True, phases=Phases()).gather(own_reports(ranks.rank))
 
     for rank, arrived in enumerate(on_ranks(4, work)):
         for client, one in zip(COHORT, arrived, strict=True):
@@ -82,7 +83,7 @@ def test_a_rank_that_is_asked_to_stop_stops_all(size, sums):
 
     def work(ranks):
         own = stops() if ranks.rank == 0 else own_reports(ranks.rank)
-        return Exchange(ranks, sums).gather(own)
+        return Exchange(ranks, sums, Phases()).gather(own)
 
     assert [type(result) for result in on_ranks(size, work)] == [Interrupted] * size
 
@@ -94,7 +95,7 @@ def average_on(ranks, sums: bool, wounded: int | None = None) -> Average:
     """What a rank knows of a round once all reports are in."""
     is_counter, is_variance = torch.tensor([0, 0, 1]).bool(), torch.tensor([0, 1, 0]).bool()
     average = Average(AGREEMENT, WEIGHTS, is_counter, is_variance, with_norms=True)
-    exchange = Exchange(ranks, sums)
+    exchange = Exchange(ranks, sums, Phases())
     for arrived in exchange.gather(own_reports(ranks.rank, wounded)):
         add(average, arrived, 1)
     exchange.add_up(average)

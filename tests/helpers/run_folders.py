@@ -19,6 +19,12 @@ PLOT_NAMES = [
     "labels_per_client.png",
 ]
 PLOT_NAMES_OF_ONE_RUN = [*PLOT_NAMES, "timeline.png"]
+PLOT_NAMES_OF_COLUMNS = [  # which every new run has, and write_run() only if it is given them
+    "time_by_phase.png",
+    "residual_per_round.png",
+    "bytes_by_part.png",
+    "bytes_by_layer.png",
+]
 PLOT_NAMES_OF_SEEDS = [
     *PLOT_NAMES,
     "accuracy_by_direction.png",
@@ -53,6 +59,7 @@ def write_run(
     num_clients: int = 2,
     class_names: tuple = ("cat", "dog", "ship"),
     has_samples: bool = False,  # a picture of client 0 that calls its cat a dog, two of client 1
+    columns: tuple = (),  # of each round: more keys of its row in rounds.jsonl
     links: tuple = (),  # of each client: the profile of its link, as population.csv names it
 ) -> Path:
     """A run folder in which two clients a round send an update and receive a model of 2 MB."""
@@ -70,6 +77,8 @@ def write_run(
         rows.append({"round": round_number, "test_accuracy": accuracy, "bytes_up": 2 * bytes_up})
         rows[-1] |= {"bytes_down": 4_000_000, "simulated_seconds": 30.0, "wall_seconds": 1.5}
         rows[-1] |= {"waited_seconds": 1.0, "link_utilisation": 0.25, "device_utilisation": None}
+    for row, more in zip(rows, columns, strict=False):
+        row |= more
     with (folder / "ledger.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, LEDGER_COLUMNS, lineterminator="\n")
         writer.writeheader()
