@@ -73,16 +73,25 @@ class Means(Packed):
         self, reader: Reader, layout: Layout, most: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """(indices int64 [n], ascending, values float32 [n]), n <= most. Raises PayloadError."""
-        bits = self.read_bits(reader)
-        num_tables = int(reader.take("<u4", 1)[0])
+        tables = self.read_head(reader, layout)
+        indices, levels = read_integers(reader.rest(), layout, most, tables.shape[1])
+        sizes = _num_in_tensors(indices, layout)
+        if np.count_nonzero(sizes) != len(tables):
+            raise PayloadError(f"{len(tables)} tables for {np.count_nonzero(sizes)} tensors")
+        return indices, _look_up(levels, tables, sizes[sizes > 0])
+
+    def read_head(self, reader: Reader, layout: Layout) -> np.ndarray:
+        """The tables before coded levels, float32 [num_tables, num_parts]. Raises PayloadError."""
+        bits, num_tables = self.read_bits(reader), int(reader.take("<u4", 1)[0])
         if num_tables > np.count_nonzero(layout.sizes):
             raise PayloadError(f"{num_tables} tables are more than there are tensors")
-        tables = reader.take("<f4", num_tables << bits - 1).reshape(num_tables, 1 << bits - 1)
-        indices, levels = read_integers(reader.rest(), layout, most, 1 << bits - 1)
-        sizes = _num_in_tensors(indices, layout)
-        if np.count_nonzero(sizes) != num_tables:
-            raise PayloadError(f"{num_tables} tables for {np.count_nonzero(sizes)} tensors")
-        return indices, _look_up(levels, tables, sizes[sizes > 0])
+        return reader.take("<f4", num_tables << bits - 1).reshape(num_tables, 1 << bits - 1)
+
+    def read_levels(
+        self, code: memoryview, layout: Layout, most: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(indices int64 [n], ascending, levels int16 [n]), n <= most. Raises PayloadError."""
+        return read_integers(code, layout, most, 1 << self.number - 1)
 
 
 def _num_in_tensors(indices: np.ndarray, layout: Layout) -> np.ndarray:

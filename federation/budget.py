@@ -24,8 +24,8 @@ def ratio_of(budget: str) -> float:
 def with_budget(config: Config, bits: float = 1, density: float = 1.0) -> Config:
     """The config with what a budget settles; itself without a budget. Raises ValueError.
 
-    bits: of each value that travels; below one, all of them do. A run's own bits and density follow
-    from the size of its network, see fit_to_budget().
+    bits: of each value that travels; below one, all of them do. The bits and density of a run
+    depend on the size of its network, see fit_to_budget().
     """
     if not config.uplink.budget:
         return config

@@ -11,7 +11,18 @@ from layout import Layout
 LAYOUT = Layout(("w", "b", "v"), ((64, 32, 3, 3), (10,), (100, 128)))
 VECTOR = torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(0))
 BOTH = "positions and values"
-WORDS = ["fp32", "fp16", "bf16", "int8", "qsgd4", "ternary", "sign", "eden2", "bounded(0.01)"]
+WORDS = [
+    "fp32",
+    "fp16",
+    "bf16",
+    "int8",
+    "qsgd4",
+    "ternary",
+    "sign",
+    "eden2",
+    "means2",
+    "bounded(0.01)",
+]
 
 
 def some(vector, _) -> np.ndarray:
@@ -27,7 +38,7 @@ def described(word: str, select=None, dense_below: int = 0, vector=VECTOR):
     return parts, by_tensor, sent
 
 
-@pytest.mark.parametrize("word", [*WORDS, "powersgd(2)"])
+@pytest.mark.parametrize("word", [*WORDS, "powersgd(2)", "eden(0.1)"])
 def test_a_whole_vector_has_no_positions(word):
     parts, by_tensor, _ = described(word)
     values = parts.get("values", 0) + parts.get(BOTH, 0)

@@ -6,7 +6,7 @@ import torch
 from helpers.payloads import WORDS
 
 import pruning
-from compression import NotFinite
+from compression import NotFinite, parse_coder
 from config import Config, Pruning
 from federation.channel import Channel, ErrorFeedback
 from layout import Layout
@@ -275,6 +275,9 @@ def test_only_an_expanding_coder_is_damped_and_only_where_what_is_lost_is_owed()
             variance = ((1 + 511 / levels**2) ** 0.5 - 1) / 2
             ratios = damped[sent != 0] / sent[sent != 0]
             assert ratios.numpy() == pytest.approx(1 / (1 + variance), rel=1e-6) and variance > 1
+        elif word.startswith("eden("):
+            factor = np.float32(1 / (1 + parse_coder(word).variance))
+            assert torch.equal(sent * factor, damped) and factor < 0.5
         else:
             assert torch.equal(sent, damped), word
 
