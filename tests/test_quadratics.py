@@ -274,7 +274,7 @@ def test_weight_decay_counts_once_in_the_engine(name, options):
             engine.begin(0.3, local.correct_gradient if local.corrects else None)
             for _ in range(2):
                 loss = (engine.forward(torch.ones(1)) - goal).square().sum() / 2
-                engine.backward(loss, share=1.0)
+                engine.backward(loss)
                 engine.step()
             engine.end()
             update = model.read_parameters() - x
