@@ -30,10 +30,10 @@ DITHER = 1 << 32  # the random words from here on round the scales
 
 
 class Rotated(Coder):
-    """Each tensor is first multiplied by its size^(1/6), and at last divided by it.
+    """Each tensor is multiplied by its size^(1/6) before the rotation, and divided by it at last.
 
-    The error spreads evenly over all values. The values of small tensors are the larger ones, about
-    in proportion to size^(-1/3), and the square root of this ratio makes the whole error least.
+    Within a block the error spreads evenly. The values of small tensors are the larger ones, about
+    in proportion to size^(-1/3), and factors of the square root of that make the error least.
     """
 
     words = Words("eden({})", 0.001, 1.0)

@@ -60,8 +60,10 @@ class Workload:
         lines, config = self.widths.describe(), self.config
         if config.uplink.budget:
             up, pruning = config.uplink, config.pruning
-            part = f"pruning.density={pruning.density:.4g} of " * (pruning.method == "random")
-            lines.append(f"uplink.budget {up.budget}: {part}uplink.values={up.values}")
+            line = f"uplink.budget {up.budget}: uplink.values={up.values}"
+            if pruning.method == "random":
+                line += f", pruning.method=random, pruning.density={pruning.density:.4g}"
+            lines.append(line)
         return lines
 
     def seconds_alone(
