@@ -61,7 +61,7 @@ def fit_to_budget(config: Config, num_values: int, num_buffers: int) -> Config:
         raise ConfigError(
             f"uplink.budget: {config.uplink.budget} leaves {room:,.0f} bytes a client, and what "
             f"norm layers send besides takes {BYTES_PER_VALUE * num_buffers:,}; set "
-            "model.norm=group(2), or a smaller budget"
+            "model.norm=group(2), or a smaller number"
         )
     if bits < 1:
         return with_budget(config, bits / HEADS)
