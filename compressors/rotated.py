@@ -55,7 +55,8 @@ class Rotated(Coder):
         padded = np.zeros(size, np.float32)
         padded[: len(values)] = values
         for tensor, gain in _tensors(padded, layout):
-            np.multiply(np.clip(tensor, -LARGEST / gain, LARGEST / gain), gain, out=tensor)
+            most = np.float32(LARGEST / 2) / gain  # the product stays finite
+            np.multiply(np.clip(tensor, -most, most), gain, out=tensor)
         marks, scales = np.empty(size, np.int8), np.empty(len(sizes), np.float32)
         thresholds = _thresholds(padded, sizes, self.number)
         _rotate_and_mark(padded, sizes, np.uint64(seed), thresholds, *_room(), marks, scales)
@@ -104,6 +105,7 @@ def _thresholds(values: np.ndarray, sizes: np.ndarray, bits: float) -> np.ndarra
     """
     starts = np.cumsum(sizes) - sizes
     rates = np.sqrt(np.add.reduceat(np.square(values, dtype=float), starts) / sizes)
+    rates /= max(rates.max(initial=0), np.finfo(float).tiny)
     for _ in range(20):  # what a block with one bit cannot take, the others get
         mean = (rates * sizes).sum() / max(sizes.sum(), 1)
         rates = np.minimum(1.0, rates * (bits / mean)) if mean > 0 else rates
