@@ -130,22 +130,43 @@ def flip(x, size, start, stage, seed):
 
 
 @compiled
+def rotate_block(values, start, size, x, spare, seed):
+    """Rotate values[start : start + size] at unit norm; returns (their norm, the result, spare).
+
+    The result is the rotation times size: its coordinates have the deviation sqrt(size).
+    """
+    square = 0.0
+    for j in range(start, start + size):
+        square += np.float64(values[j]) * np.float64(values[j])
+    norm = math.sqrt(square)
+    unit = 1 / norm if norm > 0 else 0.0
+    for j in range(size):
+        x[j] = np.float32(values[start + j] * unit)
+    for stage in range(2):
+        flip(x, size, start, stage, seed)
+        x, spare = rotate(x, spare, size)
+    return norm, x, spare
+
+
+@compiled
+def rotate_block_back(x, spare, start, size, seed, scale, out):
+    """Write the reverse of rotate_block, times scale, to out[start : start + size]; in float32."""
+    for stage in range(1, -1, -1):
+        x, spare = rotate(x, spare, size)
+        flip(x, size, start, stage, seed)
+    for j in range(size):
+        out[start + j] = min(max(x[j] * scale, -LARGEST), LARGEST)
+
+
+@compiled
 def _eden(values, sizes, seed, centres, x, spare, indices, scales):
     """Rotate and quantise each block; values float32 [n], x and spare float32 [8192]."""
     start = 0
     for b in range(len(sizes)):
-        size, square, product = sizes[b], 0.0, 0.0
+        size, product = sizes[b], 0.0
+        norm, x, spare = rotate_block(values, start, size, x, spare, seed)
         for j in range(start, start + size):
-            square += np.float64(values[j]) * np.float64(values[j])
             indices[j] = 0
-        norm = math.sqrt(square)
-        unit = 1 / norm if norm > 0 else 0.0
-        for j in range(size):
-            x[j] = np.float32(values[start + j] * unit)
-        for stage in range(2):
-            flip(x, size, start, stage, seed)
-            x, spare = rotate(x, spare, size)
-        # The rotation is x / size; its coordinates have the deviation 1 / sqrt(size).
         for k in range(len(centres) - 1):
             limit = np.float32((centres[k] + centres[k + 1]) / 2 * math.sqrt(size))
             for j in range(size):
@@ -164,9 +185,5 @@ def _eden_back(indices, sizes, seed, centres, scales, x, spare, out):
         size = sizes[b]
         for j in range(size):
             x[j] = centres[indices[start + j]]
-        for stage in range(1, -1, -1):
-            x, spare = rotate(x, spare, size)
-            flip(x, size, start, stage, seed)
-        for j in range(size):
-            out[start + j] = min(max(x[j] * scales[b], -LARGEST), LARGEST)
+        rotate_block_back(x, spare, start, size, seed, scales[b], out)
         start += size

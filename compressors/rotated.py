@@ -16,7 +16,7 @@ import numpy as np
 
 from compiled import compiled, random_word
 from compressors.coder import LARGEST, Coder, Words, read_integers
-from compressors.eden import flip, rotate
+from compressors.eden import rotate_block, rotate_block_back
 from layout import Layout
 from wire.bits import pack_bits, unpack_bits
 from wire.container import PayloadError, Reader
@@ -175,20 +175,11 @@ def _rotate_and_mark(values, sizes, seed, thresholds, x, spare, marks, scales):
     """
     start = 0
     for b in range(len(sizes)):
-        size, square, total = sizes[b], 0.0, 0.0
-        for j in range(start, start + size):
-            square += np.float64(values[j]) * np.float64(values[j])
-        norm = math.sqrt(square)
-        unit = 1 / norm if norm > 0 else 0.0
-        for j in range(size):
-            x[j] = np.float32(values[start + j] * unit)
-        for stage in range(2):
-            flip(x, size, start, stage, seed)
-            x, spare = rotate(x, spare, size)
+        size, total = sizes[b], 0.0
+        norm, x, spare = rotate_block(values, start, size, x, spare, seed)
         largest = np.float32(0)
         for j in range(size):
             largest = max(largest, abs(x[j]))
-        # The rotation is x / size; its coordinates have the deviation 1 / sqrt(size).
         limit = min(np.float32(thresholds[b] * math.sqrt(size)), largest)
         for j in range(size):
             is_marked = abs(x[j]) >= limit and norm > 0
@@ -206,9 +197,5 @@ def _rotate_back(marks, sizes, seed, scales, x, spare, out):
         size = sizes[b]
         for j in range(size):
             x[j] = marks[start + j]
-        for stage in range(1, -1, -1):
-            x, spare = rotate(x, spare, size)
-            flip(x, size, start, stage, seed)
-        for j in range(size):
-            out[start + j] = min(max(x[j] * scales[b], -LARGEST), LARGEST)
+        rotate_block_back(x, spare, start, size, seed, scales[b], out)
         start += size

@@ -7,7 +7,6 @@ import numpy as np
 
 from algorithms import make_algorithm
 from compression import OVERHEAD, parse_coder
-from compressors.rotated import Rotated
 from config import Config, ConfigError
 from federation.budget import WHOLE_BITS, ratio_of, with_budget
 from federation.ledger import BYTES_PER_VALUE
@@ -57,16 +56,19 @@ def fit_to_budget(config: Config, num_values: int, num_buffers: int) -> Config:
     room = BYTES_PER_VALUE * (num_values * vectors + num_buffers) / ratio
     left = room - upload_bytes(config, 0.0, np.array(0), num_buffers)  # heads and buffers
     bits = 8 * float(left) / (vectors * num_values)
-    if bits < HEADS * Rotated.words.low:
+    if bits >= 1:
+        choices = [with_budget(config, whole, min(1.0, bits / whole)) for whole in WHOLE_BITS]
+        return min(choices, key=_spread)
+    chosen = with_budget(config, bits / HEADS)
+    try:
+        parse_coder(chosen.uplink.values)
+    except ValueError:  # so few bits a value, or less than none
         raise ConfigError(
             f"uplink.budget: {config.uplink.budget} leaves {room:,.0f} bytes a client, and what "
             f"norm layers send besides takes {BYTES_PER_VALUE * num_buffers:,}; set "
             "model.norm=group(2), or a smaller number"
-        )
-    if bits < 1:
-        return with_budget(config, bits / HEADS)
-    choices = [with_budget(config, whole, min(1.0, bits / whole)) for whole in WHOLE_BITS]
-    return min(choices, key=_spread)
+        ) from None
+    return chosen
 
 
 def _spread(config: Config) -> float:

@@ -18,7 +18,6 @@ from config import Config, ConfigError
 from distributed import Ranks
 from federation.client_store import ClientStore
 from federation.cohort import Placement
-from federation.densities import fit_to_budget
 from federation.exchange import Exchange
 from federation.ledger import LedgerRow
 from federation.messages import Broadcast, Report
@@ -119,7 +118,6 @@ class Federation:
         choices = count_widths(config, self.pictures, self.models, self.clock.population)
         sends_buffers = config.model.norm_policy == "average"
         num_buffers = self.model.buffer_layout.size if sends_buffers else 0
-        config = fit_to_budget(config, self.model.layout.size, num_buffers)
         return Workload(config, self.clock, self.num_examples, choices, num_buffers)
 
     def _check_candidates(self) -> None:

@@ -6,7 +6,7 @@ from algorithms import make_algorithm
 from compression import OVERHEAD, parse_coder
 from config import Config
 from federation.clock import Clock
-from federation.densities import fit_to_deadline
+from federation.densities import fit_to_budget, fit_to_deadline
 from federation.ledger import BYTES_PER_VALUE
 from federation.steps import fit_steps, num_trained
 from federation.widths import Width, Widths, assign_widths
@@ -17,9 +17,9 @@ class Workload:
 
     num_examples: pictures of each client, int64; choices: the widths, the widest first;
     num_buffers: float32 values that travel besides the parameters.
-    config: the given one with the steps and densities that are fitted to the deadline; both ends
-    are built from it. num_trained: examples that a client trains on in a round, int64; work: how
-    many examples of the whole network take as long, float64.
+    config: the given one with the bits that a budget pays for, and the steps and densities that are
+    fitted to the deadline; both ends are built from it. num_trained: examples that a client trains
+    on in a round, int64; work: how many examples of the whole network take as long, float64.
     Raises ConfigError.
     """
 
@@ -32,6 +32,7 @@ class Workload:
         num_buffers: int,
     ):
         self.clock, self.num_buffers = clock, num_buffers
+        config = fit_to_budget(config, choices[0].num_values, num_buffers)
         self.widths: Widths | None = None  # until they are chosen
         algorithm = make_algorithm(config.local.algorithm, **config.local.options)
         self._vectors_down = 1 + bool(algorithm.down)
