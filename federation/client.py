@@ -68,11 +68,10 @@ class Clients:
         self.engine: Engine | None = None  # both are built with the first client that they train
         self.lanes: Lanes | None = None
         self.uplink = Uplink(config, agreement, store)
-        # A new vector for each update would cost ten times the subtraction, because the operating
-        # system zeroes its pages. Error feedback needs one, for what the client will owe. A GPU's
-        # memory stays with torch, and updates wait there while the next client trains.
-        reuses = not self.uplink.feedback and model.device.type == "cpu"
-        self.update = torch.empty(model.layout.size) if reuses else None
+        # The update then takes the place of the weights, which the next client overwrites: memory
+        # of its own would cost more than the subtraction. Error feedback needs that, for what the
+        # client will owe; on a GPU updates wait to be encoded while the next client trains.
+        self.in_place = not self.uplink.feedback and model.device.type == "cpu"
         # FedBN (Li et al. 2021, arXiv 2102.07623): the norm layers are each client's own.
         own = config.model.norm_policy == "local"
         self.own_positions = model.norm_positions().to(model.device) if own else None
@@ -242,17 +241,18 @@ class Clients:
         model, own = self.model, self.own_positions
         if self.uplink.feedback:  # the update becomes what is owed, so it counts from now on
             self.store.make_room(received.nbytes)
-        update = torch.sub(model.read_parameters(), received, out=self.update)
+        learned = model.read_parameters()
+        if own is not None:
+            trained.norm = torch.cat([learned[own], model.read_buffers()])
+        update = torch.sub(learned, received, out=learned if self.in_place else None)
         if own is not None:
             update[own] = 0
         aligned = model.aligned(update)
         besides = trained.algorithm.after_training(aligned, trained.report.step_length)
         trained.update = model.compact(aligned)
         trained.besides = None if besides is None else model.compact(besides)
-        if own is not None:
-            trained.norm = torch.cat([model.read_parameters()[own], model.read_buffers()])
-            if trained.besides is not None:
-                trained.besides[own] = 0
+        if own is not None and trained.besides is not None:
+            trained.besides[own] = 0
         if self.agreement.sends_buffers:
             trained.buffers = model.read_buffers().clone()
 

@@ -135,5 +135,7 @@ def dropouts(probability: float, seed: int, round_number: int, clients: np.ndarr
     lasts for Simulation.seconds_alone().
     """
     clients = np.asarray(clients)
+    if not probability:
+        return np.full(clients.shape, math.inf)
     drops = uniform(seed, "dropout", round_number, clients, 0) < probability
     return np.where(drops, uniform(seed, "dropout", round_number, clients, 1), math.inf)

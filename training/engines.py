@@ -5,6 +5,7 @@ deepspeed_engine.py holds another engine; local_sgd.py uses either.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from data import Pictures
 from distributed import Team
 from training.draws import Draws
 from training.flat_model import FlatModel
+from training.fp16_on_cpu import fp16_on_cpu
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FIRST_SCALE_POWER = 10  # fp16 multiplies the loss by 2^10 at first
@@ -24,7 +26,10 @@ FIRST_SCALE_POWER = 10  # fp16 multiplies the loss by 2^10 at first
 CorrectGradient = Callable[[Tensor, Tensor], None]
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """Where a network's forward pass is computed in this precision; its parameters stay fp32."""
+    if precision == "fp16" and device.type == "cpu":
+        return fp16_on_cpu()
     return torch.autocast(device.type, AUTOCAST[precision], enabled=precision != "fp32")
 
 
