@@ -92,8 +92,12 @@ def threshold(vector: Tensor, limit: float, relative: bool = False) -> Positions
         magnitudes = vector.abs()
         least = limit * magnitudes.max() if relative and len(vector) else limit
         return (magnitudes > least).nonzero().flatten()
-    magnitudes = vector.abs().numpy()
-    return np.flatnonzero(magnitudes > (limit * magnitudes.max(initial=0) if relative else limit))
+    numbers, limit = np.ascontiguousarray(vector.numpy()), np.float32(limit)
+    if relative and len(numbers):
+        limit *= np.float32(max(map(abs, torch.stack(vector.aminmax()).tolist())))
+    # The system gives memory as it is written, so that room for all positions costs nothing.
+    kept = np.empty(len(numbers) + 2 * BLOCK, np.int64)
+    return kept[: _gather(numbers, np.nextafter(limit, np.float32(np.inf)), kept)].copy()
 
 
 def random(size: int, k: int, seed: int) -> np.ndarray:

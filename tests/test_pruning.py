@@ -179,6 +179,16 @@ def test_threshold_is_strict_and_of_the_magnitude():
     assert pruning.threshold(vector, 7.0).tolist() == []
 
 
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 1000])
+@pytest.mark.parametrize("limit", [0.0, 0.5, 1.0, 1e30])
+def test_threshold_finds_what_a_comparison_finds(size, limit):
+    """Values are multiples of 1/4, so that many are as large as the limit."""
+    vector = torch.randint(-8, 9, (size,), generator=torch.Generator().manual_seed(size)) / 4
+    for given in (vector, vector.repeat_interleave(2)[::2]):  # the second one has gaps in memory
+        expected = (given.abs() > limit).nonzero().flatten().tolist()
+        assert pruning.threshold(given, limit).tolist() == expected
+
+
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.999, 1.0])
 def test_a_relative_threshold_is_a_share_of_the_largest_magnitude(share):
     vector = torch.tensor([0.5, -2.0, 1.0, 0.0, -1.0, 1.5])
