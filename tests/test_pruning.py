@@ -184,9 +184,9 @@ def test_threshold_is_strict_and_of_the_magnitude():
 def test_threshold_finds_what_a_comparison_finds(size, limit):
     """Values are multiples of 1/4, so that many are as large as the limit."""
     vector = torch.randint(-8, 9, (size,), generator=torch.Generator().manual_seed(size)) / 4
-    for given in (vector, vector.repeat_interleave(2)[::2]):  # the second one has gaps in memory
-        expected = (given.abs() > limit).nonzero().flatten().tolist()
-        assert pruning.threshold(given, limit).tolist() == expected
+    for form in (vector, vector.repeat_interleave(2)[::2]):  # the second one has gaps in memory
+        expected = (form.abs() > limit).nonzero().flatten().tolist()
+        assert pruning.threshold(form, limit).tolist() == expected
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.999, 1.0])
