@@ -78,6 +78,11 @@ class Ranks:
         """
         settings, on_cpu = config.distributed, _trains_on_cpu(config)
         launch = read_launch(on_cpu)
+        if launch.size % settings.ranks_per_client:  # before they meet, so that nobody waits
+            raise ConfigError(
+                f"distributed.ranks_per_client: {settings.ranks_per_client} does not divide the "
+                f"{launch.size} processes"
+            )
         launched_by_deepspeed = "CROSS_RANK" in os.environ  # set by its launcher and by no other
         self.use_deepspeed = settings.engine == "deepspeed" or (
             settings.engine == "auto" and launched_by_deepspeed
@@ -101,10 +106,6 @@ class Ranks:
         self._make_teams(settings.ranks_per_client, timeout)
 
     def _make_teams(self, size: int, timeout: timedelta) -> None:
-        if self.size % size:
-            raise ConfigError(
-                f"distributed.ranks_per_client: {size} does not divide the {self.size} processes"
-            )
         self.num_teams, number, group = self.size // size, self.rank // size, None
         if size > 1:
             members = [[*range(first, first + size)] for first in range(0, self.size, size)]
