@@ -152,6 +152,8 @@ class Local:
     nesterov: bool = False
     weight_decay: float = between(5e-4, 0.0)
     clip: float = between(0.0, 0.0)  # largest L2 norm of a batch's gradient; 0: no clipping
+    # logits count with so many times the log of the client's own class shares; 0: as they are
+    logit_adjustment: float = between(0.0, 0.0)
     lanes: str = "auto"  # how many clients a device trains at once; auto: as many as is fastest
 
 

@@ -36,6 +36,7 @@ from training.local_sgd import (
     loss_gradient,
     train_client,
 )
+from training.logit_adjustment import adjustment
 
 
 class Clients:
@@ -70,8 +71,10 @@ class Clients:
         self.uplink = Uplink(config, agreement, store)
         # The update then takes the place of the weights, which the next client overwrites: memory
         # of its own would cost more than the subtraction. Error feedback needs that, for what the
-        # client will owe; on a GPU updates wait to be encoded while the next client trains.
-        self.in_place = not self.uplink.feedback and model.device.type == "cpu"
+        # client will owe; a mask that grows looks at the received weights again; and on a GPU
+        # updates wait to be encoded while the next client trains.
+        grows = config.pruning.mask.method == "dynamic"
+        self.in_place = not (self.uplink.feedback or grows) and model.device.type == "cpu"
         # FedBN (Li et al. 2021, arXiv 2102.07623): the norm layers are each client's own.
         own = config.model.norm_policy == "local"
         self.own_positions = model.norm_positions().to(model.device) if own else None
@@ -202,7 +205,10 @@ class Clients:
         known = self.team.broadcast({k: v for k, v in trained.state.items() if k not in OWED})
         self.load(broadcast.parameters, broadcast.buffers, known)
         trained.known, trained.received = known, broadcast.parameters
-        if self.own_positions is not None:
+        adjusts = self.config.local.logit_adjustment > 0
+        if adjusts:  # until what was received is subtracted
+            self._adjust_logits(client)
+        if adjusts or self.own_positions is not None:
             trained.received = model.read_parameters().clone()
         trained.algorithm = self.agreement.algorithm.before(
             model.aligned(trained.received),
@@ -229,6 +235,12 @@ class Clients:
             gradient = self._gradient("mask", round_number, report.client, batches)
             trained.growth = self.model.compact(gradient)
         return trained
+
+    def _adjust_logits(self, client: int) -> None:
+        """Add the client's adjustment to the biases of the logits."""
+        pictures, tau = self.pictures, self.config.local.logit_adjustment
+        labels = pictures.train_labels[self.pictures_of[client]]
+        self.model.head_bias.add_(adjustment(labels, pictures.num_classes, tau))
 
     def _correction(self, algorithm: LocalRound) -> Correction | None:
         """What is done to each gradient; None if nothing is."""

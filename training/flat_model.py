@@ -3,6 +3,8 @@
 So receiving a model is one copy, an update one subtraction, and a server's step one kernel.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 
@@ -143,6 +145,12 @@ class FlatModel:
     def buffer_views(self, aligned: Tensor) -> list[Tensor]:
         """The same of a vector that is laid out as `buffers` is, or of such rows."""
         return self._buffer_alignment.views(aligned)
+
+    @cached_property
+    def head_bias(self) -> Tensor:
+        """What the last linear layer adds to the logits, float32 [num_classes]: a view."""
+        layers = [name for name, m in self.network.named_modules() if isinstance(m, nn.Linear)]
+        return self.views(self.parameters)[self.layout.names.index(f"{layers[-1]}.bias")]
 
     def norm_positions(self) -> Tensor:
         """Where in a gapless vector the weights and biases of the norm layers are.

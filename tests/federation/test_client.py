@@ -17,7 +17,7 @@ from federation.cohort import sample_cohort
 from federation.server import Average, Server
 from federation.setup import build_model
 from pruning import sparse_gains
-from training import local_sgd
+from training import engines, local_sgd
 from training.engines import TorchEngine
 from training.local_sgd import batch_sizes, local_lr, loss_gradient, train_client
 from wire.container import MEMORY_CHUNK
@@ -425,6 +425,7 @@ def test_a_finished_run_keeps_its_clients_norm_layers(run):
     "words",
     [
         ["local.algorithm=SCAFFOLD"],
+        ["local.algorithm=FedProx", "local.logit_adjustment=1"],
         ["local.algorithm=FedProx", "pruning.mask.method=dynamic", "pruning.mask.density=0.3"],
         ["model.name=resnet18", "model.width=0.125", "local.lr=0.002"],
         [*NORMS, "model.norm_policy=local", "local.lr=0.002"],
@@ -452,3 +453,37 @@ def test_clients_in_lanes_learn_what_they_learn_one_by_one(tmp_path, words):
                 assert (alone is None) == (together is None)
                 if alone is not None:
                     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+# --- logit adjustment -----------------------------------------------------------------------------
+
+
+def test_an_adjusted_client_learns_what_a_loss_of_adjusted_logits_teaches(tmp_path, monkeypatch):
+    """Against cross entropy of logits + log shares, which leaves the biases as they are."""
+    words = [*PLAIN, "local.weight_decay=0", "local.momentum=0.9", "local.lanes=1"]
+    words += ["local.algorithm=FedProx", "local.options.mu=0.5"]  # its anchor moves along
+    ours = make_federation(tmp_path, *words, "local.logit_adjustment=0.7", name="ours")
+    plain = make_federation(tmp_path, *words, name="plain")
+    loss = engines.cross_entropy
+    for client in (0, 2):
+        labels = ours.pictures.train_labels[ours.clients.pictures_of[client]].tolist()
+        shares = [(labels.count(c) + 1) / (len(labels) + 10) for c in range(10)]
+        logs = torch.tensor(shares, dtype=torch.float64).log().mul(0.7).float()
+
+        def train(one, client=client):
+            [trained] = one.clients.train([client], 1, one.server.broadcast(1, [client]))
+            return trained.update.clone()
+
+        unadjusted, adjusted = train(plain), train(ours)
+        with monkeypatch.context() as patch:
+            patch.setattr(engines, "cross_entropy", lambda x, y, a=logs: loss(x + a, y))
+            expected = train(plain)
+        torch.testing.assert_close(adjusted, expected, rtol=1e-4, atol=2e-6)
+        assert (unadjusted - adjusted).norm() > 0.1 * adjusted.norm()
+
+
+def test_without_adjustment_the_received_model_is_not_copied(tmp_path):
+    one = make_federation(tmp_path, *PLAIN)
+    broadcast = one.server.broadcast(1, [0])
+    [trained] = one.clients.train([0], 1, broadcast)
+    assert trained.received.data_ptr() == broadcast.parameters.data_ptr()
