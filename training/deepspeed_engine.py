@@ -22,6 +22,7 @@ from training.engines import (
     FIRST_SCALE_POWER,
     CorrectGradient,
     Engine,
+    autocast,
     clip_gradient,
     make_optimizer,
 )
@@ -69,7 +70,7 @@ class DeepSpeedEngine(Engine):
         folder: Path,  # for DeepSpeed's logs
     ):
         local, given = config.local, read_config(config)
-        self.model, self.team, self.clip = model, team, local.clip
+        self.model, self.team, self.clip, self.precision = model, team, local.clip, precision
         self.weight_decay = local.weight_decay
         self.stage = given.get("zero_optimization", {}).get("stage", 0)
         power = given.get("fp16", {}).get("initial_scale_power", FIRST_SCALE_POWER)
@@ -117,7 +118,8 @@ class DeepSpeedEngine(Engine):
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float32 [B, num_classes]: DeepSpeed's autocast ends with the network."""
         self.model.gradients.zero_()
-        return self.engine(images).float()
+        with autocast(self.model.device, self.precision):  # for fp16 on a CPU, which is ours
+            return self.engine(images).float()
 
     def backward(self, loss: Tensor) -> None:
         """Compute the batch's gradient. DeepSpeed averages those of a team; a batch's is a sum."""
