@@ -47,10 +47,8 @@ def topk(vector: Tensor, k: int) -> Positions:
     """
     if not is_on_cpu(vector):
         return largest_in_rows(vector[None], min(k, vector.numel()))
-    if k >= vector.numel():
-        return np.arange(vector.numel())
-    if k == 0:
-        return np.arange(0)
+    if k == 0 or k >= vector.numel():
+        return np.arange(min(k, vector.numel()))
     numbers = np.ascontiguousarray(vector.numpy())
     survivors = np.empty(2 * k + 4096, np.int64)
     survivors = survivors[: _gather(numbers, _floor(numbers, k), survivors)]
@@ -88,13 +86,11 @@ def topk_per_chunk(vector: Tensor, density: float, chunk: int) -> Positions:
 
 def threshold(vector: Tensor, limit: float, relative: bool = False) -> Positions:
     """The positions with abs(value) > limit, or > limit * the largest magnitude if relative."""
+    if relative and len(vector):
+        limit = limit * torch.stack(vector.aminmax()).abs().max()
     if not is_on_cpu(vector):
-        magnitudes = vector.abs()
-        least = limit * magnitudes.max() if relative and len(vector) else limit
-        return (magnitudes > least).nonzero().flatten()
+        return (vector.abs() > limit).nonzero().flatten()
     numbers, limit = np.ascontiguousarray(vector.numpy()), np.float32(limit)
-    if relative and len(numbers):
-        limit *= np.float32(max(map(abs, torch.stack(vector.aminmax()).tolist())))
     # The system gives memory as it is written, so that room for all positions costs nothing.
     kept = np.empty(len(numbers) + 2 * BLOCK, np.int64)
     return kept[: _gather(numbers, np.nextafter(limit, np.float32(np.inf)), kept)].copy()
