@@ -69,10 +69,10 @@ class Clients:
         self.engine: Engine | None = None  # both are built with the first client that they train
         self.lanes: Lanes | None = None
         self.uplink = Uplink(config, agreement, store)
-        # The update then takes the place of the weights, which the next client overwrites: memory
-        # of its own would cost more than the subtraction. Error feedback needs that, for what the
-        # client will owe; a mask that grows looks at the received weights again; and on a GPU
-        # updates wait to be encoded while the next client trains.
+        # Whether an update takes the place of the weights that it comes from, which the next client
+        # overwrites: memory of its own would cost more than the subtraction. Error feedback needs
+        # its own, for what the client will owe; a mask that grows loads the received weights again;
+        # and on a GPU updates wait to be encoded while the next client trains.
         grows = config.pruning.mask.method == "dynamic"
         self.in_place = not (self.uplink.feedback or grows) and model.device.type == "cpu"
         # FedBN (Li et al. 2021, arXiv 2102.07623): the norm layers are each client's own.

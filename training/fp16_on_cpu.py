@@ -1,6 +1,6 @@
 """fp16 on a CPU, rounded as a GPU rounds it: the factors are fp16, the sums fp32.
 
-Few CPUs multiply in fp16, and torch's kernels for the others take hundreds of times as long as in
+Few CPUs multiply in fp16, and torch's kernels for the others take a hundred times as long as in
 fp32. A GPU's tensor cores multiply fp16 and add in fp32 (Micikevicius et al. 2018, arXiv
 1710.03740, section 3.3), which a CPU does by rounding what goes into an fp32 kernel and what comes
 out of it.
