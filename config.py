@@ -188,6 +188,7 @@ class Pruning(Selection):
     """Of the clients' updates; client i has the density client_densities[i % how many], if any."""
 
     client_densities: list[float] = each_between(0.0, 1.0, open_low=True)
+    shared: bool = False  # random: all clients of a round send the same coordinates
     fit_deadline: bool = False  # each client's density, at most `density`, is what arrives in time
     mask: Mask = field(default_factory=Mask)
 

@@ -125,7 +125,8 @@ class Channel:
             return self.mask, self.on_mask, 1.0
         size = self.num_coordinates
         k = pruning.num_kept(self.density(round_number, client), size)
-        seed, scale = self.seed_for("selection", round_number, client), size / k
+        draws_for = ALL if getattr(self.selection, "shared", False) else client
+        seed, scale = self.seed_for("selection", round_number, draws_for), size / k
         if self.selection.scope == "layer":
             chosen, scale = pruning.random_by_layer(self.on_mask.sizes, k, seed)
         else:

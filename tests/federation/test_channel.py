@@ -64,6 +64,16 @@ def test_a_random_choice_costs_no_positions_and_both_ends_must_agree_on_it():
             link.decode(payload, *elsewhere)
 
 
+def test_a_shared_random_choice_is_another_one_in_each_round_and_the_same_for_all_clients():
+    link = channel(method="random", density=0.1, shared=True)
+    support = [link.encode(vector(), *at)[1].indices for at in ((1, 2), (1, 3), (2, 2))]
+    np.testing.assert_array_equal(support[0], support[1])
+    assert not np.array_equal(support[0], support[2])
+    payload, _ = link.encode(vector(), round_number=1, client=2)
+    with pytest.raises(PayloadError, match="another layout"):
+        link.decode(payload, 2, 2)
+
+
 def test_ends_with_different_masks_refuse_each_other():
     link = channel(method="none")
     link.use_mask(np.arange(100))
