@@ -196,12 +196,12 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     yield from _momentum_contradictions(config)
     yield from _selection_contradictions("pruning", config.pruning)
     yield from _selection_contradictions("downlink.pruning", config.downlink.pruning)
-    if model.norm_policy != "average" and not model.name.startswith("resnet"):
+    if model.norm_policy in ("frozen", "local") and not model.name.startswith("resnet"):
         yield "model.norm_policy", f"{model.name} has no norm layers"
-    if model.norm_policy in ("frozen", "static") and model.norm != "batch":
+    if model.norm_policy == "frozen" and model.norm != "batch":
         yield "model.norm_policy", f"{model.norm} has no statistics: use average"
-    normalises = model.name.startswith("resnet") and model.norm == "batch"
-    if config.distributed.ranks_per_client > 1 and normalises and model.norm_policy != "frozen":
+    tracks = model.has_batch_norm and model.norm_policy != "frozen"
+    if config.distributed.ranks_per_client > 1 and tracks:
         yield (
             "distributed.ranks_per_client",
             "each rank's BatchNorm would see a part of the batch; use model.norm=group(2)",

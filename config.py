@@ -100,6 +100,10 @@ class Model:
     norm_policy: str = one_of("average", "local", "frozen", "static")
     width: float = between(1.0, 0.0, open_low=True)  # times the usual number of channels
 
+    @property
+    def has_batch_norm(self) -> bool:
+        return self.name.startswith("resnet") and self.norm == "batch"
+
 
 @dataclass(frozen=True)
 class Submodel:

@@ -23,6 +23,7 @@ from bandwidth_analysis import read_run, write_plots
 from config import Config, ConfigError, Diversity
 from data import DataError, save_partition, save_samples
 from distributed import RankLost, Ranks
+from federation.compatibility import doubts
 from federation.federation import Federation
 from federation.ledger import LedgerRow
 from federation.schedules import make_schedule
@@ -250,9 +251,8 @@ def finish(federation: Federation, folder: RunFolder) -> None:
         "model_sha256": federation.server.sha256(),
     }
     folder.finish(summary, keep_states=federation.keeps_states)
-    pruned = f"; {summary['density']:.2%} of the parameters are not 0"
-    if config.pruning.mask.method == "none":
-        pruned = ""
+    is_masked = config.pruning.mask.method != "none"
+    pruned = f"; {summary['density']:.2%} of the parameters are not 0" if is_masked else ""
     saved = summary["dense_bytes_up"] / max(summary["bytes_up"], 1)
     failed = f"; {progress.num_failed} updates left out" if progress.num_failed else ""
     _say(
@@ -315,14 +315,14 @@ def _summed_up(messages: list[LedgerRow]) -> str:
 
 
 def _announce_data(federation: Federation) -> None:
-    data = federation.dataset
-    if data.fallback_reason:
-        line, instead = "=" * 80, f"Training on {data.name} instead."
-        _say(federation.ranks, f"{line}\n{data.fallback_reason}\n{instead}\n{line}")
+    data, line = federation.dataset, "=" * 80
+    if why := data.fallback_reason:
+        _say(federation.ranks, f"{line}\n{why}\nTraining on {data.name} instead.\n{line}")
 
 
 def _announce_clients(federation: Federation) -> None:
-    config, ranks, lines = federation.config, federation.ranks, federation.workload.describe()
+    config, ranks = federation.config, federation.ranks
+    lines = [*federation.workload.describe(), *(f"note: {doubt}" for doubt in doubts(config))]
     if config.submodel.ordered_dropout and ranks.device.type == "cuda":
         lines.append("submodel.ordered_dropout trains client by client, without CUDA graphs")
     if config.network.is_measured:

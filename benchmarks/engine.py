@@ -40,6 +40,7 @@ from training.draws import Draws
 from training.engines import autocast
 from training.local_sgd import batch_sizes, local_lr
 
+TRACKED = ["model.norm_policy=average"]  # as in the bare loop
 # The cohort is a part of the config's, to keep a round short; a client's work is whole.
 CASES = {
     "pfl benchmark, dense": ("configs/pfl_benchmark.yaml", ["clients.per_round=20"]),
@@ -54,11 +55,11 @@ CASES = {
     ),
     "ResNet-18, dense": (
         "configs/baseline_fedavg.yaml",
-        ["clients.per_round=2", "local.steps=8"],
+        ["clients.per_round=2", "local.steps=8", *TRACKED],
     ),
     "ResNet-18, top-k 1% int8": (
         "configs/cifar10_resnet18.yaml",
-        ["clients.per_round=2", "local.steps=8"],
+        ["clients.per_round=2", "local.steps=8", *TRACKED],
     ),
     "ResNet-18, a step a round, DGC": ("configs/presets/dgc_cifar10.yaml", ["pruning.warmup=[]"]),
 }

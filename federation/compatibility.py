@@ -45,6 +45,20 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield from _of_error_feedback(config, algorithm)
 
 
+def doubts(config: Config) -> Iterator[str]:
+    """Yield what goes together, but rarely as a user hopes."""
+    model, server = config.model, config.server
+    averages = server.optimizer == "FedAvg" and server.lr in (None, 1.0)
+    if config.schedule.name == "gossip" or config.local.steps == 1 or averages:
+        return  # statistics and weights are of the same model
+    if model.has_batch_norm and model.norm_policy == "average":
+        yield (
+            f"BatchNorm's statistics are those of the clients' average, and {server.optimizer} "
+            "moves the model elsewhere: accuracies may be at chance for long; "
+            "set model.norm_policy: static, or model.norm: group(2)"
+        )
+
+
 def _of_a_direction(
     link: Uplink | Downlink,
     coder: Coder,
@@ -133,7 +147,7 @@ def _of_the_optimizer(config: Config, algorithm: FedAvg) -> Iterator[tuple[str, 
 def _of_submodels(config: Config, algorithm: FedAvg) -> Iterator[tuple[str, str]]:
     """What slices of the network do not go with, and what belongs to them."""
     settings, model, name = config.submodel, config.model, config.schedule.name
-    if model.norm_policy == "static" and name == "gossip":
+    if model.norm_policy == "static" and model.has_batch_norm and name == "gossip":
         yield "model.norm_policy", "gossip scores every node's model: static is for one model"
     if not settings.widths:
         if settings != Submodel():
@@ -143,7 +157,7 @@ def _of_submodels(config: Config, algorithm: FedAvg) -> Iterator[tuple[str, str]
         yield "submodel.widths", f"{settings.widths} must begin with 1 and then go down"
     if settings.assignment == "capability" and config.schedule.deadline_seconds is None:
         yield "submodel.assignment", "capability fits widths to schedule.deadline_seconds: set it"
-    if model.name.startswith("resnet") and model.norm == "batch" and model.norm_policy != "static":
+    if model.has_batch_norm and model.norm_policy != "static":
         yield "model.norm_policy", "statistics differ from width to width: it must be static"
     elif model.norm_policy == "local":
         yield "model.norm_policy", "norm layers of different widths are slices too: use average"

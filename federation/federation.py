@@ -248,7 +248,8 @@ class Federation:
 
     def _statistics(self) -> AbstractContextManager[None]:
         """Where BatchNorm is static: the statistics of the server's model, for its evaluation."""
-        if self.config.model.norm_policy != "static":
+        model = self.config.model
+        if model.norm_policy != "static" or not model.has_batch_norm:
             return nullcontext()
         self.clients.load(self.server.parameters.data, self.server.buffers)
         return static_statistics(

@@ -79,7 +79,7 @@ def partition(config: Config, dataset: Dataset) -> list[np.ndarray]:
         )
     smallest = min(range(len(clients)), key=lambda client: len(clients[client]) or np.inf)
     alone = min(len(clients[smallest]), config.local.batch_size) == 1
-    if alone and config.model.norm == "batch" and config.model.name.startswith("resnet"):
+    if alone and config.model.has_batch_norm:
         raise ConfigError(
             f"model.norm: batch cannot train on batches of one example (client {smallest} has "
             f"{len(clients[smallest])}, local.batch_size={config.local.batch_size}); "

@@ -5,6 +5,8 @@ tests/test_config.py.
 import pytest
 from helpers.configs import load, mistake
 
+from federation.compatibility import doubts
+
 WIDTHS = ["model.name=lenet", "submodel.widths=[1,0.5]"]
 
 
@@ -62,8 +64,6 @@ def test_what_slices_do_not_go_with(words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["model.norm=group(2)"], "group(2) has no statistics"),
-        (["model.name=lenet"], "lenet has no norm layers"),
         (
             [
                 *("schedule.name=gossip", "clients.total=4", "clients.per_round=4"),
@@ -144,3 +144,24 @@ def test_a_local_optimizer_takes_its_own_options():
     more = ["local.optimizer_options.weight_decay=0.1", "local.optimizer_options.betas=[0.9,0.95]"]
     local = load("", ADAMW, *more, "local.algorithm=FedProx", "local.lanes=1", "local.clip=1").local
     assert local.optimizer_options == {"weight_decay": 0.1, "betas": [0.9, 0.95]}
+
+
+RESNET = ["model.name=resnet18", "server.optimizer=FedYogi"]
+
+
+@pytest.mark.parametrize(
+    ("words", "doubted"),
+    [
+        (RESNET, True),
+        (["model.name=resnet18", "server.lr=0.5"], True),
+        (["model.name=resnet18"], False),
+        ([*RESNET, "model.norm_policy=static"], False),
+        ([*RESNET, "model.norm=group(2)"], False),
+        ([*RESNET, "local.steps=1"], False),
+        (["model.name=lenet", "server.optimizer=FedYogi"], False),
+    ],
+)
+def test_an_adaptive_server_beside_averaged_statistics_is_doubted(words, doubted):
+    found = list(doubts(load("", *words)))
+    assert len(found) == doubted
+    assert all("set model.norm_policy: static" in doubt for doubt in found)
