@@ -6,6 +6,8 @@ that a stranger's bytes are all there and end as an encoder ends them. docs/wire
 every bit.
 """
 
+import threading
+
 import numpy as np
 
 from layout import Layout
@@ -22,6 +24,11 @@ from wire.range_coder import (
 from wire.rans import LEAST_HEAD, is_spent, new_table, push_all
 from wire.scan import as_grids, new_scratch, out_of_order, scan_order
 from wire.walk import DONE, FAULTS, MAX_LEVEL, Walk, read_walk, write_walk
+
+# What each thread writes on, up to this many steps of rans.py: new pages would take a tenth of the
+# time that writing takes (docs/LOG.md).
+MOST_KEPT = 1 << 20
+kept = threading.local()
 
 
 def encode_integers(indices: np.ndarray, levels: np.ndarray, layout: Layout) -> bytes:
@@ -41,7 +48,7 @@ def encode_integers(indices: np.ndarray, levels: np.ndarray, layout: Layout) -> 
     scratch = new_scratch(tensors)
     num_words, num_steps = 256 + 2 * len(indices), 256 + 4 * len(indices)  # mostly enough
     while True:
-        words, tape = np.empty(num_words, np.uint32), np.empty(num_steps, np.uint64)
+        words, tape = _room("words", num_words, np.uint32), _room("tape", num_steps, np.uint64)
         walk = _new_walk(tensors, copies, *entries, least, spread, words, tape, scratch)
         ending, state, head = write_walk(walk, writing_state(), (np.uint64(0), 0))
         if ending != DONE:
@@ -101,6 +108,16 @@ def decode_integers(body: bytes | memoryview, layout: Layout) -> tuple[np.ndarra
         part = slice(walk.bounds[t], walk.bounds[t + 1])
         _sort(indices[part], levels[part])
     return indices, levels
+
+
+def _room(name: str, size: int, dtype: type) -> np.ndarray:
+    """An array [size] to write on, which the next call with this name gives away again."""
+    array = getattr(kept, name, None)
+    if array is None or len(array) < size:
+        array = np.empty(size, dtype)
+        if size <= MOST_KEPT:
+            setattr(kept, name, array)
+    return array[:size]
 
 
 def _sort(indices: np.ndarray, levels: np.ndarray) -> None:
