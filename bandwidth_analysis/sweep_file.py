@@ -4,6 +4,7 @@
     seeds: [1, 2, 3]                      # each run once a seed; else the base's seed
     output_dir: outputFolder/densities    # a run folder each, below this one
     jobs: 2                               # runs at a time, 1 by default
+    all: {rounds: 75}                     # what every run changes, unless it says otherwise
     grid:                                 # every combination of these values
       pruning.density: [0.1, 0.01]
       server.optimizer: [FedAvg, FedYogi]
@@ -30,7 +31,7 @@ from command_line import load_config
 from config import PROJECT, Config, ConfigError, from_here
 from startup.typed_yaml import compose
 
-KEYS = ("base", "seeds", "output_dir", "jobs", "grid", "list", "slurm")
+KEYS = ("base", "seeds", "output_dir", "jobs", "all", "grid", "list", "slurm")
 OF_THE_SWEEP = {"seed": "seeds", "output_dir": "output_dir"}  # what its runs do not set themselves
 
 Override = tuple[str, str, str]  # key, value, and the place in the file
@@ -169,6 +170,14 @@ class _SweepFile:
         """The overrides of each run, but for the seed."""
         if ("grid" in self.nodes) == ("list" in self.nodes):
             raise ConfigError(f"{self.path}: give either grid or list, which say what differs")
+        common = self._overrides(self.nodes["all"]) if "all" in self.nodes else []
+        return [
+            [other for other in common if other[0] not in [key for key, _, _ in own]] + own
+            for own in self._differences()
+        ]
+
+    def _differences(self) -> list[list[Override]]:
+        """What each run changes besides what all of them do."""
         if "list" in self.nodes:
             return [self._overrides(item) for item in self._items("list", self.nodes["list"])]
         axes = []

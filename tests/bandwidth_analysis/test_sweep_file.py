@@ -50,6 +50,17 @@ def test_a_run_is_what_its_command_makes_of_it(sweep):
     assert run.command.startswith("python main.py --config configs/default.yaml 'local.lr_sch")
 
 
+def test_what_all_runs_change_gives_way_to_what_a_run_says(sweep):
+    text = "all: {rounds: 7, seed: 3}\n", "all: {rounds: 7, local.lr: 0.3}\n"
+    runs = sweep(HEAD + text[1] + "list: [{name: a}, {name: b, rounds: 9}]\n").runs
+    assert [(run.config.rounds, run.config.local.lr) for run in runs] == [(7, 0.3), (9, 0.3)]
+    assert [run.command.count("rounds=") for run in runs] == [1, 1]
+    with pytest.raises(ConfigError, match="x.yaml:3: seed: is the sweep's; use its seeds"):
+        sweep(HEAD + text[0] + GRID)
+    with pytest.raises(ConfigError, match="x.yaml:3: rouns: no such key"):
+        sweep(HEAD + "all: {rouns: 7}\n" + GRID)
+
+
 def test_slurm_takes_the_parameters_of_submitit(sweep):
     text = HEAD + GRID + "slurm:\n  slurm_partition: gpu\n  timeout_min: 60\n"
     assert sweep(text).slurm == {"slurm_partition": "gpu", "timeout_min": 60}
