@@ -203,6 +203,8 @@ class Uplink:
 
     budget: str = ""  # so many times fewer bytes than dense
     values: str = "int8"  # a coder, see compression.py
+    # eden(R): client i sends client_bits[i % how many] bits a value in place of R, if any
+    client_bits: list[float] = each_between(0.001, 1.0)
     error_feedback: bool = True  # what was not sent is added to the client's next update
     decay: float = between(1.0, 0.0, 1.0)  # factor of what is owed, each time it is added
     momentum: float = between(0.0, 0.0, 1.0)  # DGC's momentum correction, for local.steps: 1

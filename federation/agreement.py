@@ -88,7 +88,13 @@ class Agreement:
             return self.config.seed_for(f"{name}/{purpose}", *rest)
 
         channel = Channel(
-            self.layout, settings.values, selection, settings.dense_below, seed_for, owes
+            self.layout,
+            settings.values,
+            selection,
+            settings.dense_below,
+            seed_for,
+            owes,
+            client_bits=settings.client_bits if isinstance(settings, Uplink) else (),
         )
         return Kind(direction, name, channel, self.dense_values)
 

@@ -2,10 +2,12 @@
 
 Clients that are asked a few times in a run cannot pay back what error feedback owes them, so the
 update has to be right on average: EDEN, of all coordinates or of a random part. Among its bit
-widths and densities of equal bytes, the one of least variance is taken.
+widths and densities of equal bytes, those of least error are taken. A client of more weight in the
+average sends more.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 from config import Config, Pruning
@@ -21,11 +23,12 @@ def ratio_of(budget: str) -> float:
     return float(found[1])
 
 
-def with_budget(config: Config, bits: float = 1, density: float = 1.0) -> Config:
+def with_budget(config: Config, bits: float = 1, of_clients: Sequence[float] = (1.0,)) -> Config:
     """The config with what a budget settles; itself without a budget. Raises ValueError.
 
-    bits: of each value that travels; below one, all of them do. The bits and density of a run
-    depend on the size of its network, see fit_to_budget().
+    bits: of each value that travels; below one, all of them do. of_clients: each client's bits in
+    that case, and else its density. What a run has depends on the size of its network and on its
+    clients, see fit_to_budget().
     """
     if not config.uplink.budget:
         return config
@@ -38,9 +41,11 @@ def with_budget(config: Config, bits: float = 1, density: float = 1.0) -> Config
     }.items():
         if is_used:
             raise ValueError(f"does not go with {key}: give one of the two")
-    values, pruning = f"eden({bits:.4g})", Pruning(method="none")
+    up = replace(config.uplink, error_feedback=False, momentum=0.0, dense_below=0)
+    shares = list(of_clients)
     if bits in WHOLE_BITS:
-        values = f"eden{bits}"
-        pruning = Pruning(method="random", density=density, scope="layer")
-    up = replace(config.uplink, values=values, error_feedback=False, momentum=0.0, dense_below=0)
-    return replace(config, uplink=up, pruning=pruning)
+        mean = sum(shares) / len(shares)
+        pruning = Pruning(method="random", density=mean, client_densities=shares, scope="layer")
+        return replace(config, uplink=replace(up, values=f"eden{bits}"), pruning=pruning)
+    up = replace(up, values=f"eden({bits:.4g})", client_bits=shares)
+    return replace(config, uplink=up, pruning=Pruning(method="none"))

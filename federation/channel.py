@@ -5,7 +5,7 @@ that the sender picks) x values (compression.py) x small tensors whole, and erro
 it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import pruning
 from compression import (
+    Coder,
     Decoded,
     Memory,
     NotFinite,
@@ -46,7 +47,8 @@ class Channel:
     is on average: a random choice is not scaled by 1 / density, as it is elsewhere so that its mean
     is the vector, and a coder of relative variance w >= 1 is damped by 1 / (1 + w), which makes it
     a contraction (Beznosikov et al. 2020, arXiv 2002.12410); otherwise what is owed would grow
-    without end. sender_picks: encode() is given a selection of its own.
+    without end. sender_picks: encode() is given a selection of its own. client_bits: the coder's
+    number for client i is client_bits[i % how many], if any.
     """
 
     def __init__(
@@ -58,12 +60,11 @@ class Channel:
         seed_for: Callable[..., int] = lambda *_: 0,
         owes: bool = False,
         sender_picks: bool = False,
+        client_bits: Sequence[float] = (),
     ):
         self.layout, self.coder, self.selection = layout, parse_coder(values), selection
         self.dense_below, self.seed_for, self.owes = dense_below, seed_for, owes
-        self.sender_picks = sender_picks
-        damped = owes and not self.coder.contractive
-        self.damping = np.float32(1 / (1 + self.coder.variance) if damped else 1)
+        self.sender_picks, self.client_bits = sender_picks, client_bits
         self.use_mask(None)
 
     def use_mask(self, mask: np.ndarray | None) -> None:
@@ -87,16 +88,17 @@ class Channel:
             part = vector[torch.as_tensor(support, device=vector.device)]
             part.mul_(scale if isinstance(scale, float) else to_device(scale, part.device))
         select = _timed(select or self._select(round_number, client))
-        seed = self.seed_for("values", round_number, client)
-        payload, sent = encode(part, layout, self.coder, select, self.dense_below, seed, memory)
-        return payload, self._lift(sent, support)
+        coder, seed = self._coder_of(client), self.seed_for("values", round_number, client)
+        payload, sent = encode(part, layout, coder, select, self.dense_below, seed, memory)
+        return payload, self._lift(sent, support, coder)
 
     def decode(self, payload: bytes | memoryview, round_number: int, client: int = ALL) -> Decoded:
         """The vector as it arrives. Raises PayloadError, also for what was not agreed on."""
         support, layout, _ = self._support(round_number, client)
         most = self._most_selected(round_number, client, layout)
-        decoded = decode(payload, layout, self.coder, most, self.dense_below)
-        return self._lift(decoded, support)
+        coder = self._coder_of(client)
+        decoded = decode(payload, layout, coder, most, self.dense_below)
+        return self._lift(decoded, support, coder)
 
     def describe(self, report: Report, round_number: int) -> None:
         """Note in the report what the bytes of its last message are, which encode() has written."""
@@ -164,13 +166,18 @@ class Channel:
         }[settings.scope]
         return sum(pruning.num_kept(density, size) for size in sizes)
 
-    def _lift(self, decoded: Decoded, support: np.ndarray | None) -> Decoded:
+    def _coder_of(self, client: int) -> Coder:
+        """How this client writes values; to read eden(R) nobody needs to know its R."""
+        bits = self.client_bits
+        return type(self.coder)(bits[client % len(bits)]) if bits else self.coder
+
+    def _lift(self, decoded: Decoded, support: np.ndarray | None, coder: Coder) -> Decoded:
         """From positions within the support to positions in the vector, and damped."""
         indices, values = decoded.indices, decoded.values
         if support is not None:
             indices = support if indices is None else support[indices]
-        if self.damping != 1:
-            values = values * self.damping
+        if self.owes and not coder.contractive:
+            values = values * np.float32(1 / (1 + coder.variance))
         return Decoded(self.layout.size, indices, values)
 
 

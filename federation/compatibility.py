@@ -73,6 +73,11 @@ def _of_a_direction(
         yield f"{name}.values", f"{link.values} needs whole tensors: pruning.mask.method none"
     if link.dense_below and selection.method == "random":
         yield f"{name}.dense_below", f"{section}.method random leaves no tensor whole"
+    if isinstance(link, Uplink) and link.client_bits and coder.words.form != "eden({})":
+        yield (
+            f"{name}.client_bits",
+            f"{link.values} has whole bits; it needs {name}.values: eden(R)",
+        )
     whole_model = isinstance(link, Downlink) and link.mode == "model"
     if whole_model and selection.method != "none":
         yield f"{section}.method", "a part of the model can be sent only in downlink.mode change"

@@ -16,6 +16,7 @@ LEAST = 1e-4  # of the coordinates; a client that cannot even send these is late
 # The values of a random choice are scaled by 1 / density, so an update of fewer is mostly noise:
 # one client that sent 0.01% made a LeNet infinite.
 LEAST_AT_RANDOM = 0.05
+LEAST_BITS = 0.001  # of a value: with fewer an update is all noise
 HEADS = 1.03  # bits of EDEN for one of its word: scales of blocks, positions above their entropy
 PROBE = 1_000_000  # bytes, by which the speed of an upload is told
 Seconds = Callable[[np.ndarray, int], np.ndarray]  # of clients that send so many bytes
@@ -42,11 +43,16 @@ def fit_to_deadline(
     return replace(config, pruning=replace(config.pruning, client_densities=densities))
 
 
-def fit_to_budget(config: Config, num_values: int, num_buffers: int) -> Config:
-    """The config with the bits and the density of least variance that uplink.budget pays for.
+def fit_to_budget(
+    config: Config, num_values: int, num_buffers: int, num_examples: np.ndarray
+) -> Config:
+    """The config with the bits and densities of least error that uplink.budget pays for.
 
-    num_values: coordinates of the network; num_buffers: float32 values that travel besides. Of a
-    coder of relative variance w, a random part p has the relative variance (1 + w) / p - 1. Raises
+    num_values: coordinates of the network; num_buffers: float32 values that travel besides;
+    num_examples: of each client, int64. The average that the server makes is off by the sum of
+    (weight * norm of the update)^2 * variance over the clients, and variances are about 1 / bits.
+    So a client gets bits in proportion to its weight (Neyman 1934), and all together what the
+    budget pays for. Norms would add a little: they grow with the third root of the examples. Raises
     ConfigError if the budget hardly pays for the buffers.
     """
     if not config.uplink.budget:
@@ -56,24 +62,42 @@ def fit_to_budget(config: Config, num_values: int, num_buffers: int) -> Config:
     room = BYTES_PER_VALUE * (num_values * vectors + num_buffers) / ratio
     left = room - upload_bytes(config, 0.0, np.array(0), num_buffers)  # heads and buffers
     bits = 8 * float(left) / (vectors * num_values)
+    by_examples = config.server.weighting == "examples"
+    weights = num_examples.astype(float) if by_examples else np.sign(num_examples).astype(float)
     if bits >= 1:
-        choices = [with_budget(config, whole, min(1.0, bits / whole)) for whole in WHOLE_BITS]
-        return min(choices, key=_spread)
-    chosen = with_budget(config, bits / HEADS)
-    try:
-        parse_coder(chosen.uplink.values)
-    except ValueError:  # so few bits a value, or less than none
+        choices = [
+            with_budget(config, whole, _shares(weights, min(1.0, bits / whole)).tolist())
+            for whole in WHOLE_BITS
+        ]
+        return min(choices, key=lambda choice: _error(choice, weights))
+    if bits / HEADS < LEAST_BITS:
         raise ConfigError(
             f"uplink.budget: {config.uplink.budget} leaves {room:,.0f} bytes a client, and what "
             f"norm layers send besides takes {BYTES_PER_VALUE * num_buffers:,}; set "
-            "model.norm=group(2), or a smaller number"
-        ) from None
-    return chosen
+            "model.norm_policy=static, or a smaller number"
+        )
+    return with_budget(config, bits / HEADS, _shares(weights, bits / HEADS).tolist())
 
 
-def _spread(config: Config) -> float:
-    """1 + the relative variance of what arrives of an update."""
-    return (1 + parse_coder(config.uplink.values).variance) / config.pruning.density
+def _shares(weights: np.ndarray, mean: float) -> np.ndarray:
+    """Bits or densities in proportion to the weights, none above 1, with this mean.
+
+    A client of weight 0 never sends anything; it has the mean.
+    """
+    there = weights > 0
+    shares = weights / weights.max()
+    for _ in range(20):  # what a client that has 1 cannot take, the others get
+        shares = np.minimum(1.0, shares * (mean / shares[there].mean()))
+    return np.where(there, shares, mean).clip(LEAST_BITS)
+
+
+def _error(config: Config, weights: np.ndarray) -> float:
+    """How far off the average of the updates is, up to a factor that all coders share."""
+    densities, variance = (
+        config.pruning.client_densities,
+        parse_coder(config.uplink.values).variance,
+    )
+    return float((weights**2 * (1 + variance) / np.array(densities)).sum())
 
 
 def _fitting(

@@ -32,7 +32,7 @@ class Workload:
         num_buffers: int,
     ):
         self.clock, self.num_buffers = clock, num_buffers
-        config = fit_to_budget(config, choices[0].num_values, num_buffers)
+        config = fit_to_budget(config, choices[0].num_values, num_buffers, num_examples)
         self.widths: Widths | None = None  # until they are chosen
         algorithm = make_algorithm(config.local.algorithm, **config.local.options)
         self._vectors_down = 1 + bool(algorithm.down)
@@ -64,6 +64,9 @@ class Workload:
             line = f"uplink.budget {up.budget}: uplink.values={up.values}"
             if pruning.method == "random":
                 line += f", pruning.method=random, pruning.density={pruning.density:.4g}"
+            shares = up.client_bits or pruning.client_densities
+            if max(shares) > min(shares):
+                line += f" on average, from {min(shares):.3g} to {max(shares):.3g} by weight"
             lines.append(line)
         return lines
 

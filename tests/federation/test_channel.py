@@ -74,6 +74,17 @@ def test_a_shared_random_choice_is_another_one_in_each_round_and_the_same_for_al
         link.decode(payload, 2, 2)
 
 
+def test_each_client_writes_with_its_own_bits():
+    link = Channel(LAYOUT, "eden(0.1)", Pruning(method="none"), 0, SEED, client_bits=[0.01, 0.5])
+    sizes = []
+    for client, word in enumerate(["eden(0.01)", "eden(0.5)", "eden(0.01)"]):
+        payload, _ = link.encode(vector(), 1, client)
+        plain = Channel(LAYOUT, word, Pruning(method="none"), 0, SEED)
+        assert bytes(payload) == bytes(plain.encode(vector(), 1, client)[0])
+        sizes.append(len(payload))
+    assert sizes[1] > 3 * sizes[0]
+
+
 def test_ends_with_different_masks_refuse_each_other():
     link = channel(method="none")
     link.use_mask(np.arange(100))
