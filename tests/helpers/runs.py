@@ -18,6 +18,7 @@ TINY = [
     "data.name=digits",
     "data.fallback=",
     "model.name=lenet",
+    "model.norm_policy=average",  # so that tests of a ResNet have buffers on the wire
     "clients.total=4",
     "clients.per_round=3",
     "local.steps=2",
