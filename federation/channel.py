@@ -113,9 +113,13 @@ class Channel:
         return self.layout.size if self.mask is None else len(self.mask)
 
     def density(self, round_number: int, client: int) -> float:
-        """The share of coordinates that this client sends in this round."""
-        densities = getattr(self.selection, "client_densities", None) or [self.selection.density]
-        density = densities[client % len(densities)]
+        """The share of coordinates that this client, or a server, sends in this round."""
+        density, of_clients = (
+            self.selection.density,
+            getattr(self.selection, "client_densities", []),
+        )
+        if of_clients and client >= 0:
+            density = of_clients[client % len(of_clients)]
         stage = 1 + (round_number - 1) // self.selection.warmup_rounds
         return pruning.density_at(density, self.selection.warmup, stage)
 
@@ -167,9 +171,10 @@ class Channel:
         return sum(pruning.num_kept(density, size) for size in sizes)
 
     def _coder_of(self, client: int) -> Coder:
-        """How this client writes values; to read eden(R) nobody needs to know its R."""
-        bits = self.client_bits
-        return type(self.coder)(bits[client % len(bits)]) if bits else self.coder
+        """How this client, or a server, writes values; to read eden(R) nobody needs its R."""
+        if self.client_bits and client >= 0:
+            return type(self.coder)(self.client_bits[client % len(self.client_bits)])
+        return self.coder
 
     def _lift(self, decoded: Decoded, support: np.ndarray | None, coder: Coder) -> Decoded:
         """From positions within the support to positions in the vector, and damped."""

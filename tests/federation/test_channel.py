@@ -83,6 +83,8 @@ def test_each_client_writes_with_its_own_bits():
         assert bytes(payload) == bytes(plain.encode(vector(), 1, client)[0])
         sizes.append(len(payload))
     assert sizes[1] > 3 * sizes[0]
+    of_a_server = link.encode(vector(), 1, -2)[0]
+    assert sizes[0] < len(of_a_server) < sizes[1]
 
 
 def test_ends_with_different_masks_refuse_each_other():
@@ -114,6 +116,7 @@ def test_densities_follow_rounds_and_clients():
     link = channel(density=0.01, warmup=[0.25, 0.0625], client_densities=[0.02, 0.001])
     assert [link.density(round, 0) for round in (1, 2, 3, 4)] == [0.25, 0.0625, 0.02, 0.02]
     assert [link.density(9, client) for client in (0, 1, 2, 3)] == [0.02, 0.001, 0.02, 0.001]
+    assert link.density(9, -2) == 0.01  # a server has none of its own
     assert channel(density=0.01).density(1, 3) == 0.01
     link = channel(density=0.01, warmup=[0.25, 0.0625], warmup_rounds=3)
     assert [link.density(round, 0) for round in (1, 3, 4, 6, 7)] == [0.25] * 2 + [0.0625] * 2 + [
