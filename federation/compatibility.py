@@ -55,7 +55,7 @@ def doubts(config: Config) -> Iterator[str]:
         yield (
             f"BatchNorm's statistics are those of the clients' average, and {server.optimizer} "
             "moves the model elsewhere: accuracies may be at chance for long; "
-            "set model.norm_policy: static, or model.norm: group(2)"
+            "set model.norm_policy: static"
         )
 
 
