@@ -41,6 +41,7 @@ from federation.schedules import make_schedule
 CONFIG = Path("configs/codecs_cifar10.yaml")
 BUDGETS = ("100x", "300x", "1000x")
 WINDOW = 5  # rounds: their models differ little
+Seen = list[tuple[int, Tensor]]  # client, its update
 Cohort = tuple[list[int], np.ndarray, Tensor]  # clients, weights [n], updates float32 [n, size]
 
 
@@ -59,7 +60,8 @@ def main() -> None:
         federation = make_schedule(config, Ranks(config), Path(output) / "states")
         resolve_auto(federation, {})
         print(f"{device_name(federation.ranks.device)}; overrides: {args.overrides}")
-        found = {first: measure(federation, first) for first in sorted(rounds)}
+        seen = watch(federation.clients.agreement.channel("up", "update"))
+        found = {first: measure(federation, seen, first) for first in sorted(rounds)}
     names = list(next(iter(found.values())))
     print("round " + " ".join(f"{name:>15}" for name in names))
     for first, row in found.items():
@@ -68,16 +70,13 @@ def main() -> None:
         print(json.dumps(found))
 
 
-def measure(federation: Federation, first: int) -> dict[str, float]:
+def measure(federation: Federation, seen: Seen, first: int) -> dict[str, float]:
     """The columns of one line: train until before that round, and look at the next ones."""
     while federation.progress.round_number + 1 < first:
-        federation.run_round()
-    seen = watch(federation.clients.agreement.channel("up", "update"))
+        cohort(federation, seen)
     cohorts = [cohort(federation, seen) for _ in range(WINDOW)]
-    row = {
-        "square / common": np.mean([square(c) for c in cohorts])
-        / np.mean(list(map(common, cohorts)))
-    }
+    squares, commons = map(square, cohorts), map(common, cohorts)
+    row = {"square / common": sum(squares) / sum(commons)}
     for budget in BUDGETS:
         for name, weighting in {"equal": "uniform", "weights": "examples"}.items():
             agreement = of_budget(federation, budget, weighting)
@@ -85,13 +84,13 @@ def measure(federation: Federation, first: int) -> dict[str, float]:
     return {name: float(figure) for name, figure in row.items()}
 
 
-def cohort(federation: Federation, seen: list[Tensor]) -> Cohort:
+def cohort(federation: Federation, seen: Seen) -> Cohort:
     """Do a round; return who took part, and what they learned."""
     seen.clear()
-    _, rows = federation.run_round()
-    clients = [int(row.sender) for row in rows if (row.direction, row.kind) == ("up", "update")]
-    weights = federation.num_examples[clients].astype(float)
-    return clients, weights / weights.sum(), torch.stack(seen).cpu()
+    federation.run_round()
+    clients, updates = zip(*seen, strict=True)
+    weights = federation.num_examples[list(clients)].astype(float)
+    return list(clients), weights / weights.sum(), torch.stack(updates).cpu()
 
 
 def of_budget(federation: Federation, budget: str, weighting: str) -> Agreement:

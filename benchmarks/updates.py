@@ -67,13 +67,16 @@ class Update:
     change: np.ndarray
 
 
-def watch(channel: Channel) -> list[torch.Tensor]:
-    """From now on the list gets every vector that the channel is about to encode."""
+def watch(channel: Channel) -> list[tuple[int, torch.Tensor]]:
+    """From now on the list gets (client, vector) of all that the channel is about to encode.
+
+    On a GPU this happens on threads, and so in any order.
+    """
     seen, encode = [], channel.encode
 
-    def encode_and_keep(vector: torch.Tensor, *rest):
-        seen.append(vector.clone())
-        return encode(vector, *rest)
+    def encode_and_keep(vector: torch.Tensor, round_number: int, client: int, *rest):
+        seen.append((client, vector.clone()))
+        return encode(vector, round_number, client, *rest)
 
     channel.encode = encode_and_keep
     return seen
@@ -123,7 +126,7 @@ def rounds(federation: Federation, last: int) -> Iterator[tuple[int, tuple[torch
         received = federation.server.parameters.detach().clone()
         row, _ = federation.run_round()
         print(f"round {round_number}/{last}, training loss {row['train_loss']:.3f}", flush=True)
-        yield round_number, (seen[0], received, change)
+        yield round_number, (seen[0][1], received, change)
         change = federation.server.parameters.detach() - received
 
 

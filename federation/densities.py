@@ -93,11 +93,8 @@ def _shares(weights: np.ndarray, mean: float) -> np.ndarray:
 
 def _error(config: Config, weights: np.ndarray) -> float:
     """How far off the average of the updates is, up to a factor that all coders share."""
-    densities, variance = (
-        config.pruning.client_densities,
-        parse_coder(config.uplink.values).variance,
-    )
-    return float((weights**2 * (1 + variance) / np.array(densities)).sum())
+    variance = parse_coder(config.uplink.values).variance
+    return float((weights**2 * (1 + variance) / np.array(config.pruning.client_densities)).sum())
 
 
 def _fitting(

@@ -224,7 +224,7 @@ class TorchEngine(Engine):
     def _subtract_gradient(self) -> None:
         """A step of SGD without momentum and decay, without what torch.optim does around it.
 
-        That took a fortieth of a step of pfl's network on a CPU (docs/LOG.md).
+        That takes a fiftieth of a step of pfl's network on a CPU (docs/LOG.md).
         """
         gradients = [tensor.grad for tensor in self.tensors]
         lr = self.optimizer.param_groups[0]["lr"]
