@@ -213,7 +213,8 @@ class Uplink:
 
 @dataclass(frozen=True)
 class Downlink:
-    mode: str = one_of("model", "change")  # the whole model, or its change with error feedback
+    # The whole model, its change with error feedback, or what each client's own copy lacks.
+    mode: str = one_of("model", "change", "copies")
     values: str = "fp32"
     dense_below: int = between(0, 0, 2**32 - 1)
     pruning: Selection = field(default_factory=lambda: Selection(method="none"))  # mode: change

@@ -63,8 +63,9 @@ class Agreement:
         for name in filter(None, ("model", algorithm.down)):
             if down.mode == "model":
                 yield self._vector("down", name, down.pruning, down, owes=False)
-            else:  # the change since the last message, or all of it where a client missed more
-                yield Kind("down", name, Channel(self.layout, WHOLE), size)
+            else:
+                if down.mode == "change":  # all of it, where a client missed more
+                    yield Kind("down", name, Channel(self.layout, WHOLE), size)
                 change = self._vector("down", name, down.pruning, down, owes=True)
                 yield Kind("down", f"{name}_change", change.channel, size)
         for direction in ("up", "down"):

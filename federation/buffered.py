@@ -14,7 +14,6 @@ FedAsync (Xie et al. 2019, arXiv 1903.03934, Algorithm 1) steps with each client
 """
 
 import time
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -108,8 +107,7 @@ class FedBuff(Federation):
         for report, messages in self._arrivals(trained, with_own_payloads):
             report.messages = messages
             computing = self._computing_seconds(report, round_number)
-            sent = [*broadcast.messages[report.client], *messages]
-            self.clock.start([(round_number, replace(report, messages=sent), computing)])
+            self.clock.start([(round_number, report, computing)])
             self.flights[report.client] = Flight(report, round_number)
 
     def _average(self, used: list[Flight], round_number: int) -> Average:
@@ -119,7 +117,6 @@ class FedBuff(Federation):
             with self.phases("decode"):
                 arrived = average.decode(flight.report, flight.round_number)
             average.add(flight.report, arrived, self._discount(flight, round_number))
-            flight.report = flight.report.without_payloads()
         return average
 
     def _discount(self, flight: Flight, round_number: int) -> float:

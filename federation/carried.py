@@ -17,7 +17,6 @@ from distributed import Ranks
 from federation.federation import Encode
 from federation.flights import Flight, packed, unpacked, with_own_payloads
 from federation.ledger import LedgerRow
-from federation.messages import Broadcast
 from federation.server import Average
 from federation.synchronous import Arrival, Synchronous
 from training.local_sgd import Interrupted
@@ -34,7 +33,7 @@ class CarriedOver(Synchronous):
         return self.candidates[~np.isin(self.candidates, list(self.flights))]
 
     def _average(
-        self, cohort: list[int], round_number: int, broadcast: Broadcast, trained: Iterator[Encode]
+        self, cohort: list[int], round_number: int, trained: Iterator[Encode]
     ) -> tuple[Average, list[LedgerRow], dict[str, Any]]:
         """Let the cohort work, and average what arrives in time. Raises Interrupted."""
         average = self.server.new_average(sorted([*cohort, *self.flights]))
@@ -44,11 +43,7 @@ class CarriedOver(Synchronous):
         except Interrupted:
             self.clients.store.discard()
             raise
-        sent = [
-            replace(report, messages=[*broadcast.messages[client], *report.messages])
-            for client, (report, _) in fresh.items()
-        ]
-        self._start(sent, round_number)
+        self._start([report for report, _ in fresh.values()], round_number)
         is_complete = self._wait(cohort)
         flights = {
             client: self.flights.pop(client) for client in is_complete if client not in fresh

@@ -19,7 +19,7 @@ from data import Pictures
 from distributed import Team
 from federation.agreement import Agreement
 from federation.client_store import OWED, ClientStore, State
-from federation.messages import Broadcast, Report
+from federation.messages import Broadcast, Report, without_payloads
 from federation.uplink import LocalUpdate, Uplink
 from pruning import snip_scores
 from training.choices import Choices
@@ -112,7 +112,7 @@ class Clients:
 
         With several lanes they train together, and come in the order of the lanes' groups. Only a
         team's leader gets the updates; without error feedback, an update is valid until the next
-        one is asked for. broadcast.of(client): the model that it begins with.
+        one is asked for. broadcast.of(): the model that a client begins with.
         """
         if self.num_lanes == 1:
             yield from (self._train_one(client, round_number, broadcast) for client in clients)
@@ -124,6 +124,7 @@ class Clients:
     def score(self, client: int, broadcast: Broadcast) -> tuple[Report, Tensor | None]:
         """Before round 1: how much each weight matters to the client's loss (SNIP)."""
         report = self._report(client)
+        report.received = without_payloads(broadcast.messages[client])
         if self._team_stops():
             raise Interrupted
         if report.failure or not self.team.is_leader:
@@ -164,7 +165,7 @@ class Clients:
         )
         if keeps:
             trained.optimizer = self.engine.kept
-        return self._finish(trained, round_number, broadcast)
+        return self._finish(trained, round_number)
 
     def _train_in_lanes(
         self, clients: list[int], round_number: int, broadcast: Broadcast
@@ -190,21 +191,23 @@ class Clients:
             model.parameters.copy_(result.parameters)
             model.buffers.copy_(result.buffers)
             trained.loss = result.loss
-            yield self._finish(trained, round_number, broadcast)
+            yield self._finish(trained, round_number)
 
     def _begin(self, client: int, round_number: int, broadcast: Broadcast) -> LocalUpdate:
         """Put what a client received and kept into the network."""
-        broadcast = broadcast.of(client)
         trained, model = LocalUpdate(self._report(client)), self.model
+        trained.state = self.store.get(client)
+        known = self.team.broadcast({k: v for k, v in trained.state.items() if k not in OWED})
+        broadcast = broadcast.of(client, known.get("copy"))
+        trained.report.received = without_payloads(broadcast.messages.get(client, []))
         if trained.report.failure:
             return trained
         trained.lr = local_lr(self.config.local, round_number, self.config.rounds)
-        trained.state = self.store.get(client)
         if self.store.is_older_than_mask(client):  # the client has it, even if it fails later
             self.store.stage(client, trained.state, round_number)
-        known = self.team.broadcast({k: v for k, v in trained.state.items() if k not in OWED})
         self.load(broadcast.parameters, broadcast.buffers, known)
-        trained.known, trained.received = known, broadcast.parameters
+        trained.known, trained.broadcast = known, broadcast
+        trained.received = broadcast.parameters
         adjusts = self.config.local.logit_adjustment > 0
         if adjusts:  # until what was received is subtracted
             self._adjust_logits(client)
@@ -218,7 +221,7 @@ class Clients:
         )
         return trained
 
-    def _finish(self, trained: LocalUpdate, round_number: int, broadcast: Broadcast) -> LocalUpdate:
+    def _finish(self, trained: LocalUpdate, round_number: int) -> LocalUpdate:
         """Take what the client, whose weights are in the network, has learned."""
         report, local = trained.report, self._local(trained.report.client)
         steps = len(batch_sizes(local, report.num_examples)) - report.num_skipped_steps
@@ -230,7 +233,8 @@ class Clients:
             return trained
         self._read(trained, trained.received)
         if self.mask.grows_in(round_number):
-            self.load(broadcast.parameters, broadcast.buffers, trained.known)
+            begun = trained.broadcast
+            self.load(begun.parameters, begun.buffers, trained.known)
             batches = self.config.pruning.mask.batches
             gradient = self._gradient("mask", round_number, report.client, batches)
             trained.growth = self.model.compact(gradient)

@@ -33,6 +33,7 @@ class State(TypedDict, total=False):
     residual: Tensor  # [num_parameters]: what it owes, see channel.ErrorFeedback
     velocity: Tensor  # [num_parameters]: of DGC's momentum correction
     algorithm: Tensor  # [num_parameters]: what its algorithm keeps
+    copy: Tensor  # [num_parameters]: the model as it has it, see downlink.Copies
     norm: Tensor  # FedBN: the weights of its own norm layers, then all buffers
     model: Tensor  # gossip, [num_parameters]: of this node
     buffers: Tensor  # gossip, [num_buffers]: of this node

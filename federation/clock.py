@@ -76,8 +76,7 @@ class Clock:
         stages, messages = [], []
         for round_number, report, seconds in parts:
             computes = Stage("compute", seconds=seconds)
-            downs = [m for m in report.messages if m.direction == "down"]
-            ups = [m for m in report.messages if m.direction == "up"]
+            downs, ups = report.received, report.messages
             stages += [*map(_stage, downs), computes, *map(_stage, ups)]
             noted = [(round_number, replace(m, payload=None)) for m in (*downs, *ups)]
             messages += [*noted[: len(downs)], None, *noted[len(downs) :]]

@@ -36,6 +36,9 @@ def contradictions(config: Config) -> Iterator[tuple[str, str]]:
             yield f"{name}.values", str(error)
             return
         yield from _of_a_direction(link, coder, selection, name, section, masked)
+    if config.downlink.mode == "copies" and algorithm.down:
+        why = "sends a vector besides the model, of which no copies are kept; use change"
+        yield "downlink.mode", f"{config.local.algorithm} {why}"
     yield from _of_the_local_optimizer(config, algorithm)
     yield from _of_the_optimizer(config, algorithm)
     yield from _of_submodels(config, algorithm)

@@ -115,11 +115,22 @@ def upload_bytes(
 ) -> np.ndarray:
     """About how many bytes a client sends at a density: update, control variate, buffers."""
     algorithm = make_algorithm(config.local.algorithm, **config.local.options)
-    bits = parse_coder(config.uplink.values).bits_per_value
-    if config.pruning.method in ("topk", "random"):
-        bits = bits_at(density, bits, with_positions=config.pruning.method == "topk")
+    bits = bits_per_coordinate(config.uplink.values, config.pruning.method, density)
     vector = OVERHEAD + np.ceil(sizes * bits / 8)
     return vector * (1 + bool(algorithm.up)) + OVERHEAD + BYTES_PER_VALUE * num_buffers
+
+
+def bits_per_coordinate(
+    values: str, method: str, density: np.ndarray | float
+) -> np.ndarray | float:
+    """About what a coordinate of a vector takes; of a threshold nobody knows, so all of them count.
+
+    values: the coder's word; method: how coordinates are selected, this share of them.
+    """
+    bits = parse_coder(values).bits_per_value
+    if method not in ("topk", "random"):
+        return bits
+    return bits_at(density, bits, with_positions=method == "topk")
 
 
 def bits_at(density: np.ndarray | float, bits_per_value: float, with_positions: bool) -> np.ndarray:

@@ -1,10 +1,12 @@
 """How the model reaches the clients: whole, or as the compressed changes that each has missed.
 
-Both ways have send(vector, round_number, cohort), which has no effect until commit(): a round that
+All ways have send(vector, round_number, cohort), which has no effect until commit(): a round that
 is given up has sent nothing.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +15,10 @@ from torch import Tensor
 from compression import OVERHEAD
 from federation.agreement import Agreement
 from federation.messages import SERVER, Message
+from federation.phases import within
 
 Sent = tuple[Tensor, dict[int, list[Message]]]
+Bring = Callable[[int, Tensor | None], tuple[Tensor, Message]]
 
 
 class WholeModel:
@@ -34,6 +38,9 @@ class WholeModel:
             for client in cohort
         }
         return received.dense(copy=False), messages
+
+    def to_each(self, vector: Tensor, round_number: int) -> None:
+        """All receive the same."""
 
     def commit(self, received: list[int]) -> None:
         """The round took place, and these clients have what they were sent."""
@@ -91,6 +98,9 @@ class Changes:
         self.sent = shared, changes, round_number
         return shared, messages
 
+    def to_each(self, vector: Tensor, round_number: int) -> None:
+        """All end up with the same."""
+
     def commit(self, received: list[int]) -> None:
         """The round took place, and these clients have what they were sent."""
         self.shared, self.changes, round_number = self.sent
@@ -123,6 +133,61 @@ class Changes:
             round_number: Message(**fields | {"payload": fields["payload"].numpy().tobytes()})
             for round_number, fields in state["changes"].items()
         }
+
+
+class Copies:
+    """The server keeps a copy of what each client has, and sends what this copy lacks, compressed.
+
+    What compression lost is part of what the copy lacks the next time, so this is error feedback,
+    for each client by itself: the downlink of EF21-P (Gruntkowska et al. 2023, arXiv 2209.15218,
+    eq. 6) with a shift for each worker. However many rounds a client was away, it receives one
+    message. The first copy needs no message: each end has it from the run's seed.
+
+    A client's copy lies with its state, on the rank that trains it, which does this part of the
+    server's work. It counts from when the client has answered: a client that was cut off goes on
+    from the copy before, and so does the server.
+    """
+
+    def __init__(self, agreement: Agreement, vector: Tensor, kind: str = "model"):
+        self.agreement, self.kind = agreement, f"{kind}_change"
+        self.channel = agreement.channel("down", self.kind)
+        self.first = vector.clone()
+
+    def send(self, vector: Tensor, round_number: int, cohort: list[int]) -> Sent:
+        """Return the vector itself, and no message: to_each() makes them one by one."""
+        return vector, {client: [] for client in cohort}
+
+    def to_each(self, vector: Tensor, round_number: int) -> Bring:
+        """What brings each client the vector, float32 [n], see Broadcast.bring."""
+        return partial(self._bring, vector, round_number)
+
+    def _bring(
+        self, vector: Tensor, round_number: int, client: int, copy: Tensor | None
+    ) -> tuple[Tensor, Message]:
+        """Return a client's new copy, and the message that makes it of the old one."""
+        with within("encode"):
+            copy = (self.first if copy is None else copy).to(vector.device)
+            pruned = self.agreement.mask.pruned
+            if pruned is not None:  # weights that have left since are 0 at both ends
+                copy = copy.masked_fill(pruned.to(copy.device), 0.0)
+            payload, _ = self.channel.encode(vector - copy, round_number, client)
+            change = self.channel.decode(payload, round_number, client).to(vector.device)
+            new = copy.clone()
+            change.add_to(new)
+        ends, num_values = (SERVER, client), len(change.values)
+        return new, self.agreement.message("down", self.kind, *ends, payload, num_values)
+
+    def commit(self, received: list[int]) -> None:
+        """The clients' states say what they have."""
+
+    def forget(self, left: Tensor) -> None:
+        """The mask has changed; copies are told when they are used."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        pass
 
 
 def _newest(changes: dict[int, Message], limit: int) -> dict[int, Message]:

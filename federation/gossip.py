@@ -55,7 +55,7 @@ class OwnModels:
     def __init__(self, server: Server, store: ClientStore):
         self.server, self.store = server, store
 
-    def of(self, node: int) -> Broadcast:
+    def of(self, node: int, copy: Tensor | None = None) -> Broadcast:
         """The node's model, on the device of training."""
         server = self.server
         state = self.store.get(node) or self.first()

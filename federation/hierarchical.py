@@ -119,7 +119,7 @@ class Hierarchical(Federation):
         edge_rounds = range(first, first + self.edge_rounds)
         rounds = [self._average(edge, clients, number).reports for number in edge_rounds]
         node, messages = self.first_edge + edge, broadcast.messages[edge_server(edge)]
-        work = EdgeWork(Report(node, 0, messages=messages), rounds, Report(node, 0))
+        work = EdgeWork(Report(node, 0, received=messages), rounds, Report(node, 0))
         if work.averaged:
             with self.phases("encode"):
                 work.sends.messages = self._change(edge, round_number, broadcast)
@@ -135,8 +135,8 @@ class Hierarchical(Federation):
         trained = self._train(clients, edge_round, broadcast)
         decode = partial(average.decode, round_number=edge_round)
         for report, arrived in self._arrivals(trained, decode):
-            messages = [*broadcast.messages[report.client], *report.messages]
-            report.messages = [_by_way_of(edge, message) for message in messages]
+            report.received = [_by_way_of(edge, message) for message in report.received]
+            report.messages = [_by_way_of(edge, message) for message in report.messages]
             with self.phases("step"):
                 average.add(report, arrived)
             uplink.owe_refused(report, edge_round)
@@ -213,4 +213,4 @@ def _by_way_of(edge: int, message: Message) -> Message:
     """A message between a server and a client, where the server is this edge server."""
     ends = (edge_server(edge) if n == SERVER else n for n in (message.sender, message.receiver))
     sender, receiver = ends
-    return replace(message, sender=sender, receiver=receiver, payload=None)
+    return replace(message, sender=sender, receiver=receiver)

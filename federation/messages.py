@@ -1,6 +1,7 @@
 """What travels between the server and the clients, and how it gets from rank to rank."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -49,7 +50,8 @@ class Report:
     num_skipped_steps: int = 0  # steps that fp16 left out because a gradient overflowed
     failure: str = ""  # why the client is left out of the average; empty if it is not
     is_late: bool = False  # whether it is left out because the server did not wait for it
-    messages: list[Message] = field(default_factory=list)
+    received: list[Message] = field(default_factory=list)  # what brought the model; no payloads
+    messages: list[Message] = field(default_factory=list)  # what it sends
     residual_norm: float | None = None  # L2, of what the client owes now; None: it never owes
     # Of its update, see compressors/composition.py; only some clients say so, see LocalUpdate.
     bytes_by_part: dict[str, int] = field(default_factory=dict)
@@ -61,7 +63,7 @@ class Report:
 
     def without_payloads(self) -> "Report":
         """The same report, whose payloads stay where they are."""
-        return replace(self, messages=[replace(m, payload=None) for m in self.messages])
+        return replace(self, messages=without_payloads(self.messages))
 
 
 @dataclass(frozen=True)
@@ -73,16 +75,30 @@ class Broadcast:
     buffers: Tensor
     mask_version: int  # that the clients have once they received their messages
     messages: dict[int, list[Message]]  # by client
+    # (a client, the model that it had or None) -> (the model that it has now, the message).
+    bring: Callable[[int, Tensor | None], tuple[Tensor, Message]] | None = None
 
-    def of(self, client: int) -> "Broadcast":
-        """What this client begins with: the same as all others."""
-        return self
+    def of(self, client: int, copy: Tensor | None = None) -> "Broadcast":
+        """What this client begins with: the same as all others, or its own copy of the model.
+
+        copy: float32 [n], the copy that it had before; None if it has never had one.
+        """
+        if self.bring is None:
+            return self
+        parameters, message = self.bring(client, copy)
+        messages = {client: [*self.messages[client], message]}
+        return replace(self, parameters=parameters, messages=messages, bring=None)
 
     def to(self, device: torch.device) -> "Broadcast":
         """The same with the vectors on the device of training."""
         vector = None if self.vector is None else self.vector.to(device)
         vectors = dict(parameters=self.parameters.to(device), buffers=self.buffers.to(device))
         return replace(self, vector=vector, **vectors)
+
+
+def without_payloads(messages: list[Message]) -> list[Message]:
+    """The same messages, whose payloads stay where they are."""
+    return [replace(message, payload=None) for message in messages]
 
 
 def pack_reports(reports: list[Report]) -> list[Buffer]:
@@ -98,6 +114,7 @@ def unpack_reports(blob: memoryview) -> list[Report]:
     position = 8 + int.from_bytes(blob[:8], "little")
     reports = []
     for head in json.loads(bytes(blob[8:position])):
+        received = [Message(**fields) for fields in head.pop("received")]
         messages = []
         for fields in head.pop("messages"):
             payload = None
@@ -105,7 +122,7 @@ def unpack_reports(blob: memoryview) -> list[Report]:
                 payload = blob[position : position + fields["num_bytes"]]
                 position += fields["num_bytes"]
             messages.append(Message(**fields, payload=payload))
-        reports.append(Report(**head, messages=messages))
+        reports.append(Report(**head, received=received, messages=messages))
     return reports
 
 

@@ -16,7 +16,7 @@ from afo import forget, make_optimizer, make_scheduler
 from compression import Decoded, PayloadError, all_finite
 from config import Config, ConfigError
 from federation.agreement import Agreement
-from federation.downlink import Changes, WholeModel
+from federation.downlink import Changes, Copies, WholeModel
 from federation.mask import MaskHistory
 from federation.messages import SERVER, Broadcast, Message, Report
 
@@ -64,8 +64,11 @@ class Average:
         return {kind: part.to(self.counters.device) for kind, part in arrived.items()}
 
     def add(self, report: Report, arrived: dict[str, Decoded], discount: float = 1.0) -> None:
-        """Add what a client sent, as decode() returned it; a discount makes its update smaller."""
-        self.reports.append(report)
+        """Add what a client sent, as decode() returned it; a discount makes its update smaller.
+
+        Its payloads are of no more use.
+        """
+        self.reports.append(report.without_payloads())
         for kind, part in arrived.items():
             if kind not in self.sums:
                 self.sums[kind] = torch.zeros(part.size, device=self.counters.device)
@@ -139,12 +142,13 @@ class Server:
         self.weights = num_examples if by_examples else [1] * len(num_examples)
         self._make_optimizer(config)
 
-    def _make_downlinks(self, config: Config) -> dict[str, WholeModel | Changes]:
+    def _make_downlinks(self, config: Config) -> dict[str, WholeModel | Changes | Copies]:
         """How the model reaches the clients, and the algorithm's vector if it travels."""
         kinds = filter(None, ("model", self.algorithm.down))
         if config.downlink.mode == "model":
             return {kind: WholeModel(self.agreement, kind) for kind in kinds}
-        return {kind: Changes(self.agreement, self._held(kind), kind) for kind in kinds}
+        link = Copies if config.downlink.mode == "copies" else Changes
+        return {kind: link(self.agreement, self._held(kind), kind) for kind in kinds}
 
     def _held(self, kind: str) -> Tensor:
         """What the server holds of a vector that it broadcasts."""
@@ -187,8 +191,10 @@ class Server:
                 some.append(self._message("buffers", client, payload, len(buffers)))
         if round_number == 0:
             messages = {c: [replace(m, dense_values=0) for m in ms] for c, ms in messages.items()}
-        vector = received.get(self.algorithm.down)
-        return Broadcast(received["model"], vector, buffers, self.mask.version, messages)
+        vector, bring = received.get(self.algorithm.down), None
+        if round_number > 0:
+            bring = self.downlinks["model"].to_each(self._held("model"), round_number)
+        return Broadcast(received["model"], vector, buffers, self.mask.version, messages, bring)
 
     def _mask_messages(self, cohort: list[int]) -> dict[int, list[Message]]:
         """What each client lacks of the mask: nothing, the last change, or the whole mask."""

@@ -76,9 +76,9 @@ class SliceBroadcast:
             for client, messages in broadcast.messages.items()
         }
 
-    def of(self, client: int) -> Broadcast:
-        """What this client begins with."""
-        return self.by_share[self.share_of(client)]
+    def of(self, client: int, copy: Tensor | None = None) -> Broadcast:
+        """What this client begins with, see Broadcast.of()."""
+        return self.by_share[self.share_of(client)].of(client, copy)
 
     def to(self, device: torch.device) -> "SliceBroadcast":
         """The same with the vectors on the device of training."""

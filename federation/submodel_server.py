@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compression import Decoded
 from config import Config
-from federation.downlink import Changes, WholeModel
+from federation.downlink import Changes, Copies, WholeModel
 from federation.messages import Broadcast, Report
 from federation.server import Average, Server
 from federation.slices import ShareOf, Slice, SliceBroadcast
@@ -41,7 +41,7 @@ class CountedAverage:
 
     def add(self, report: Report, arrived: dict[str, Decoded], discount: float = 1.0) -> None:
         """Add what decode() returned; a discount makes an update smaller."""
-        self.reports.append(report)
+        self.reports.append(report.without_payloads())
         self._of(report).add(report, arrived, discount)
 
     def finish(self) -> dict[str, Tensor]:
@@ -104,14 +104,14 @@ class SubmodelServer(Server):
         self.sends_changes = config.downlink.mode == "change"  # which have to follow each other
         super().__init__(config, slices[1.0].agreement, *rest)
 
-    def _make_downlinks(self, config: Config) -> dict[float, WholeModel | Changes]:
-        links: dict[float, WholeModel | Changes] = {}
-        for share, piece in self.slices.items():
-            if config.downlink.mode == "model":
-                links[share] = WholeModel(piece.agreement)
-            else:
-                links[share] = Changes(piece.agreement, piece.cut(self.parameters.detach()))
-        return links
+    def _make_downlinks(self, config: Config) -> dict[float, WholeModel | Changes | Copies]:
+        if config.downlink.mode == "model":
+            return {share: WholeModel(piece.agreement) for share, piece in self.slices.items()}
+        link, whole = Copies if config.downlink.mode == "copies" else Changes, self.parameters
+        return {
+            share: link(piece.agreement, piece.cut(whole.detach()))
+            for share, piece in self.slices.items()
+        }
 
     def broadcast(self, round_number: int, cohort: list[int]) -> SliceBroadcast:
         """The messages that bring each client its slice, and what they decode to."""
@@ -121,8 +121,10 @@ class SubmodelServer(Server):
             if not members and not self.sends_changes:
                 continue
             vector = piece.cut(self.parameters.detach())
-            received, messages = self.downlinks[share].send(vector, round_number, members)
-            by_share[share] = Broadcast(received, None, self.buffers, 0, messages)
+            link = self.downlinks[share]
+            received, messages = link.send(vector, round_number, members)
+            bring = link.to_each(vector, round_number)
+            by_share[share] = Broadcast(received, None, self.buffers, 0, messages, bring)
         return SliceBroadcast(by_share, self.share_of)
 
     def new_average(self, cohort: list[int]) -> CountedAverage:

@@ -21,7 +21,7 @@ from config import Config, ConfigError
 from distributed import Ranks
 from federation.federation import Encode, Federation
 from federation.ledger import LedgerRow
-from federation.messages import Broadcast, Report, pack_reports, unpack_reports
+from federation.messages import Report, pack_reports, unpack_reports
 from federation.samplers import SAMPLERS
 from federation.server import Average
 from training.local_sgd import Interrupted
@@ -51,7 +51,7 @@ class Synchronous(Federation):
         self.clients.receive(broadcast, round_number)
         self._place(cohort)
         trained = self._train(cohort, round_number, broadcast)
-        average, rows, more = self._average(cohort, round_number, broadcast, trained)
+        average, rows, more = self._average(cohort, round_number, trained)
         with self.phases("step"):
             averaged = self.server.step(average, round_number)
         self.clients.store.commit()
@@ -68,7 +68,7 @@ class Synchronous(Federation):
         return self.candidates
 
     def _average(
-        self, cohort: list[int], round_number: int, broadcast: Broadcast, trained: Iterator[Encode]
+        self, cohort: list[int], round_number: int, trained: Iterator[Encode]
     ) -> tuple[Average, list[LedgerRow], dict[str, Any]]:
         """Let the cohort work, and average what arrives in time. Raises Interrupted.
 
@@ -78,7 +78,6 @@ class Synchronous(Federation):
         try:
             rows, keep = None, not self.waits_for_all
             arrivals = self._arrivals(trained, lambda r: average.decode(r, round_number), keep)
-            arrivals = (self._with_messages(*arrival, broadcast) for arrival in arrivals)
             if keep:
                 arrivals, rows = self._on_time(list(arrivals), round_number)
             for report, arrived in arrivals:
@@ -93,14 +92,6 @@ class Synchronous(Federation):
             rows, _ = self._play(average.reports, round_number)
         return average, rows, {}
 
-    def _with_messages(
-        self, report: Report, arrived: dict[str, Decoded], broadcast: Broadcast
-    ) -> Arrival:
-        """The same with the messages that brought the model; the payloads are of no more use."""
-        report.messages = [*broadcast.messages[report.client], *report.messages]
-        report.messages = report.without_payloads().messages
-        return report, arrived
-
     def _choose_mask(self, cohort: list[int]) -> None:
         """Before round 1 its cohort scores the weights: in the ledger this is round 0."""
         broadcast = self._broadcast(self.server, 0, cohort)
@@ -108,7 +99,7 @@ class Synchronous(Federation):
         average = self.server.new_average(cohort)
         scored = self._score(cohort, broadcast)
         for arrival in self._arrivals(scored, lambda report: average.decode(report, 0)):
-            average.add(*self._with_messages(*arrival, broadcast))
+            average.add(*arrival)
         self.exchange.add_up(average)
         self.server.choose_mask(average)
         self.earlier = average.reports
@@ -157,8 +148,10 @@ class Synchronous(Federation):
         if deadline is None:
             return
         candidates, some = self.candidates, self.widths.one_of_each
-        sent = self.server.broadcast(1, some).messages  # all clients of a width receive as much
-        sizes = {self.widths.share_of(c): sum(m.num_bytes for m in sent[c]) for c in some}
+        sent = self.server.broadcast(1, some)  # all clients of a width receive as much
+        sizes = {
+            self.widths.share_of(c): sum(m.num_bytes for m in sent.of(c).messages[c]) for c in some
+        }
         down = np.array([sizes[share] for share in self.widths.shares[candidates]])
         soonest = self.clock.seconds_alone(candidates, down, self.workload.work[candidates]).min()
         if soonest > deadline:

@@ -14,7 +14,7 @@ from config import Config
 from federation.agreement import Agreement
 from federation.channel import Select, error_feedback
 from federation.client_store import OWED, ClientStore, State
-from federation.messages import SERVER, Buffer, Report
+from federation.messages import SERVER, Broadcast, Buffer, Report
 
 PIECE = 1 << 18  # values whose squares are added up in float32
 
@@ -33,6 +33,7 @@ class LocalUpdate:
     norm: Tensor | None = None  # FedBN: weights of the client's norm layers, then the buffers
     algorithm: LocalRound = field(default_factory=LocalRound)
     lr: float = 0.0
+    broadcast: Broadcast | None = None  # what it received
     received: Tensor | None = None  # float32 [num_parameters]: the weights that it began with
     known: State = field(default_factory=dict)  # the part of the state that its team has, too
     loss: Tensor | float = 0.0  # mean over the batches
@@ -46,6 +47,7 @@ class Uplink:
         self.agreement, self.mask, self.store = agreement, agreement.mask, store
         self.sent: dict[int, Buffer] = {}  # by client: its update as it left, until owe_refused()
         self.feedback = error_feedback(config)
+        self.keeps_copies = config.downlink.mode == "copies"
 
     def encode(
         self, trained: LocalUpdate, round_number: int, memory: Memory = new_memory
@@ -130,6 +132,8 @@ class Uplink:
             kept["algorithm"] = algorithm
         if trained.norm is not None:
             kept["norm"] = trained.norm
+        if self.keeps_copies:  # that the server has its update tells that it has received it
+            kept["copy"] = trained.broadcast.parameters
         kept |= trained.optimizer
         if not all(map(all_finite, kept.values())):
             raise NotFinite

@@ -3,10 +3,10 @@
 import numpy as np
 
 from algorithms import make_algorithm
-from compression import OVERHEAD, parse_coder
+from compression import OVERHEAD
 from config import Config
 from federation.clock import Clock
-from federation.densities import fit_to_budget, fit_to_deadline
+from federation.densities import bits_per_coordinate, fit_to_budget, fit_to_deadline
 from federation.ledger import BYTES_PER_VALUE
 from federation.steps import fit_steps, num_trained
 from federation.widths import Width, Widths, assign_widths
@@ -37,8 +37,10 @@ class Workload:
         algorithm = make_algorithm(config.local.algorithm, **config.local.options)
         self._vectors_down = 1 + bool(algorithm.down)
         # Of changes nobody knows how many a client will have missed: then it is the whole in fp32.
-        coder = config.downlink.values if config.downlink.mode == "model" else "fp32"
-        self._bits_down = parse_coder(coder).bits_per_value
+        down, chosen = config.downlink, config.downlink.pruning
+        self._bits_down = 8 * BYTES_PER_VALUE
+        if down.mode != "change":
+            self._bits_down = bits_per_coordinate(down.values, chosen.method, chosen.density)
         self._set_trained(num_trained(config.local, num_examples))
         population, everybody = clock.population, np.arange(len(num_examples))
         candidates = np.flatnonzero(num_examples)

@@ -25,8 +25,9 @@ GROUP = ["model.name=resnet18", "model.width=0.0625", "model.norm=group(2)", *UN
 GOSSIP = ["schedule.name=gossip", "clients.per_round=4", "server.optimizer=FedAvg"]
 GOSSIP += ["uplink.error_feedback=false", "schedule.gamma=0.5"]
 EDGES = ["schedule.name=hierarchical", "schedule.edges=2", "schedule.edge_rounds=2"]
-# Owed in the coordinates of a slice, and widths drawn in every batch.
+# Owed and received in the coordinates of a slice, and widths drawn in every batch.
 SLICES = ["submodel.widths=[1,0.5,0.25]", "submodel.ordered_dropout=true"]
+SLICES += ["downlink.mode=copies", "downlink.values=int8"]
 BATCH = ["model.name=resnet18", "model.width=0.0625", *UNEQUAL, "data.partition.name=linear"]
 
 

@@ -14,7 +14,8 @@ from compression import OVERHEAD
 from distributed import Team
 from federation.agreement import Agreement
 from federation.cohort import sample_cohort
-from federation.server import Average, Server
+from federation.messages import Broadcast
+from federation.server import Average
 from federation.setup import build_model
 from pruning import sparse_gains
 from training import engines, local_sgd
@@ -69,7 +70,7 @@ class RemoteClient:
         self.agreement = Agreement(config, self.model.layout, self.model.buffer_layout)
         self.engine = TorchEngine(self.model, config.local, "fp32", Team())
         self.received: dict[str, torch.Tensor] = {"buffers": self.model.read_buffers().clone()}
-        if config.downlink.mode == "change":  # the first vectors need no message
+        if config.downlink.mode != "model":  # the first vectors need no message
             down = self.agreement.algorithm.down
             self.received |= {"model": self.first_weights(), down: torch.zeros(self.size)}
         self.owed = self.kept = None
@@ -120,7 +121,9 @@ class RemoteClient:
             for vector in (some for some in vectors if some is not None):
                 vector[left] = 0
         elif kind.endswith("_change"):
-            channel.decode(payload, round_number).add_to(self.received[kind[: -len("_change")]])
+            own = (self.number,) if self.config.downlink.mode == "copies" else ()
+            change = channel.decode(payload, round_number, *own)
+            change.add_to(self.received[kind[: -len("_change")]])
         else:
             self.received[kind] = channel.decode(payload, round_number).dense()
 
@@ -179,6 +182,7 @@ TOP_K = ["pruning.method=topk", "pruning.density=0.1", "uplink.values=int8"]
 ALL = ["clients.total=3", "clients.per_round=3", "uplink.error_feedback=true"]
 NOTHING_OWED = "uplink.error_feedback=false"
 SOME = ["clients.total=5", "clients.per_round=2", NOTHING_OWED]
+COPIES = ["downlink.mode=copies", "downlink.pruning.method=topk", "downlink.pruning.density=0.2"]
 RESNET = ["model.name=resnet18", "model.width=0.0625"]
 REMOTE = {
     "FedAvg": ["local.algorithm=FedAvg", *TOP_K, *MASK, *ALL],
@@ -187,6 +191,8 @@ REMOTE = {
     "FedCM, changes": ["local.algorithm=FedCM", *TOP_K, *MASK, *ALL, "downlink.mode=change"],
     "random, some": ["pruning.method=random", "uplink.values=eden2", *MASK, *SOME],
     "SCAFFOLD, some": ["local.algorithm=SCAFFOLD", *TOP_K, *SOME, "downlink.mode=change"],
+    "FedAvg, some have copies": [*TOP_K, *MASK, *SOME, *COPIES],
+    "random copies": [*TOP_K, *SOME, *COPIES, "downlink.pruning.method=random"],
     "FedAvg, some owe": [*TOP_K, *MASK, *SOME, "uplink.error_feedback=true"],
 }
 
@@ -196,21 +202,21 @@ def test_a_client_that_has_only_the_messages_answers_byte_by_byte_the_same(
     tmp_path, monkeypatch, case
 ):
     told, answered = {}, {}
-    broadcast, decode = Server.broadcast, Average.decode
+    of, decode = Broadcast.of, Average.decode
 
     def payloads(messages):
         return [(message.kind, bytes(message.payload)) for message in messages]
 
-    def broadcast_and_note(self, *args):
-        sent = broadcast(self, *args)
-        told.update({client: payloads(messages) for client, messages in sent.messages.items()})
+    def bring_and_note(self, client, copy=None):
+        sent = of(self, client, copy)
+        told[client] = payloads(sent.messages[client])
         return sent
 
     def note_and_decode(self, report, round_number):
         answered[report.client] = payloads(report.messages)
         return decode(self, report, round_number)
 
-    monkeypatch.setattr(Server, "broadcast", broadcast_and_note)
+    monkeypatch.setattr(Broadcast, "of", bring_and_note)
     monkeypatch.setattr(Average, "decode", note_and_decode)
     words = ["model.width=0.25", "downlink.values=qsgd8", "rounds=20", *REMOTE[case]]
     one = make_federation(tmp_path, *words)

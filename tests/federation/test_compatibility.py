@@ -91,10 +91,46 @@ def test_what_static_batch_norm_does_not_go_with(words, message):
         ["model.name=resnet18", "model.norm_policy=static"],
         ["model.name=resnet18", "model.norm=group(2)"],
         ["downlink.mode=change", "downlink.values=int8"],
+        ["downlink.mode=copies", "downlink.values=int8"],
     ],
 )
 def test_what_slices_go_with(words):
     load("", *WIDTHS, *words)
+
+
+COPIES = "downlink.mode=copies"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["local.algorithm=SCAFFOLD"], "downlink.mode: SCAFFOLD sends a vector besides the model"),
+        (["local.algorithm=FedCM"], "downlink.mode: FedCM sends a vector besides the model"),
+        (["schedule.name=fedbuff"], "downlink.mode: with fedbuff clients begin at any time"),
+        (
+            ["schedule.late=carry", "schedule.deadline_seconds=9"],
+            "downlink.mode: with schedule.late: carry clients may leave",
+        ),
+        (["schedule.name=hierarchical"], "downlink.mode: hierarchical has no one server"),
+    ],
+)
+def test_what_copies_do_not_go_with(words, message):
+    assert message in mistake("", COPIES, *words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["local.algorithm=FedDyn", "uplink.error_feedback=false"],
+        ["downlink.pruning.method=threshold", "downlink.pruning.threshold=0.01"],
+        ["downlink.values=sign"],  # of what is owed
+        ["schedule.deadline_seconds=9", "network.availability.dropout=0.1"],
+        ["pruning.mask.method=dynamic"],
+        ["schedule.name=semi_synchronous"],
+    ],
+)
+def test_what_copies_go_with(words):
+    load("", COPIES, *words)
 
 
 ADAMW = "local.optimizer=AdamW"

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers.runs import ledger, make_federation, summary
+from helpers.runs import damage_first, ledger, make_federation, summary
 
 from compression import OVERHEAD, decode
 from config import Config, Downlink, Selection
 from federation.agreement import Agreement
 from federation.channel import Channel
-from federation.downlink import Changes, WholeModel
+from federation.downlink import Changes, Copies, WholeModel
 from layout import Layout
 from run_folder import RunFolder
 
@@ -26,6 +26,11 @@ def agreement(**downlink):
 def changes(start, **settings):
     selection = Selection(**({"method": "topk", "density": 0.05} | settings))
     return Changes(agreement(mode="change", values="fp16", pruning=selection), start)
+
+
+def copies(start, **settings):
+    selection = Selection(**({"method": "topk", "density": 0.05} | settings))
+    return Copies(agreement(mode="copies", values="fp16", pruning=selection), start)
 
 
 def moved(parameters, round):
@@ -100,6 +105,43 @@ def test_compression_on_the_way_down_is_made_good():
     assert errors[-1] < 1e-4 * errors[0]
 
 
+def test_a_copy_is_what_its_client_has_decoded_and_what_it_lacks_is_owed():
+    """However long a client was away it receives one message, and its copy comes nearer."""
+    parameters = torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(0))
+    link, rng = copies(parameters), np.random.default_rng(0)
+    clients, known = [Client(parameters) for _ in range(5)], {}
+    for round_number in range(1, 30):
+        parameters = moved(parameters, round_number)
+        cohort = sorted(rng.choice(5, 2, replace=False).tolist())
+        received, messages = link.send(parameters, round_number, cohort)
+        bring = link.to_each(received, round_number)
+        assert messages == {client: [] for client in cohort}
+        for client in cohort:
+            before = clients[client].model.clone()
+            new, message = bring(client, known.get(client))
+            clients[client].receive([message])
+            assert (message.kind, message.receiver) == ("model_change", client)
+            assert message.dense_values == LAYOUT.size
+            assert torch.equal(clients[client].model, new)
+            assert (parameters - new).norm() < (parameters - before).norm()
+            known[client] = new
+    for round_number in range(30, 90):  # the model stands still
+        known[0], _ = link.to_each(parameters, round_number)(0, known[0])
+    assert (parameters - known[0]).norm() < 1e-4 * parameters.norm()
+
+
+def test_with_everybody_there_copies_are_what_changes_share():
+    parameters = torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(0))
+    one, other, copy = changes(parameters), copies(parameters), None
+    for round_number in range(1, 10):
+        parameters = moved(parameters, round_number)
+        shared, messages = one.send(parameters, round_number, [3])
+        one.commit([3])
+        copy, message = other.to_each(parameters, round_number)(3, copy)
+        assert torch.equal(copy, shared)
+        assert bytes(message.payload) == bytes(messages[3][0].payload)
+
+
 def test_a_round_that_is_given_up_has_sent_nothing():
     parameters = torch.ones(LAYOUT.size)
     link = changes(torch.zeros(LAYOUT.size))
@@ -142,9 +184,9 @@ def test_a_run_with_a_compressed_downlink_says_what_it_sent(run):
     assert result["bytes_down"] < 0.6 * result["dense_bytes_down"]
 
 
-@pytest.mark.parametrize("last_call", [2, 3])
+@pytest.mark.parametrize("mode, last_call", [("change", 2), ("change", 3), ("copies", 3)])
 def test_a_killed_run_with_a_compressed_downlink_resumes_to_the_same_end(
-    run, monkeypatch, last_call
+    run, monkeypatch, mode, last_call
 ):
     class Killed(BaseException):
         pass
@@ -156,12 +198,13 @@ def test_a_killed_run_with_a_compressed_downlink_resumes_to_the_same_end(
         return original(self, *rest)
 
     calls, original = [], RunFolder.save
-    _, whole = run(*COMPRESSED, name="whole")
+    words = [*COMPRESSED, f"downlink.mode={mode}"]
+    _, whole = run(*words, name="whole")
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "save", kill)
         with pytest.raises(Killed):
-            run(*COMPRESSED, name="killed")
-    _, killed = run(*COMPRESSED, name="killed")
+            run(*words, name="killed")
+    _, killed = run(*words, name="killed")
     assert summary(killed)["model_sha256"] == summary(whole)["model_sha256"]
     assert (killed / "ledger.csv").read_text() == (whole / "ledger.csv").read_text()
 
@@ -181,3 +224,49 @@ def test_a_client_that_was_cut_off_does_not_have_the_change(tmp_path):
     assert {row.receiver: row.bytes for row in sent}["0"] < sum(
         row.bytes for row in sent if row.receiver == "3"
     )
+
+
+COPIES = [*COMPRESSED, "downlink.mode=copies"]
+
+
+def test_a_client_that_was_cut_off_goes_on_from_the_copy_before(tmp_path):
+    """What it received counts in the ledger; like the server it forgets it."""
+    path = tmp_path / "clients.csv"
+    rows = [f"{mbps},50,1,0\n" for mbps in (10, 10, 10, 0.001)]
+    path.write_text("uplink_mbps,downlink_mbps,latency_ms,ms_per_example\n" + "".join(rows))
+    words = [*COPIES[:4], "clients.per_round=4", f"network.clients_file={path}"]
+    words += ["downlink.mode=copies", "schedule.deadline_seconds=5"]
+    one = make_federation(tmp_path, *words)
+    for _ in (1, 2):
+        row, ledger_rows = one.run_round()
+        assert row["late"] == [3]
+        received = {row.receiver for row in ledger_rows if row.kind == "model_change"}
+        assert received == {"0", "1", "2", "3"}
+        states = [one.clients.store.get(client) for client in range(4)]
+        assert [("copy" in state) for state in states] == [True, True, True, False]
+
+
+def test_a_client_whose_update_is_refused_goes_on_from_the_copy_before(tmp_path, monkeypatch):
+    one = make_federation(tmp_path, *COPIES, "clients.total=3")
+    one.run_round()
+    before = [one.clients.store.get(client)["copy"] for client in range(3)]
+    damage_first(monkeypatch)
+    row, _ = one.run_round()
+    assert list(row["failures"]) == ["0"]
+    after = [one.clients.store.get(client)["copy"] for client in range(3)]
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(before[1], after[1])
+
+
+@pytest.mark.parametrize("words", [["clients.state_memory_gib=1e-9"], ["local.lanes=2"]])
+def test_copies_are_the_same_on_the_disk_and_in_lanes(tmp_path, words):
+    common = [*COPIES, "server.optimizer=FedAvg", "model.name=cnn", "model.width=0.25"]
+    one = make_federation(tmp_path, *common, "local.lanes=1", name="one")
+    other = make_federation(tmp_path, *common, *words, name="other")
+    for _ in range(3):
+        one.run_round(), other.run_round()
+    close = 1e-4 if "local.lanes=2" in words else 0.0
+    torch.testing.assert_close(one.server.parameters, other.server.parameters, rtol=0, atol=close)
+    for client in one.clients.store.versions:
+        mine, its = (f.clients.store.get(client)["copy"] for f in (one, other))
+        torch.testing.assert_close(mine, its, rtol=0, atol=close)

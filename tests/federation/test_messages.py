@@ -33,6 +33,11 @@ def reports(draw):
             kind, client, SERVER, payload, len(payload), draw(counts), dense_values=draw(counts)
         )
         messages.append(message if travels else replace(message, payload=None))
+    downs = draw(st.lists(st.sampled_from(["model", "model_change", "mask"]), max_size=2))
+    received = [
+        Message(kind, SERVER, client, None, draw(counts), draw(counts), draw(counts))
+        for kind in downs
+    ]
     floats = st.floats(allow_nan=False)
     return Report(
         client,
@@ -42,6 +47,7 @@ def reports(draw):
         draw(counts),
         draw(st.text()),
         draw(st.booleans()),
+        received,
         messages,
     )
 
@@ -55,9 +61,8 @@ def blob_of(some: list[Report]) -> memoryview:
 def test_what_was_packed_is_unpacked(some):
     unpacked = unpack_reports(blob_of(some))
     assert unpacked == some
-    assert [m.direction for r in unpacked for m in r.messages] == ["up"] * sum(
-        len(r.messages) for r in some
-    )
+    assert all(m.direction == "up" for r in unpacked for m in r.messages)
+    assert all(m.direction == "down" for r in unpacked for m in r.received)
 
 
 @settings(deadline=None)
@@ -91,9 +96,12 @@ def test_a_message_goes_up_to_the_server_and_down_from_it():
 
 
 def test_a_report_that_fails_sends_nothing_and_says_why():
-    report = Report(3, 10, messages=[Message("update", 3, SERVER, b"abc", 3, 1, 1)])
+    received = [Message("model", SERVER, 3, None, 3, 1, 1)]
+    report = Report(3, 10, received=received)
+    report.messages = [Message("update", 3, SERVER, b"abc", 3, 1, 1)]
     report.fail("it fell over")
     assert report.failure == "it fell over" and report.messages == []
+    assert report.received == received
 
 
 def test_a_report_without_its_payloads_keeps_their_lengths():
@@ -112,3 +120,18 @@ def test_a_broadcast_goes_to_a_device_with_its_vectors():
         assert moved.parameters.device == moved.buffers.device == device
         assert moved.vector is None if vector is None else moved.vector.device == device
         assert moved.mask_version == 4 and moved.messages is messages
+        assert moved.of(3) is moved
+
+
+def test_a_broadcast_brings_each_client_its_own_copy():
+    def bring(client, copy):
+        before = torch.zeros(2) if copy is None else copy
+        return before + client, Message("model_change", SERVER, client, b"abc", 3, 1, 1)
+
+    common = {3: [Message("mask", SERVER, 3, b"", 0, 0, 0)], 5: []}
+    broadcast = Broadcast(torch.ones(2), None, torch.ones(1), 4, common, bring)
+    first, second = broadcast.of(3), broadcast.of(5, torch.ones(2))
+    assert first.parameters.tolist() == [3, 3] and second.parameters.tolist() == [6, 6]
+    assert [m.kind for m in first.messages[3]] == ["mask", "model_change"]
+    assert [m.receiver for m in second.messages[5]] == [5]
+    assert first.of(3) is first and common[5] == []

@@ -125,7 +125,7 @@ def test_clients_that_are_all_whole_give_the_bits_of_a_plain_server():
     assert torch.equal(server.parameters, plain.parameters)
 
 
-@pytest.mark.parametrize("mode", ["model", "change"])
+@pytest.mark.parametrize("mode", ["model", "change", "copies"])
 def test_each_client_receives_the_slice_of_its_width(mode):
     server = make(replace(PLAIN, downlink=Downlink(mode=mode)))
     for round_number in (1, 2):
@@ -133,8 +133,9 @@ def test_each_client_receives_the_slice_of_its_width(mode):
         for client in (0, 1, 2):
             layout = NARROW[SHARES[client]]
             expected = server.parameters.detach()[slice_positions(WHOLE, layout)]
-            torch.testing.assert_close(broadcast.of(client).parameters, expected)
-            sent = broadcast.messages[client]
+            begins = broadcast.of(client)
+            torch.testing.assert_close(begins.parameters, expected)
+            sent = begins.messages[client]
             assert [message.receiver for message in sent] == [client] * len(sent)
             assert sent[-1].dense_values == WHOLE.size and sent[-1].num_values <= layout.size
         server.commit(round_number, [0, 1, 2])
