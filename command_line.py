@@ -23,7 +23,7 @@ from config import (
     Selection,
     from_here,
 )
-from federation.budget import with_budget
+from federation.budget import with_budget, with_downlink_budget
 from federation.schedule_settings import schedule_contradictions
 from network.profiles import DEVICES, LINKS, wrong_shares
 from startup.typed_yaml import Settings
@@ -90,10 +90,12 @@ def load_config(path: Path, overrides: list[str]) -> Config:
     config = settings.config()
     if not any(word.startswith("name=") for word in overrides):
         config = replace(config, name=name_with_changes(before, config))
-    try:
-        config = with_budget(config)
-    except ValueError as error:
-        raise ConfigError(f"{settings.place('uplink.budget')}: uplink.budget: {error}") from None
+    for key, settle in {"uplink": with_budget, "downlink": with_downlink_budget}.items():
+        try:
+            config = settle(config)
+        except ValueError as error:
+            key += ".budget"
+            raise ConfigError(f"{settings.place(key)}: {key}: {error}") from None
     for key, message in _violations(config):
         raise ConfigError(f"{settings.place(key)}: {key}: {message}")
     from federation.compatibility import contradictions  # torch takes seconds: all else is checked

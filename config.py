@@ -213,6 +213,9 @@ class Uplink:
 
 @dataclass(frozen=True)
 class Downlink:
+    """budget, such as 100x, settles the others: see budget.py."""
+
+    budget: str = ""  # so many times fewer bytes than dense
     # The whole model, its change with error feedback, or what each client's own copy lacks.
     mode: str = one_of("model", "change", "copies")
     values: str = "fp32"

@@ -1,16 +1,19 @@
-"""uplink.budget: so many times fewer bytes up than dense, sent in the best known way.
+"""uplink.budget, downlink.budget: so many times fewer bytes than dense, sent in the best known way.
 
-Clients that are asked a few times in a run cannot pay back what error feedback owes them, so the
-update has to be right on average: EDEN, of all coordinates or of a random part. Among its bit
+Up: clients that are asked a few times in a run cannot pay back what error feedback owes them, so
+the update has to be right on average: EDEN, of all coordinates or of a random part. Among its bit
 widths and densities of equal bytes, those of least error are taken. A client of more weight in the
 average sends more.
+
+Down: the server sends what each client's own copy lacks, where it lacks much; allowance.py says how
+much.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from config import Config, Pruning
+from config import Config, Downlink, Pruning, Selection
 
 WHOLE_BITS = (1, 2, 3, 4)
 
@@ -49,3 +52,16 @@ def with_budget(config: Config, bits: float = 1, of_clients: Sequence[float] = (
         return replace(config, uplink=replace(up, values=f"eden{bits}"), pruning=pruning)
     up = replace(up, values=f"eden({bits:.4g})", client_bits=shares)
     return replace(config, uplink=up, pruning=Pruning(method="none"))
+
+
+def with_downlink_budget(config: Config) -> Config:
+    """The same for the downlink. Raises ValueError."""
+    budget = config.downlink.budget
+    if not budget:
+        return config
+    ratio_of(budget)  # for its error
+    if config.submodel.widths:
+        raise ValueError("does not go with submodel.widths: give one of the two")
+    above_a_limit = Selection(method="threshold")
+    down = Downlink(budget=budget, mode="copies", values="means2", pruning=above_a_limit)
+    return replace(config, downlink=down)

@@ -1,6 +1,6 @@
 """How the model reaches the clients: whole, or as the compressed changes that each has missed.
 
-All ways have send(vector, round_number, cohort), which has no effect until commit(): a round that
+All modes have send(vector, round_number, cohort), which has no effect until commit(): a round that
 is given up has sent nothing.
 """
 
@@ -14,14 +14,43 @@ from torch import Tensor
 
 from compression import OVERHEAD
 from federation.agreement import Agreement
-from federation.messages import SERVER, Message
+from federation.allowance import Allowance
+from federation.messages import SERVER, Message, Report
 from federation.phases import within
+from pruning import threshold
 
 Sent = tuple[Tensor, dict[int, list[Message]]]
 Bring = Callable[[int, Tensor | None], tuple[Tensor, Message]]
 
 
-class WholeModel:
+class DownlinkMode:
+    """What all modes have in common."""
+
+    def to_each(self, vector: Tensor, round_number: int) -> Bring | None:
+        """What brings each client a copy of its own, see Broadcast.bring; None: all have the same.
+
+        vector: float32 [n], what a client's copy should become.
+        """
+        return None
+
+    def observe(self, reports: list[Report], round_number: int) -> None:
+        """The reports of a round are there, also those of clients that failed."""
+
+    def commit(self, received: list[int]) -> None:
+        """The round took place, and these clients have what they were sent."""
+
+    def forget(self, left: Tensor) -> None:
+        """The weights at these positions have left the mask: int64."""
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: tensors and plain values."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+
+
+class WholeModel(DownlinkMode):
     """Each client receives the whole vector in each round; kind: of the messages."""
 
     def __init__(self, agreement: Agreement, kind: str = "model"):
@@ -39,23 +68,8 @@ class WholeModel:
         }
         return received.dense(copy=False), messages
 
-    def to_each(self, vector: Tensor, round_number: int) -> None:
-        """All receive the same."""
 
-    def commit(self, received: list[int]) -> None:
-        """The round took place, and these clients have what they were sent."""
-
-    def forget(self, left: Tensor) -> None:
-        """The weights at these positions have left the mask: int64."""
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def load(self, state: dict[str, Any]) -> None:
-        pass
-
-
-class Changes:
+class Changes(DownlinkMode):
     """The server sends what its vector has moved by since the last message, compressed.
 
     `shared` is the vector as an up-to-date client has it; what compression lost of one change is
@@ -98,11 +112,7 @@ class Changes:
         self.sent = shared, changes, round_number
         return shared, messages
 
-    def to_each(self, vector: Tensor, round_number: int) -> None:
-        """All end up with the same."""
-
     def commit(self, received: list[int]) -> None:
-        """The round took place, and these clients have what they were sent."""
         self.shared, self.changes, round_number = self.sent
         self.version_of |= dict.fromkeys(received, round_number)
         self.sent = None
@@ -118,7 +128,6 @@ class Changes:
         return self.agreement.message("down", kind, SERVER, SERVER, payload, num_values)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: tensors and plain values."""
         changes = {
             round_number: asdict(replace(message, payload=None))
             | {"payload": torch.frombuffer(bytearray(message.payload), dtype=torch.uint8)}
@@ -135,7 +144,7 @@ class Changes:
         }
 
 
-class Copies:
+class Copies(DownlinkMode):
     """The server keeps a copy of what each client has, and sends what this copy lacks, compressed.
 
     What compression lost is part of what the copy lacks the next time, so this is error feedback,
@@ -152,13 +161,15 @@ class Copies:
         self.agreement, self.kind = agreement, f"{kind}_change"
         self.channel = agreement.channel("down", self.kind)
         self.first = vector.clone()
+        self.allowance = Allowance(agreement) if agreement.config.downlink.budget else None
 
     def send(self, vector: Tensor, round_number: int, cohort: list[int]) -> Sent:
         """Return the vector itself, and no message: to_each() makes them one by one."""
+        if self.allowance:
+            self.allowance.begin(vector - self.first, round_number)
         return vector, {client: [] for client in cohort}
 
     def to_each(self, vector: Tensor, round_number: int) -> Bring:
-        """What brings each client the vector, float32 [n], see Broadcast.bring."""
         return partial(self._bring, vector, round_number)
 
     def _bring(
@@ -170,24 +181,29 @@ class Copies:
             pruned = self.agreement.mask.pruned
             if pruned is not None:  # weights that have left since are 0 at both ends
                 copy = copy.masked_fill(pruned.to(copy.device), 0.0)
-            payload, _ = self.channel.encode(vector - copy, round_number, client)
+            lacks, select = vector - copy, None
+            if self.allowance:
+                limit = self.allowance.limit
+                select = lambda lacks, _: threshold(lacks, limit)  # noqa: E731
+            payload, _ = self.channel.encode(lacks, round_number, client, select=select)
             change = self.channel.decode(payload, round_number, client).to(vector.device)
             new = copy.clone()
             change.add_to(new)
         ends, num_values = (SERVER, client), len(change.values)
         return new, self.agreement.message("down", self.kind, *ends, payload, num_values)
 
-    def commit(self, received: list[int]) -> None:
-        """The clients' states say what they have."""
-
-    def forget(self, left: Tensor) -> None:
-        """The mask has changed; copies are told when they are used."""
+    def observe(self, reports: list[Report], round_number: int) -> None:
+        if self.allowance:
+            messages = (message for report in reports for message in report.received)
+            spent = sum(message.num_bytes for message in messages if message.kind == self.kind)
+            self.allowance.spend(spent, round_number)
 
     def state(self) -> dict[str, Any]:
-        return {}
+        return self.allowance.state() if self.allowance else {}
 
     def load(self, state: dict[str, Any]) -> None:
-        pass
+        if self.allowance:
+            self.allowance.load(state)
 
 
 def _newest(changes: dict[int, Message], limit: int) -> dict[int, Message]:

@@ -16,7 +16,7 @@ from afo import forget, make_optimizer, make_scheduler
 from compression import Decoded, PayloadError, all_finite
 from config import Config, ConfigError
 from federation.agreement import Agreement
-from federation.downlink import Changes, Copies, WholeModel
+from federation.downlink import Changes, Copies, DownlinkMode, WholeModel
 from federation.mask import MaskHistory
 from federation.messages import SERVER, Broadcast, Message, Report
 
@@ -142,7 +142,7 @@ class Server:
         self.weights = num_examples if by_examples else [1] * len(num_examples)
         self._make_optimizer(config)
 
-    def _make_downlinks(self, config: Config) -> dict[str, WholeModel | Changes | Copies]:
+    def _make_downlinks(self, config: Config) -> dict[str, DownlinkMode]:
         """How the model reaches the clients, and the algorithm's vector if it travels."""
         kinds = filter(None, ("model", self.algorithm.down))
         if config.downlink.mode == "model":
@@ -232,6 +232,8 @@ class Server:
         inf or NaN.
         """
         averages, reports = average.finish(), average.averaged
+        for link in self.downlinks.values():
+            link.observe(average.reports, round_number)
         if reports:
             if self.mask.grows_in(round_number):
                 self.growth = averages["growth"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compression import Decoded
 from config import Config
-from federation.downlink import Changes, Copies, WholeModel
+from federation.downlink import Changes, Copies, DownlinkMode, WholeModel
 from federation.messages import Broadcast, Report
 from federation.server import Average, Server
 from federation.slices import ShareOf, Slice, SliceBroadcast
@@ -104,7 +104,7 @@ class SubmodelServer(Server):
         self.sends_changes = config.downlink.mode == "change"  # which have to follow each other
         super().__init__(config, slices[1.0].agreement, *rest)
 
-    def _make_downlinks(self, config: Config) -> dict[float, WholeModel | Changes | Copies]:
+    def _make_downlinks(self, config: Config) -> dict[float, DownlinkMode]:
         if config.downlink.mode == "model":
             return {share: WholeModel(piece.agreement) for share, piece in self.slices.items()}
         link, whole = Copies if config.downlink.mode == "copies" else Changes, self.parameters

@@ -5,6 +5,7 @@ import numpy as np
 from algorithms import make_algorithm
 from compression import OVERHEAD
 from config import Config
+from federation.budget import ratio_of
 from federation.clock import Clock
 from federation.densities import bits_per_coordinate, fit_to_budget, fit_to_deadline
 from federation.ledger import BYTES_PER_VALUE
@@ -39,7 +40,9 @@ class Workload:
         # Of changes nobody knows how many a client will have missed: then it is the whole in fp32.
         down, chosen = config.downlink, config.downlink.pruning
         self._bits_down = 8 * BYTES_PER_VALUE
-        if down.mode != "change":
+        if down.budget:
+            self._bits_down /= ratio_of(down.budget)
+        elif down.mode != "change":
             self._bits_down = bits_per_coordinate(down.values, chosen.method, chosen.density)
         self._set_trained(num_trained(config.local, num_examples))
         population, everybody = clock.population, np.arange(len(num_examples))
@@ -70,6 +73,10 @@ class Workload:
             if max(shares) > min(shares):
                 line += f" on average, from {min(shares):.3g} to {max(shares):.3g} by weight"
             lines.append(line)
+        if config.downlink.budget:
+            down = config.downlink
+            line = f"downlink.budget {down.budget}: downlink.mode={down.mode}, "
+            lines.append(f"{line}downlink.values={down.values}, where a copy lacks most")
         return lines
 
     def seconds_alone(
