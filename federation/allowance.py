@@ -21,14 +21,15 @@ from federation.ledger import BYTES_PER_VALUE
 from training.local_sgd import local_lr
 
 BYTES_PER_COORDINATE = 1  # about what a position and its value take
-GAIN = 0.5  # a fifth less of a limit is a fifth to two fifths more bytes: this does not overshoot
+GAIN = 0.2  # of the way, on a scale of logarithms: a limit that follows faster swings
 
 
 class Allowance:
-    """The bytes that are left of a run's, and the limit.
+    """The bytes that are left of a run's, and the limit above which a coordinate travels.
 
-    left: bytes; shares: of each round, float64 [rounds]. A model moves about as far as its clients'
-    learning rate is large, and so rounds get bytes in proportion to its square root.
+    shares: of each round, float64 [rounds]. A model moves about as far as its clients' learning
+    rate is large, and rounds get bytes in proportion to the square root of that rate. over: how
+    many times what it should was spent in the round before.
     """
 
     def __init__(self, agreement: Agreement):
@@ -43,7 +44,7 @@ class Allowance:
                 f"downlink.budget: {config.downlink.budget} leaves {room:,.0f} bytes a message; "
                 "set a smaller number" + (", or model.norm_policy=static" if num_buffers else "")
             )
-        self.left, self.limit = messages * (room - besides), math.inf
+        self.left, self.limit, self.over = messages * (room - besides), math.inf, 1.0
         rounds = range(1, config.rounds + 1)
         rates = [local_lr(config.local, number, config.rounds) for number in rounds]
         self.shares, self.cohort = np.sqrt(rates), cohort_size(config)
@@ -51,24 +52,32 @@ class Allowance:
     def of_round(self, round_number: int) -> float:
         """The bytes that a round should take."""
         shares = self.shares[round_number - 1 :]
-        return self.left * shares[0] / max(shares.sum(), np.finfo(float).tiny)
+        return self.left * float(shares[0] / max(shares.sum(), np.finfo(float).tiny))
 
     def begin(self, lacks: Tensor, round_number: int) -> None:
-        """The first limit, by what a newcomer lacks, float32 [n]; inf until it lacks anything."""
-        moved = int(torch.count_nonzero(lacks)) if math.isinf(self.limit) else 0
-        if moved:
+        """Set the limit of a round; lacks: float32 [n], what a newcomer lacks.
+
+        If too much was spent, the limit becomes the magnitude that fewer of these entries have:
+        they tell what a change of the limit is worth.
+        """
+        magnitudes = lacks.abs()
+        moved = int(torch.count_nonzero(magnitudes))
+        if not moved:
+            return
+        if math.isinf(self.limit):
             wanted = self.of_round(round_number) / self.cohort / BYTES_PER_COORDINATE
-            k = min(max(1, int(wanted)), moved)
-            self.limit = float(torch.topk(lacks.abs(), k).values[-1])
+        else:
+            wanted = int((magnitudes > self.limit).sum()) / self.over**GAIN
+        k = min(max(1, int(wanted)), moved)
+        self.limit = float(torch.kthvalue(magnitudes, len(magnitudes) + 1 - k).values)
 
     def spend(self, num_bytes: int, round_number: int) -> None:
         """A round's messages had so many bytes."""
-        wanted = self.of_round(round_number)
+        self.over = num_bytes / max(1.0, self.of_round(round_number))
         self.left = max(0.0, self.left - num_bytes)
-        self.limit *= min(2.0, max(0.5, (num_bytes / wanted) ** GAIN)) if wanted else 2.0
 
     def state(self) -> dict[str, Any]:
-        return {"left": self.left, "limit": self.limit}
+        return {"left": self.left, "limit": self.limit, "over": self.over}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.left, self.limit = state["left"], state["limit"]
+        self.left, self.limit, self.over = (state[key] for key in ("left", "limit", "over"))

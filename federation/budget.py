@@ -16,6 +16,7 @@ from dataclasses import replace
 from config import Config, Downlink, Pruning, Selection
 
 WHOLE_BITS = (1, 2, 3, 4)
+FEW_VALUES = 32  # times fewer bytes, from where on two magnitudes for each tensor are exact enough
 
 
 def ratio_of(budget: str) -> float:
@@ -59,9 +60,9 @@ def with_downlink_budget(config: Config) -> Config:
     budget = config.downlink.budget
     if not budget:
         return config
-    ratio_of(budget)  # for its error
+    values = "means2" if ratio_of(budget) >= FEW_VALUES else "int8"
     if config.submodel.widths:
         raise ValueError("does not go with submodel.widths: give one of the two")
     above_a_limit = Selection(method="threshold")
-    down = Downlink(budget=budget, mode="copies", values="means2", pruning=above_a_limit)
+    down = Downlink(budget=budget, mode="copies", values=values, pruning=above_a_limit)
     return replace(config, downlink=down)
