@@ -45,6 +45,7 @@ class Allowance:
                 "set a smaller number" + (", or model.norm_policy=static" if num_buffers else "")
             )
         self.left, self.limit, self.over = messages * (room - besides), math.inf, 1.0
+        self.first_rounds = config.clients.total / cohort_size(config)
         rounds = range(1, config.rounds + 1)
         rates = [local_lr(config.local, number, config.rounds) for number in rounds]
         self.shares, self.cohort = np.sqrt(rates), cohort_size(config)
@@ -57,14 +58,15 @@ class Allowance:
     def begin(self, lacks: Tensor, round_number: int) -> None:
         """Set the limit of a round; lacks: float32 [n], what a newcomer lacks.
 
-        If too much was spent, the limit becomes the magnitude that fewer of these entries have:
-        they tell what a change of the limit is worth.
+        As long as most clients are newcomers, it is as many of these entries as the round can pay
+        for. If too much was spent then, the limit becomes the magnitude that fewer of these entries
+        have: they tell what a change of the limit is worth.
         """
         magnitudes = lacks.abs()
         moved = int(torch.count_nonzero(magnitudes))
         if not moved:
             return
-        if math.isinf(self.limit):
+        if math.isinf(self.limit) or round_number < self.first_rounds:
             wanted = self.of_round(round_number) / self.cohort / BYTES_PER_COORDINATE
         else:
             wanted = int((magnitudes > self.limit).sum()) / self.over**GAIN

@@ -87,12 +87,21 @@ def test_the_limit_follows_what_was_spent():
     lacks = torch.arange(LAYOUT.size).float()
     for over in (0.1, 0.5, 1.0, 2.0, 30.0):
         allowance = Allowance(agreement())
-        allowance.begin(lacks, 1)
+        allowance.begin(lacks, 50)
         before = int((lacks > allowance.limit).sum())
-        allowance.spend(over * allowance.of_round(1), 1)
-        allowance.begin(lacks, 2)
+        allowance.spend(over * allowance.of_round(50), 50)
+        allowance.begin(lacks, 51)
         after = int((lacks > allowance.limit).sum())
         assert after == pytest.approx(before / over**GAIN, abs=2)
+
+
+def test_newcomers_receive_what_the_first_rounds_can_pay_for():
+    allowance, lacks = Allowance(agreement()), torch.arange(LAYOUT.size).float()
+    for number in range(1, CLIENTS // COHORT):
+        allowance.spend(10 * allowance.of_round(number), number)
+        allowance.begin(number * lacks, number)
+        travel = int((number * lacks > allowance.limit).sum())
+        assert travel == pytest.approx(allowance.of_round(number) / COHORT, abs=2)
 
 
 def test_what_a_round_leaves_goes_to_the_later_ones():
