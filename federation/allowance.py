@@ -55,8 +55,8 @@ class Allowance:
         shares = self.shares[round_number - 1 :]
         return self.left * float(shares[0] / max(shares.sum(), np.finfo(float).tiny))
 
-    def begin(self, lacks: Tensor, round_number: int) -> None:
-        """Set the limit of a round; lacks: float32 [n], what a newcomer lacks.
+    def limit_of(self, lacks: Tensor, round_number: int) -> float:
+        """The limit of a round; lacks: float32 [n], what a newcomer lacks.
 
         As long as most clients are newcomers, it is as many of these entries as the round can pay
         for. If too much was spent then, the limit becomes the magnitude that fewer of these entries
@@ -65,16 +65,17 @@ class Allowance:
         magnitudes = lacks.abs()
         moved = int(torch.count_nonzero(magnitudes))
         if not moved:
-            return
+            return self.limit
         if math.isinf(self.limit) or round_number < self.first_rounds:
             wanted = self.of_round(round_number) / self.cohort / BYTES_PER_COORDINATE
         else:
             wanted = int((magnitudes > self.limit).sum()) / self.over**GAIN
         k = min(max(1, int(wanted)), moved)
-        self.limit = float(torch.kthvalue(magnitudes, len(magnitudes) + 1 - k).values)
+        return float(torch.kthvalue(magnitudes, len(magnitudes) + 1 - k).values)
 
-    def spend(self, num_bytes: int, round_number: int) -> None:
-        """A round's messages had so many bytes."""
+    def spend(self, num_bytes: int, limit: float, round_number: int) -> None:
+        """The round took place: with this limit its messages had so many bytes."""
+        self.limit = limit
         self.over = num_bytes / max(1.0, self.of_round(round_number))
         self.left = max(0.0, self.left - num_bytes)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from compression import OVERHEAD
 from federation.agreement import Agreement
 from federation.allowance import Allowance
+from federation.channel import Select
 from federation.messages import SERVER, Message, Report
 from federation.phases import within
 from pruning import threshold
@@ -162,11 +163,12 @@ class Copies(DownlinkMode):
         self.channel = agreement.channel("down", self.kind)
         self.first = vector.clone()
         self.allowance = Allowance(agreement) if agreement.config.downlink.budget else None
+        self.limit = 0.0  # of the round under way, if there is an allowance
 
     def send(self, vector: Tensor, round_number: int, cohort: list[int]) -> Sent:
         """Return the vector itself, and no message: to_each() makes them one by one."""
         if self.allowance:
-            self.allowance.begin(vector - self.first, round_number)
+            self.limit = self.allowance.limit_of(vector - self.first, round_number)
         return vector, {client: [] for client in cohort}
 
     def to_each(self, vector: Tensor, round_number: int) -> Bring:
@@ -181,10 +183,7 @@ class Copies(DownlinkMode):
             pruned = self.agreement.mask.pruned
             if pruned is not None:  # weights that have left since are 0 at both ends
                 copy = copy.masked_fill(pruned.to(copy.device), 0.0)
-            lacks, select = vector - copy, None
-            if self.allowance:
-                limit = self.allowance.limit
-                select = lambda lacks, _: threshold(lacks, limit)  # noqa: E731
+            lacks, select = vector - copy, self._select()
             payload, _ = self.channel.encode(lacks, round_number, client, select=select)
             change = self.channel.decode(payload, round_number, client).to(vector.device)
             new = copy.clone()
@@ -192,11 +191,18 @@ class Copies(DownlinkMode):
         ends, num_values = (SERVER, client), len(change.values)
         return new, self.agreement.message("down", self.kind, *ends, payload, num_values)
 
+    def _select(self) -> Select | None:
+        """What travels, if a budget decides; None: what the config says."""
+        if not self.allowance:
+            return None
+        limit = self.limit
+        return lambda lacks, _: threshold(lacks, limit)
+
     def observe(self, reports: list[Report], round_number: int) -> None:
         if self.allowance:
             messages = (message for report in reports for message in report.received)
             spent = sum(message.num_bytes for message in messages if message.kind == self.kind)
-            self.allowance.spend(spent, round_number)
+            self.allowance.spend(spent, self.limit, round_number)
 
     def state(self) -> dict[str, Any]:
         return self.allowance.state() if self.allowance else {}

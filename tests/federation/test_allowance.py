@@ -72,14 +72,11 @@ def test_a_client_that_lacks_more_receives_more():
 
 def test_the_first_limit_is_that_of_a_newcomer_and_nothing_moves_below_it():
     allowance = Allowance(agreement())
-    allowance.begin(torch.zeros(LAYOUT.size), 1)
-    assert allowance.limit == float("inf")
+    assert allowance.limit_of(torch.zeros(LAYOUT.size), 1) == float("inf")
     lacks = torch.zeros(LAYOUT.size)
     lacks[:3] = torch.tensor([3.0, -2.0, 1.0])
-    allowance.begin(lacks, 2)
-    assert allowance.limit == 1.0  # fewer have moved than could travel
-    allowance.begin(5 * lacks, 3)
-    assert allowance.limit == 5.0
+    assert allowance.limit_of(lacks, 2) == 1.0  # fewer have moved than could travel
+    assert allowance.limit_of(5 * lacks, 3) == 5.0
 
 
 def test_the_limit_follows_what_was_spent():
@@ -87,20 +84,18 @@ def test_the_limit_follows_what_was_spent():
     lacks = torch.arange(LAYOUT.size).float()
     for over in (0.1, 0.5, 1.0, 2.0, 30.0):
         allowance = Allowance(agreement())
-        allowance.begin(lacks, 50)
-        before = int((lacks > allowance.limit).sum())
-        allowance.spend(over * allowance.of_round(50), 50)
-        allowance.begin(lacks, 51)
-        after = int((lacks > allowance.limit).sum())
+        limit = allowance.limit_of(lacks, 50)
+        before = int((lacks > limit).sum())
+        allowance.spend(over * allowance.of_round(50), limit, 50)
+        after = int((lacks > allowance.limit_of(lacks, 51)).sum())
         assert after == pytest.approx(before / over**GAIN, abs=2)
 
 
 def test_newcomers_receive_what_the_first_rounds_can_pay_for():
     allowance, lacks = Allowance(agreement()), torch.arange(LAYOUT.size).float()
     for number in range(1, CLIENTS // COHORT):
-        allowance.spend(10 * allowance.of_round(number), number)
-        allowance.begin(number * lacks, number)
-        travel = int((number * lacks > allowance.limit).sum())
+        allowance.spend(10 * allowance.of_round(number), 1.0, number)
+        travel = int((number * lacks > allowance.limit_of(number * lacks, number)).sum())
         assert travel == pytest.approx(allowance.of_round(number) / COHORT, abs=2)
 
 
@@ -109,7 +104,7 @@ def test_what_a_round_leaves_goes_to_the_later_ones():
     given = allowance.left
     for number in range(1, ROUNDS + 1):
         spent = allowance.of_round(number) if number >= 10 else 0.0
-        allowance.spend(spent, number)
+        allowance.spend(spent, 1.0, number)
         total += spent
     assert total == pytest.approx(given) and allowance.left == pytest.approx(0, abs=1)
 
@@ -121,7 +116,7 @@ def test_rates_that_end_at_zero_leave_nothing_to_the_last_rounds():
     told.config = replace(told.config, local=local)
     allowance = Allowance(told)
     assert allowance.of_round(ROUNDS) == 0
-    allowance.spend(100, ROUNDS)
+    allowance.spend(100, 1.0, ROUNDS)
     assert allowance.over == 100
 
 
@@ -138,6 +133,13 @@ def test_a_run_lands_within_a_tenth_of_its_ratio_and_resumes_to_the_same_end(run
     killed = killed_before_logging(run, monkeypatch, 17, *BUDGET)
     assert summary(killed)["model_sha256"] == result["model_sha256"]
     assert (killed / "ledger.csv").read_text() == (whole / "ledger.csv").read_text()
+
+
+def test_a_round_that_is_given_up_leaves_the_limit_as_it_was():
+    link = Copies(agreement(), torch.zeros(LAYOUT.size))
+    before = link.state()
+    link.send(torch.ones(LAYOUT.size), 2, [0])
+    assert link.state() == before and link.limit == 1.0
 
 
 def test_a_checkpoint_holds_what_is_left(tmp_path):
