@@ -8,7 +8,6 @@ was spent.
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +17,6 @@ from federation.agreement import Agreement
 from federation.budget import ratio_of
 from federation.cohort import cohort_size
 from federation.ledger import BYTES_PER_VALUE
-from training.local_sgd import local_lr
 
 BYTES_PER_COORDINATE = 1  # about what a position and its value take
 GAIN = 0.2  # of the way, on a scale of logarithms: a limit that follows faster swings
@@ -27,9 +25,9 @@ GAIN = 0.2  # of the way, on a scale of logarithms: a limit that follows faster 
 class Allowance:
     """The bytes that are left of a run's, and the limit above which a coordinate travels.
 
-    shares: of each round, float64 [rounds]. A model moves about as far as its clients' learning
-    rate is large, and rounds get bytes in proportion to the square root of that rate. over: how
-    many times what it should was spent in the round before.
+    All rounds have an equal share of what is left. Bytes that follow the clients' learning rate
+    help early, and then models fall behind at the end, when clients cannot follow the last steps.
+    over: how many times its share the round before has spent.
     """
 
     def __init__(self, agreement: Agreement):
@@ -46,14 +44,11 @@ class Allowance:
             )
         self.left, self.limit, self.over = messages * (room - besides), math.inf, 1.0
         self.first_rounds = config.clients.total / cohort_size(config)
-        rounds = range(1, config.rounds + 1)
-        rates = [local_lr(config.local, number, config.rounds) for number in rounds]
-        self.shares, self.cohort = np.sqrt(rates), cohort_size(config)
+        self.rounds, self.cohort = config.rounds, cohort_size(config)
 
     def of_round(self, round_number: int) -> float:
         """The bytes that a round should take."""
-        shares = self.shares[round_number - 1 :]
-        return self.left * float(shares[0] / max(shares.sum(), np.finfo(float).tiny))
+        return self.left / (self.rounds + 1 - round_number)
 
     def limit_of(self, lacks: Tensor, round_number: int) -> float:
         """The limit of a round; lacks: float32 [n], what a newcomer lacks.
