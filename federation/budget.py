@@ -16,7 +16,7 @@ from dataclasses import replace
 from config import Config, Downlink, Pruning, Selection
 
 WHOLE_BITS = (1, 2, 3, 4)
-FEW_VALUES = 16  # times fewer bytes, from where on two magnitudes for each tensor are exact enough
+FEW_VALUES = 32  # times fewer bytes, from where on two magnitudes for each tensor are exact enough
 
 
 def ratio_of(budget: str) -> float:
