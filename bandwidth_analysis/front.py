@@ -8,10 +8,12 @@ from matplotlib.lines import Line2D
 from bandwidth_analysis.curves import REFERENCE_LINE, add_legend, line_style
 from bandwidth_analysis.drawing import PLAIN_NUMBER, new_figure, scale, title
 from bandwidth_analysis.groups import Spread, group_runs
-from bandwidth_analysis.palette import GREY
+from bandwidth_analysis.palette import COLOURS, GREY
 from bandwidth_analysis.pareto import on_front
 from bandwidth_analysis.records import Record, make_records
 from bandwidth_analysis.runs import Run
+
+FILLS = ("full", "none", "left")
 
 
 def pareto_front(runs: list[Run]) -> Figure:
@@ -42,6 +44,7 @@ def _draw(axes: Axes, records: list[Record], costs: list[Spread]) -> list[Line2D
     points = []
     for index, (cost, gain) in enumerate(zip(costs, gains, strict=True)):
         style = line_style(index, 1) | {"linestyle": "none", "markersize": 7}
+        style["fillstyle"] = FILLS[index // len(COLOURS) % len(FILLS)]  # the colours come again
         points += axes.plot([cost.mean], [gain.mean], **style)
         spans = {"color": style["color"], "linewidth": 1.3}
         axes.plot([cost.mean] * 2, [gain.low, gain.high], **spans)

@@ -111,6 +111,14 @@ def test_the_front_is_what_nothing_beats(tmp_path):
     assert by_time.lines[0].get_xydata().tolist() == [[62.05, 50], [120, 90]]
 
 
+def test_no_two_points_of_the_front_look_alike(tmp_path):
+    runs = [read_run(write_run(tmp_path, f"run{number}")) for number in range(20)]
+    by_bytes, _ = plots.pareto_front(runs).axes
+    points = [line for line in by_bytes.lines if line.get_marker() not in ("", "None", None)]
+    looks = {(line.get_color(), line.get_marker(), line.get_fillstyle()) for line in points}
+    assert len(looks) == len(points) == 20
+
+
 def test_runs_of_one_partition_share_a_panel(tmp_path):
     runs = [read_run(write_run(tmp_path, name, seed)) for name in "ab" for seed in (0, 1)]
     titles = [axes.get_title() for axes in plots.labels_per_client(runs).axes]
