@@ -1,5 +1,6 @@
 """Every config runs two rounds, and what the repository says about itself is true."""
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -48,6 +49,14 @@ def test_conda_reads_the_one_list_of_packages():
     assert conda == ["python=3.11", "pip"] and pip == {"pip": ["-r requirements.txt"]}
 
 
+def imported(path: Path) -> set[str]:
+    """The packages that a file imports, anywhere in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level]
+    return {name.partition(".")[0] for name in names}
+
+
 def test_every_import_is_in_the_list_of_packages():
     distribution = {
         "sklearn": "scikit-learn",
@@ -67,7 +76,7 @@ def test_every_import_is_in_the_list_of_packages():
     paths = [path for depth in ("", "*/", "*/*/") for path in REPOSITORY.glob(f"{depth}*.py")]
     ours = {path.stem for path in paths} | {path.parent.name for path in paths}
     for path in paths:
-        for name in re.findall(r"^\s*(?:import|from) ([a-zA-Z_]\w*)", path.read_text(), re.M):
+        for name in imported(path):
             if name not in sys.stdlib_module_names and name not in ours:
                 assert distribution.get(name, name) in listed, (path, name)
 
