@@ -220,7 +220,7 @@ class Downlink:
     mode: str = one_of("model", "change", "copies")
     values: str = "fp32"
     dense_below: int = between(0, 0, 2**32 - 1)
-    pruning: Selection = field(default_factory=lambda: Selection(method="none"))  # mode: change
+    pruning: Selection = field(default_factory=lambda: Selection(method="none"))  # change, copies
 
 
 @dataclass(frozen=True)

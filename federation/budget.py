@@ -60,9 +60,10 @@ def with_downlink_budget(config: Config) -> Config:
     budget = config.downlink.budget
     if not budget:
         return config
-    values = "means2" if ratio_of(budget) >= FEW_VALUES else "int8"
+    ratio = ratio_of(budget)
     if config.submodel.widths:
         raise ValueError("does not go with submodel.widths: give one of the two")
+    values = "means2" if ratio >= FEW_VALUES else "int8"
     above_a_limit = Selection(method="threshold")
     down = Downlink(budget=budget, mode="copies", values=values, pruning=above_a_limit)
     return replace(config, downlink=down)

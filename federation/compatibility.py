@@ -82,10 +82,11 @@ def _of_a_direction(
             f"{link.values} has whole bits; it needs {name}.values: eden(R)",
         )
     whole_model = isinstance(link, Downlink) and link.mode == "model"
+    remedy = "downlink.mode change or copies"
     if whole_model and selection.method != "none":
-        yield f"{section}.method", "a part of the model can be sent only in downlink.mode change"
+        yield f"{section}.method", f"a part of the model can be sent only in {remedy}"
     if whole_model and coder.ruins_models:
-        yield f"{name}.values", f"{link.values} ruins a whole model: it needs downlink.mode change"
+        yield f"{name}.values", f"{link.values} ruins a whole model: it needs {remedy}"
 
 
 def _of_error_feedback(config: Config, algorithm: FedAvg) -> Iterator[tuple[str, str]]:

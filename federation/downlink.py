@@ -168,7 +168,7 @@ class Copies(DownlinkMode):
     def send(self, vector: Tensor, round_number: int, cohort: list[int]) -> Sent:
         """Return the vector itself, and no message: to_each() makes them one by one."""
         if self.allowance:
-            self.limit = self.allowance.limit_of(vector - self.first, round_number)
+            self.limit = self.allowance.limit_of(vector - self._masked(self.first), round_number)
         return vector, {client: [] for client in cohort}
 
     def to_each(self, vector: Tensor, round_number: int) -> Bring:
@@ -179,10 +179,7 @@ class Copies(DownlinkMode):
     ) -> tuple[Tensor, Message]:
         """Return a client's new copy, and the message that makes it of the old one."""
         with within("encode"):
-            copy = (self.first if copy is None else copy).to(vector.device)
-            pruned = self.agreement.mask.pruned
-            if pruned is not None:  # weights that have left since are 0 at both ends
-                copy = copy.masked_fill(pruned.to(copy.device), 0.0)
+            copy = self._masked((self.first if copy is None else copy).to(vector.device))
             lacks, select = vector - copy, self._select()
             payload, _ = self.channel.encode(lacks, round_number, client, select=select)
             change = self.channel.decode(payload, round_number, client).to(vector.device)
@@ -190,6 +187,11 @@ class Copies(DownlinkMode):
             change.add_to(new)
         ends, num_values = (SERVER, client), len(change.values)
         return new, self.agreement.message("down", self.kind, *ends, payload, num_values)
+
+    def _masked(self, copy: Tensor) -> Tensor:
+        """A copy as both ends have it: weights that have left the mask since are 0."""
+        pruned = self.agreement.mask.pruned
+        return copy if pruned is None else copy.masked_fill(pruned.to(copy.device), 0.0)
 
     def _select(self) -> Select | None:
         """What travels, if a budget decides; None: what the config says."""

@@ -130,6 +130,17 @@ def test_a_round_that_is_given_up_leaves_the_limit_as_it_was():
     assert link.state() == before and link.limit == 1.0
 
 
+def test_weights_that_do_not_exist_are_not_lacking():
+    """With a mask, the first weights off it would otherwise set the limit."""
+    link = Copies(agreement(), torch.ones(LAYOUT.size))
+    kept = np.arange(0, LAYOUT.size, 2)
+    link.agreement.use_mask(kept)
+    vector = torch.zeros(LAYOUT.size)
+    vector[kept] = 1.001
+    link.send(vector, 2, [0])
+    assert link.limit == pytest.approx(0.001, rel=1e-3)
+
+
 def test_a_checkpoint_holds_what_is_left(tmp_path):
     one = make_federation(tmp_path, *BUDGET)
     for _ in range(3):
