@@ -157,6 +157,7 @@ class TorchEngine(Engine):
         self.gathers = bool(needs_vector or self.scaler.is_enabled())
         if self.gathers:
             self.model.gradients.zero_()
+        self._drop_gradients()
         more = self.local.momentum or self.optimizer.param_groups[0]["weight_decay"]
         self.is_plain = self.local.optimizer == "SGD" and not (more or self.scaler.is_enabled())
 
@@ -189,15 +190,15 @@ class TorchEngine(Engine):
             return self.model.network(images).float()
 
     def backward(self, loss: Tensor) -> None:
+        if not self.gathers:  # the tensors have no gradients yet, so that autograd's become theirs
+            loss.backward()
+            return
         # Tensor.backward() would add to what is there; setting that to zero moves more bytes.
         gradients = torch.autograd.grad(self.scaler.scale(loss), self.tensors)
-        if self.gathers:
-            torch._foreach_copy_(self.views, gradients)
-            self.team.sum_(self.model.gradients)
-            gradients = self.views
-        for tensor, view, gradient in zip(self.tensors, self.views, gradients, strict=True):
-            # Fused SGD reads memory from end to end, whatever order the strides give it.
-            tensor.grad = gradient if gradient.is_contiguous() else view.copy_(gradient)
+        torch._foreach_copy_(self.views, gradients)
+        self.team.sum_(self.model.gradients)
+        for tensor, view in zip(self.tensors, self.views, strict=True):
+            tensor.grad = view
 
     def step(self) -> Tensor | int:
         skipped: Tensor | int = 0
@@ -217,8 +218,13 @@ class TorchEngine(Engine):
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.optimizer.zero_grad()  # the next backward() finds their memory, still in the cache
+        self._drop_gradients()  # the next backward() finds their memory, still in the cache
         return skipped
+
+    def _drop_gradients(self) -> None:
+        """What zero_grad() of an optimizer does, without what torch does around it."""
+        for tensor in self.tensors:
+            tensor.grad = None
 
     @torch.no_grad()
     def _subtract_gradient(self) -> None:
