@@ -21,8 +21,8 @@ slow: ## run the tests that take too long for the suite
 fuzz: ## decode four million damaged payloads of all codecs (several minutes)
 	PYTHONPATH=.:tests python tests/test_fuzz.py 4000000
 
-gpu-check: ## run what a GPU must show: tests, speed, equal runs, DeepSpeed, a profile (8 minutes)
-	python benchmarks/gpu_check.py
+gpu-check: ## run what a GPU must show: tests, speed, equal runs, DeepSpeed, a profile (8 minutes; FOLDER=, for logs)
+	python benchmarks/gpu_check.py $(if $(FOLDER),--folder $(FOLDER))
 
 lint: ## check the code with ruff
 	ruff check . && ruff format --check .

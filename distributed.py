@@ -323,8 +323,8 @@ def _import_deepspeed(on_cpu: bool) -> None:
         import deepspeed
     except ImportError:
         raise ConfigError("distributed.engine: deepspeed is not installed (Linux only)") from None
-    # Only inference on CPUs uses this C++ kernel; building it takes minutes and a compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if on_cpu:  # only inference uses this C++ kernel; building it takes minutes and a compiler
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _init_deepspeed(backend: str) -> None:

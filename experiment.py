@@ -170,12 +170,12 @@ def resolve_auto(federation: Federation, recorded: dict[str, str]) -> None:
     recorded: the choices in environment.json; empty the first time.
     """
     clients, ranks, config = federation.clients, federation.ranks, federation.config
-    choices, said = Choices(**recorded) if recorded else clients.choices, []
-    if ranks.is_main and not recorded:
-        cohort = -(-config.clients.per_round // ranks.num_teams)
-        said = choices.measure(
-            config, federation.model, federation.pictures, cohort, clients.one_by_one
-        )
+    choices, cohort = clients.choices, -(-config.clients.per_round // ranks.num_teams)
+    task = config, federation.model, federation.pictures, cohort, clients.one_by_one
+    if recorded:
+        choices, said = Choices(**recorded), []
+    else:
+        said = ranks.on_all_ranks(lambda: choices.measure(*task) if ranks.is_main else [])
     clients.choices = Choices(**ranks.gather_json(vars(choices))[0])
     use_deterministic_kernels(ranks.device, clients.choices.deterministic == "true")
     for line in said:
@@ -278,8 +278,8 @@ def plan(config: Config, ranks: Ranks) -> int:
     with tempfile.TemporaryDirectory() as states:
         federation = make_schedule(quick, ranks, Path(states))
         _announce_clients(federation)
-        seconds = probe_precision(federation.model, federation.pictures, config.local)
-        seconds = ranks.gather_json(seconds)[0]
+        task = federation.model, federation.pictures, config.local
+        seconds = ranks.gather_json(ranks.on_all_ranks(lambda: probe_precision(*task)))[0]
         precision = config.precision if config.precision != "auto" else choose_precision(seconds)
         clients = federation.clients
         clients.choices = replace(clients.choices, precision=precision)

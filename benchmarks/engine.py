@@ -115,8 +115,11 @@ class BareLoop:
             optimizer.step()
 
 
-def measure(config: Config, rounds: int) -> dict[str, float]:
-    """Median seconds of a round of ours and of the bare loop, and the median of their ratios."""
+def measure(config: Config, rounds: int) -> dict[str, float | str]:
+    """Median seconds of a round of ours and of the bare loop, and the median of their ratios.
+
+    And how the clients were trained: the choices that a run would record.
+    """
     federation = make_schedule(config, Ranks(config), Path(config.output_dir) / "states")
     resolve_auto(federation, {})
     bare, device = BareLoop(federation), federation.ranks.device
@@ -134,19 +137,26 @@ def measure(config: Config, rounds: int) -> dict[str, float]:
         "ours_seconds": statistics.median(ours),
         "bare_seconds": statistics.median(loop),
         "ratio": statistics.median(a / b for a, b in zip(ours, loop, strict=True)),
+        **vars(federation.clients.choices),
     }
 
 
-def worst(results: dict[str, dict[str, float]], kind: str) -> float:
-    """The largest ratio of the cases that have `kind` in their names."""
-    return max(found["ratio"] for name, found in results.items() if kind in name)
+def in_json(results: dict[str, dict], device: torch.device) -> str:
+    """The cases that are done, and of each kind the largest ratio, if there is one yet."""
+    facts = {"device": device_name(device), "threads": torch.get_num_threads()}
+    for key, kind in (("ratio", "dense"), ("ratio_topk", "top-k")):
+        ratios = [found["ratio"] for name, found in results.items() if kind in name]
+        facts |= {key: max(ratios)} if ratios else {}
+    return json.dumps(facts | {"cases": results})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Our round against a bare PyTorch loop.")
     parser.add_argument("--root", default="../shared/data", help="where CIFAR-10 is")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds a case")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument(
+        "--json", action="store_true", help="end with one JSON object, of each case anew"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     results = {}
@@ -164,10 +174,8 @@ def main() -> None:
             f"{found['ratio']:7.3f}",
             flush=True,
         )
-    if args.json:
-        ratios = {"ratio": worst(results, "dense"), "ratio_topk": worst(results, "top-k")}
-        facts = {"device": device_name(device), "threads": torch.get_num_threads()}
-        print(json.dumps(ratios | facts | {"cases": results}))
+        if args.json:  # after each case, in case the next one is cut off
+            print(in_json(results, device), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,19 @@
 
 Each step has a time limit, after which it is interrupted, and prints its figures on a line of its
 own as soon as it has them, the most wanted first: so a command that is cut off loses one line. A
-step that fails is a line too, and the next one goes on. What the steps print goes to
-FOLDER/<step>.log, and the profile's picture to FOLDER. The last line is one JSON object; the exit
-status is 1 if a step failed.
+step that fails is a line too, with the end of what it printed below, and the next one goes on. What
+the steps print goes to FOLDER/<step>.log, and the profile's picture to FOLDER. The last line is one
+JSON object; the exit status is 1 if a step failed.
+
+What a run would measure for itself is given wherever it costs seconds or could differ between two
+runs that must be equal.
 
 CIFAR-10 is at $CIFAR, or else in ../shared/data, or else the digits take its place. With `--device
 cpu --small` the same steps run on a CPU with tiny settings, which checks this script and no more.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -30,6 +34,7 @@ from devices import device_name
 ROOT = Path(__file__).parent.parent
 GRACE = 10  # seconds that an interrupted command has to write what it knows
 PFL_ROUNDS = 1500
+TOLD = 15  # lines of what a failed step printed
 SMALL = ["data.name=digits", "data.fallback=", "model.name=lenet", "clients.total=4"]
 SMALL += ["clients.per_round=2", "local.steps=1", "local.batch_size=4", "precision=fp32"]
 
@@ -63,27 +68,36 @@ def make_steps(device: str, root: str, small: bool, runs: Path, folder: Path) ->
         fixed = [f"output_dir={runs}", f"name={name}", "trackers=[]", "evaluation.every=10"]
         return ["main.py", "--config", f"configs/{config}.yaml", *data, *fixed, *overrides]
 
-    twins = [[python, *run(name, "cifar10_resnet18", "rounds=3")] for name in ("one", "two")]
+    fixed = ["deterministic=true", "local.lanes=1", *([] if small else ["precision=bf16"])]
+    twin = "cifar10_resnet18", "rounds=3", *fixed
+    twins = [[python, *run(name, *twin)] for name in ("one", "two")]
     rounds = 4 if small else PFL_ROUNDS
     engine = ["benchmarks/engine.py", "--json", "--root", root, "--rounds", "1" if small else "5"]
     profile = ["benchmarks/profile_round.py", str(folder), "--json", "--root", root]
-    deepspeed = run("deepspeed", "cifar10_resnet18", "rounds=3", "clients.per_round=2")
+    deepspeed = run("deepspeed", *twin, "clients.per_round=2")
     launched = [find_launcher("deepspeed"), "--num_gpus", "1", *deepspeed]
-    # In one process: two would share the GPU, and such a machine may lack pytest-xdist.
     tests = ["-m", "pytest", "-q", "-o", "addopts=", "-m", "gpu", "tests/test_gpu.py"]
+    if importlib.util.find_spec("xdist"):
+        tests += ["-n", "4", "--dist", "worksteal"]
     return [
-        Step("engine", 85, [[python, *engine, *words]], engine_figures),
+        Step(
+            "engine",
+            100,
+            [[python, *engine, *words, "deterministic=true"]],
+            engine_figures,
+            may_be_cut=True,
+        ),
         Step(
             "pfl benchmark",
-            85,
+            75,
             [[python, *run("pfl", "pfl_benchmark", f"rounds={rounds}")]],
             lambda _: pfl_figures(runs / "pfl-s1"),
             may_be_cut=True,
         ),
-        Step("equal runs", 50, twins, lambda _: twin_figures(runs / "one-s1", runs / "two-s1")),
-        Step("profile", 40, [[python, *profile, *words]], profile_figures),
-        Step("gpu tests", 100, [[python, *tests]], pytest_figures),
-        Step("deepspeed", 50, [launched], lambda _: run_figures(runs / "deepspeed-s1")),
+        Step("equal runs", 60, twins, lambda _: twin_figures(runs / "one-s1", runs / "two-s1")),
+        Step("profile", 40, [[python, *profile, *words, *fixed]], profile_figures),
+        Step("gpu tests", 85, [[python, *tests]], pytest_figures),
+        Step("deepspeed", 60, [launched], lambda _: run_figures(runs / "deepspeed-s1")),
     ]
 
 
@@ -102,8 +116,10 @@ def last_json(printed: list[str]) -> dict:
 
 
 def engine_figures(printed: list[str]) -> dict:
+    """The worst of the cases that there was time for, and each one's."""
     found = last_json(printed)
-    return {key: found[key] for key in ("ratio", "ratio_topk")}
+    cases = {name: case["ratio"] for name, case in found["cases"].items()}
+    return {key: found[key] for key in ("ratio", "ratio_topk") if key in found} | cases
 
 
 def profile_figures(printed: list[str]) -> dict:
@@ -214,11 +230,14 @@ def in_words(found: dict) -> str:
 
 
 def check(steps: list[Step], folder: Path) -> dict[str, dict]:
-    """Run all steps, and print a line after each."""
+    """Run all steps, and print a line after each, and more after one that failed."""
     results = {}
     for step in steps:
-        found = results[step.name] = run_step(step, folder / f"{step.name.replace(' ', '_')}.log")
+        log = folder / f"{step.name.replace(' ', '_')}.log"
+        found = results[step.name] = run_step(step, log)
         print(f"{step.name}: {in_words(found)}", flush=True)
+        for line in log.read_text().splitlines()[-TOLD:] if found["problem"] else ():
+            print(f"    {line}", flush=True)
     return results
 
 

@@ -113,7 +113,7 @@ def make_updates(name: str, root: str, folder: Path) -> tuple:
         for round_number, vectors in rounds(federation, max(moment_of)):
             if round_number in moment_of:
                 for what, vector in zip(VECTORS, vectors, strict=True):
-                    np.save(folder / f"{moment_of[round_number]}-{what}.npy", vector.numpy())
+                    np.save(folder / f"{moment_of[round_number]}-{what}.npy", vector.cpu().numpy())
     return federation.model.layout.names, federation.model.layout.shapes
 
 
@@ -126,7 +126,8 @@ def rounds(federation: Federation, last: int) -> Iterator[tuple[int, tuple[torch
         received = federation.server.parameters.detach().clone()
         row, _ = federation.run_round()
         print(f"round {round_number}/{last}, training loss {row['train_loss']:.3f}", flush=True)
-        yield round_number, (seen[0][1], received, change)
+        _, first = min(seen, key=lambda pair: pair[0])
+        yield round_number, (first, received, change)
         change = federation.server.parameters.detach() - received
 
 

@@ -73,8 +73,7 @@ class Federation:
         self.model = ranks.on_all_ranks(lambda: build_model(config, self.pictures, ranks.device))
         self.ms_per_example = ms_per_example
         if config.network.is_measured and not ms_per_example:
-            with memory_governed_by("local.batch_size"):
-                self.ms_per_example = self._measure()
+            self.ms_per_example = self._measure()
         self.clock = ranks.on_all_ranks(lambda: make_clock(config, self.ms_per_example))
         self.models = ranks.on_all_ranks(lambda: build_models(config, self.pictures, self.model))
         self.workload = ranks.on_all_ranks(lambda: self._make_workload(config))

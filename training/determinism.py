@@ -12,6 +12,7 @@ from data import Pictures
 from distributed import Team
 from training.flat_model import FlatModel
 from training.graph_engine import make_engine
+from training.memory import memory_governed_by
 from training.timing import seconds_of_a_step, take_turns
 
 LARGEST_COST = 1.1  # deterministic kernels may take this many times the others' time
@@ -31,12 +32,14 @@ def use_deterministic_kernels(device: torch.device, wanted: bool) -> None:
     torch.backends.cudnn.deterministic = wanted
 
 
+@memory_governed_by("local.batch_size")
 def probe_determinism(
     model: FlatModel, pictures: Pictures, local: Local, precision: str
 ) -> dict[str, float]:
     """Seconds of one training step with deterministic kernels, "true", and with any, "false".
 
     {} on a CPU. The probe trains the model, and leaves the kernels as it last tried them.
+    Raises ConfigError if the memory does not suffice.
     """
     if model.device.type != "cuda":
         return {}

@@ -11,19 +11,23 @@ from distributed import Team
 from training.flat_model import FlatModel
 from training.graph_engine import make_engine
 from training.lanes import Job, Lanes
+from training.memory import memory_governed_by
 from training.timing import CLEARLY_FASTER, NO_STEP, seconds_of_a_step, take_turns
 
 CLEARLY_SLOWER = 1.1  # more lanes are not tried once some take this many times the best time
 
 
+@memory_governed_by("local.batch_size")
 def probe_lanes(
     model: FlatModel, pictures: Pictures, local: Local, precision: str, cohort: int
 ) -> dict[int, float]:
     """Seconds that a step of `cohort` clients takes, by the number of lanes; 1 is one by one.
 
     cohort: how many clients a rank trains in a round. Powers of two are tried up to it, and it
-    itself, as long as more lanes do not become slower and the memory suffices. The idle lanes of
-    the last group count. The probe trains the model; load its vectors again afterwards.
+    itself, as long as more lanes do not become slower and the memory suffices, or until the device
+    cannot run the network in lanes. The idle lanes of the last group count. The probe trains the
+    model; load its vectors again afterwards. Raises ConfigError if the memory does not suffice for
+    one client.
     """
     size = min(local.batch_size, pictures.num_train)
     engine = make_engine(model, local, precision, Team())
@@ -37,7 +41,7 @@ def probe_lanes(
         try:
             lanes = Lanes(model, pictures, one_step, precision, num_lanes)
             group = take_turns({num_lanes: lambda n=lanes: _seconds_of_a_group(n, size)})
-        except torch.OutOfMemoryError:
+        except RuntimeError:  # torch.OutOfMemoryError, or a kernel that does not exist
             break
         seconds[num_lanes] = group[num_lanes] * -(-cohort // num_lanes)
         if seconds[num_lanes] > CLEARLY_SLOWER * min(seconds.values()):

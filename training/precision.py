@@ -7,6 +7,7 @@ from data import Pictures
 from distributed import Team
 from training.flat_model import FlatModel
 from training.graph_engine import make_engine
+from training.memory import memory_governed_by
 from training.timing import CLEARLY_FASTER, seconds_of_a_step, take_turns
 
 CLEARLY_SLOWER = 3.0  # if bf16 takes more than this many times, no whole batch is tried in it
@@ -27,12 +28,14 @@ def computes_in_bf16(device: torch.device) -> bool:
     return any(capabilities.get(name) for name in names)
 
 
+@memory_governed_by("local.batch_size")
 def probe_precision(model: FlatModel, pictures: Pictures, local: Local) -> dict[str, float]:
     """Seconds of one training step in fp32 and, if it may be faster, in bf16.
 
     Both are first tried on a small part of a batch, so that a device on which bf16 is much slower
     loses no more than a few steps of fp32. Then whole batches are timed in turn, for about two
-    seconds. The probe trains the model; load its vectors again afterwards.
+    seconds. The probe trains the model; load its vectors again afterwards. Raises ConfigError if
+    the memory does not suffice.
     """
     whole = min(local.batch_size, pictures.num_train)
     small = min(whole, max(2, whole // SMALL_SHARE))

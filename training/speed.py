@@ -8,16 +8,18 @@ from data import Pictures
 from distributed import Team
 from training.flat_model import FlatModel
 from training.graph_engine import make_engine
+from training.memory import memory_governed_by
 from training.timing import PROBE_SECONDS, seconds_of_a_step
 
 MOST_STEPS = 50
 
 
+@memory_governed_by("local.batch_size")
 def probe_speed(model: FlatModel, pictures: Pictures, local: Local) -> float:
     """Milliseconds of an example: of a batch's forward and backward pass and step, in fp32.
 
     It is the median over at least three steps, or as many as fit into two seconds. The model keeps
-    its weights and buffers.
+    its weights and buffers. Raises ConfigError if the memory does not suffice.
     """
     parameters, buffers = model.read_parameters().clone(), model.read_buffers().clone()
     engine, size = (

@@ -39,10 +39,12 @@ def test_a_step_that_fails_is_a_line_and_the_next_goes_on(gpu_check, tmp_path, c
         "last": None,
     }
     assert results["good"]["ratio"] == 0.25
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in printed if not line.startswith("    ")]
     assert [line.partition(":")[0] for line in lines] == list(problems)
     assert lines[0].startswith("good: ratio 0.25 (")
     assert lines[1].startswith("bad exit: FAILED, exit status 1: error: no (")
+    assert printed[2] == "    error: no"  # the end of what it printed
     assert (tmp_path / "bad_exit.log").read_text().strip() == "error: no"
 
 
@@ -77,6 +79,17 @@ def test_all_limits_together_are_under_eight_minutes(gpu_check, tmp_path):
     steps = gpu_check.make_steps("cuda", "pictures", False, tmp_path, tmp_path)
     assert sum(step.seconds + gpu_check.GRACE for step in steps) <= 480
     assert len({step.name for step in steps}) == len(steps) == 6
+
+
+def test_the_engines_figures_are_those_of_the_cases_that_are_done(gpu_check, benchmark):
+    engine = benchmark("engine")
+    cases = {"ResNet-18, dense": {"ratio": 0.2, "lanes": "1"}}
+    printed = [engine.in_json(cases, engine.torch.device("cpu"))]
+    assert gpu_check.engine_figures(printed) == {"ratio": 0.2, "ResNet-18, dense": 0.2}
+    cases |= {"pfl, dense": {"ratio": 0.3}, "pfl, top-k": {"ratio": 0.4}}
+    printed = ["\n".join([*printed, engine.in_json(cases, engine.torch.device("cpu"))])]
+    figures = gpu_check.engine_figures(printed)
+    assert figures["ratio"] == 0.3 and figures["ratio_topk"] == 0.4 and len(figures) == 5
 
 
 def test_figures_of_pfls_benchmark(gpu_check, tmp_path):

@@ -5,6 +5,7 @@ import torch
 
 from config import ConfigError
 from federation import client, federation
+from training import precision
 from training.memory import memory_governed_by
 
 CUDA = (
@@ -41,13 +42,14 @@ def test_other_errors_pass():
 @pytest.mark.parametrize(
     ("place", "function", "key"),
     [
+        (precision, "seconds_of_a_step", "local.batch_size"),  # before the first round
         (client, "train_client", "local.batch_size"),
         (federation, "evaluate_models", "evaluation.batch_size"),
     ],
 )
 def test_a_run_ends_with_one_line(run, monkeypatch, capsys, place, function, key):
     monkeypatch.setattr(place, function, run_out)
-    status, _ = run()
+    status, _ = run("precision=auto")
     error = capsys.readouterr().err
     assert status == 2 and error.startswith(f"error: {key}: too much for the GPU's memory")
     assert len(error.splitlines()) == 1
