@@ -170,7 +170,7 @@ def resolve_auto(federation: Federation, recorded: dict[str, str]) -> None:
     recorded: the choices in environment.json; empty the first time.
     """
     clients, ranks, config = federation.clients, federation.ranks, federation.config
-    choices, cohort = clients.choices, -(-config.clients.per_round // ranks.num_teams)
+    choices, cohort = clients.choices, federation.num_at_once
     task = config, federation.model, federation.pictures, cohort, clients.one_by_one
     if recorded:
         choices, said = Choices(**recorded), []

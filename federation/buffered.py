@@ -40,6 +40,12 @@ class FedBuff(Federation):
         self.flights: dict[int, Flight] = {}  # by client, those under way
         self.buffer: list[Flight] = []  # in the order in which they were done
 
+    @property
+    def num_at_once(self) -> int:
+        """Clients that are alike begin together, and others one by one."""
+        diverse = self.clock.population.is_diverse
+        return 1 if diverse else -(-self.concurrency // self.ranks.num_teams)
+
     def run_round(self) -> tuple[dict[str, Any], list[LedgerRow]]:
         begin, round_number = time.perf_counter(), self.progress.round_number + 1
         before = self.clock.state(), dict(self.flights), list(self.buffer)

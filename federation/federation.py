@@ -140,6 +140,12 @@ class Federation:
             self.server = ranks.on_all_ranks(lambda: make_server(config, self.model, num_examples))
             self.clients = make_clients(config, self.model, *at_the_clients)
 
+    @property
+    def num_at_once(self) -> int:
+        """How many clients of one network a team of ranks has to train at a time, about."""
+        widths = len(self.config.submodel.widths) or 1
+        return -(-self.config.clients.per_round // (self.ranks.num_teams * widths))
+
     # --- the parts of a round ---------------------------------------------------------------------
 
     def run_round(self) -> tuple[dict[str, Any], list[LedgerRow]]:

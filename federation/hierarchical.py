@@ -78,6 +78,11 @@ class Hierarchical(Federation):
         self.to_cloud = Agreement(lossless, self.model.layout, self.model.buffer_layout)
         self.clients.config = replace(config, rounds=config.rounds * self.edge_rounds)
 
+    @property
+    def num_at_once(self) -> int:
+        """The clients below one edge server."""
+        return -(-super().num_at_once // len(self.edges))
+
     def run_round(self) -> tuple[dict[str, Any], list[LedgerRow]]:
         begin, round_number = time.perf_counter(), self.progress.round_number + 1
         cohort = sample_cohort(self.config, self.candidates, round_number)

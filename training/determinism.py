@@ -9,11 +9,9 @@ import torch
 
 from config import Local
 from data import Pictures
-from distributed import Team
 from training.flat_model import FlatModel
-from training.graph_engine import make_engine
 from training.memory import memory_governed_by
-from training.timing import seconds_of_a_step, take_turns
+from training.timing import few_steps, take_turns
 
 LARGEST_COST = 1.1  # deterministic kernels may take this many times the others' time
 
@@ -34,23 +32,23 @@ def use_deterministic_kernels(device: torch.device, wanted: bool) -> None:
 
 @memory_governed_by("local.batch_size")
 def probe_determinism(
-    model: FlatModel, pictures: Pictures, local: Local, precision: str
+    model: FlatModel, pictures: Pictures, local: Local, precision: str, num_lanes: int
 ) -> dict[str, float]:
     """Seconds of one training step with deterministic kernels, "true", and with any, "false".
 
-    {} on a CPU. The probe trains the model, and leaves the kernels as it last tried them.
-    Raises ConfigError if the memory does not suffice.
+    A step is that of num_lanes clients at once. {} on a CPU. The probe trains the model, and
+    leaves the kernels as it last tried them. Raises ConfigError if the memory does not suffice.
     """
     if model.device.type != "cuda":
         return {}
-    size = min(local.batch_size, pictures.num_train)
-    engines = {name: make_engine(model, local, precision, Team()) for name in ("true", "false")}
+    task = model, pictures, local, precision, num_lanes
+    steps = {name: few_steps(*task) for name in ("true", "false")}
 
     def seconds(name: str) -> float:
         use_deterministic_kernels(model.device, name == "true")
-        return seconds_of_a_step(engines[name], pictures, size)
+        return steps[name]()
 
-    return take_turns({name: lambda n=name: seconds(n) for name in engines})
+    return take_turns({name: lambda n=name: seconds(n) for name in steps})
 
 
 def choose_determinism(seconds: dict[str, float]) -> bool:

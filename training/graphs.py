@@ -44,6 +44,8 @@ class Graphs:
         before = [tensor.clone() for tensor in self.changed]
         try:
             return self.record(step)
+        except torch.OutOfMemoryError:  # without a graph it would not fit either
+            raise
         except RuntimeError as error:
             self.can_record = False
             reason = str(error).splitlines()[0]
@@ -58,25 +60,30 @@ def recorder(device: torch.device) -> Record:
     """How steps are recorded on a device: on a CPU a step is its own recording."""
     if device.type != "cuda":
         return lambda step: step
-    return partial(record_graph, pool=torch.cuda.graph_pool_handle())
+    # One stream for all recordings: cuBLAS keeps memory for each stream that it has ever been on.
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+    return partial(record_graph, pool=pool, stream=stream)
 
 
-def record_graph(step: Step, pool: tuple[int, int]) -> Step:
-    """Record a step as a CUDA graph. Raises RuntimeError if it cannot be.
+def record_graph(step: Step, pool: tuple[int, int], stream: torch.cuda.Stream) -> Step:
+    """Record a step as a CUDA graph on this stream. Raises RuntimeError if it cannot be.
 
     The graphs of a pool use the same memory for what does not outlive a step. They never run at
     the same time.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    current = torch.cuda.current_stream()
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
             step()
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Threads that encode use the device at the same time; only this one's calls are recorded.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        result = step()
+    try:
+        # Threads that encode use the device at the same time; only this one's calls are recorded.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            result = step()
+    finally:
+        torch.cuda.set_stream(current)  # torch stays on the other one if ending a recording fails
 
     def replay() -> Tensor | None:
         graph.replay()

@@ -6,9 +6,12 @@ lanes that have no work repeat the first client's and change nothing. So it does
 which clients a rank trains together.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -76,9 +79,9 @@ class Plan:
     smaller batch is, too: it is filled up with pictures that do not count. Other steps are `alone`.
 
     Attributes: num_steps; batches: int64 [T, L, B]; shares: float32 [T, L, B], what each picture
-    counts in its batch's mean loss, 0 where a lane takes no step; is_together: for each step,
-    whether any lane takes it; alone: for each step, the lanes that take it by themselves, with
-    their pictures, int64 [size].
+    counts in its batch's mean loss, 0 where a lane takes no step; num_together: for each step, how
+    many lanes take it; alone: for each step, the lanes that take it by themselves, with their
+    pictures, int64 [size].
     """
 
     def __init__(self, jobs: list[Job], draws: Draws, local: Local, fills_up: bool, num_jobs: int):
@@ -88,8 +91,8 @@ class Plan:
         places = [batch_places(job.batch_sizes(local), len(job.indices)) for job in jobs]
         self.num_steps = max(map(len, places))
         orders = _shuffled(jobs, draws, num_epochs=1 + max(lane[-1][0] for lane in places))
-        starts = torch.zeros(self.num_steps, len(jobs), 1, dtype=torch.int64)
-        sizes = torch.zeros_like(starts)
+        starts = np.zeros((self.num_steps, len(jobs), 1), np.int64)
+        sizes = np.zeros_like(starts)
         self.alone: list[list[tuple[int, Tensor]]] = [[] for _ in range(self.num_steps)]
         for lane, batches in enumerate(places[:num_jobs]):
             for step, (epoch, start, size) in enumerate(batches):
@@ -98,11 +101,12 @@ class Plan:
                     starts[step, lane], sizes[step, lane] = first, size
                 else:
                     self.alone[step].append((lane, orders[lane, first : first + size]))
-        column = torch.arange(wanted)
-        at = _to(device, starts + column % sizes.clamp(min=1))
+        column, some = np.arange(wanted), np.maximum(sizes, 1)
+        at = _to(device, torch.from_numpy(starts + column % some))
         self.batches = orders.expand(self.num_steps, -1, -1).gather(2, at)
-        self.shares = _to(device, (column < sizes) / sizes.clamp(min=1))
-        self.is_together = sizes.any(1).flatten().tolist()
+        shares = ((column < sizes) / some).astype(np.float32)
+        self.shares = _to(device, torch.from_numpy(shares))
+        self.num_together = np.count_nonzero(sizes, axis=(1, 2)).tolist()
 
 
 def _shuffled(jobs: list[Job], draws: Draws, num_epochs: int) -> Tensor:
@@ -180,11 +184,13 @@ class Lanes:
             if stop():
                 raise Interrupted
             keys = draws.at(step).key
-            if plan.is_together[step]:
+            if together := plan.num_together[step]:
                 self.key.copy_(keys)
                 self.batch.copy_(plan.batches[step])
                 self.share.copy_(plan.shares[step])
-                self.graphs.run(kinds, self._step_together)
+                all_active = together == self.num_lanes  # then nothing has to stay as it is
+                take_step = partial(self._step_together, all_active)
+                self.graphs.run((kinds, all_active), take_step)
             for lane, batch in plan.alone[step]:
                 self._step_alone(lane, batch, keys[lane])
         steps = [len(job.batch_sizes(local)) for job in jobs]
@@ -208,25 +214,28 @@ class Lanes:
         if self.momentum is not None:
             self.momentum.zero_()
 
-    def _step_together(self) -> None:
+    def _step_together(self, all_active: bool) -> None:
         """A step of every lane that has a share in it. Reads and writes this object's tensors."""
         images, labels = self.pictures.train_batch(self.batch, Draws(self.key))
         if self.stacked_buffers:
             torch._foreach_copy_(self.stacked_buffers, self.buffer_views)
         tensors = self.parameter_views, self.stacked_buffers
-        logits = vmap(self._logits)(*tensors, images, self.key)
+        with norms_in_fp32(self.model.network):
+            logits = vmap(self._logits)(*tensors, images, self.key)
         losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         losses = (losses.view_as(self.share) * self.share).sum(1, keepdim=True)
         gradients = torch.autograd.grad(losses.sum(), self.parameter_views)
         torch._foreach_copy_(self.gradient_views, gradients)
-        is_active = self.share[:, :1] > 0
+        is_active = None if all_active else self.share[:, :1] > 0
         vectors = self.weights, self.gradients, self.momentum
         flat_sgd(*vectors, self.lr, self.local, self._correct_all, is_active)
         if self.has_statistics and self.stacked_buffers:
-            before = self.buffers.clone()
+            before = None if all_active else self.buffers.clone()
             torch._foreach_copy_(self.buffer_views, self.stacked_buffers)
-            self.buffers.copy_(torch.where(is_active, self.buffers, before))
-        self.loss.add_(losses.detach().masked_fill(~is_active, 0.0))
+            if not all_active:
+                self.buffers.copy_(torch.where(is_active, self.buffers, before))
+        losses = losses.detach()
+        self.loss.add_(losses if all_active else losses.masked_fill(~is_active, 0.0))
 
     def _step_alone(self, lane: int, batch: Tensor, key: Tensor) -> None:
         """A step of one lane, without vmap: its batch has a size of its own."""
@@ -259,6 +268,23 @@ class Lanes:
         if self.corrections[lane]:
             size = self.model.parameters.numel()
             self.corrections[lane](self.weights[lane, :size], self.gradients[lane, :size])
+
+
+@contextmanager
+def norms_in_fp32(network: nn.Module) -> Iterator[None]:
+    """Within this context norm layers compute in fp32, as autocast has it without vmap.
+
+    vmap hands a norm's kernel weights of the dtype of its input. In bf16, CUDA's BatchNorm then
+    cannot read its running statistics, which are fp32.
+    """
+    norms = (m for m in network.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm))
+    to_fp32 = lambda _, inputs: (inputs[0].float(),)  # noqa: E731
+    handles = [norm.register_forward_pre_hook(to_fp32) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _rows(num_lanes: int, vector: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """How long steps take: for the settings that are `auto`, which a run measures once in its life."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from time import perf_counter
 from typing import TypeVar
 
@@ -8,23 +9,56 @@ import torch
 
 from config import Local
 from data import Pictures
+from distributed import Team
 from training.engines import Engine
+from training.flat_model import FlatModel
+from training.graph_engine import make_engine
+from training.lanes import Job, Lanes
 from training.local_sgd import train_client
 
 PROBE_SECONDS = 2.0
+FEW = 4  # steps of a client of whom a GPU trains several at once
 CLEARLY_FASTER = 0.85  # what is chosen must take less than this share of the time: probes are noisy
 NO_STEP = 1e-9  # a learning rate
 Choice = TypeVar("Choice")
 
 
-def seconds_of_a_step(engine: Engine, pictures: Pictures, num_examples: int) -> float:
-    """Train one batch of that size."""
+def seconds_of_a_step(
+    engine: Engine, pictures: Pictures, num_examples: int, steps: int = 1
+) -> float:
+    """Train batches of that size."""
     indices = torch.arange(num_examples, device=engine.model.device)
-    one_step = Local(steps=1, batch_size=num_examples)
+    local = Local(steps=steps, batch_size=num_examples)
     begin = perf_counter()
-    loss, _ = train_client(engine, pictures, indices, one_step, NO_STEP, seed=0)
+    loss, _ = train_client(engine, pictures, indices, local, NO_STEP, seed=0)
     float(loss)  # waits for the device
-    return perf_counter() - begin
+    return (perf_counter() - begin) / steps
+
+
+def few_steps(
+    model: FlatModel, pictures: Pictures, local: Local, precision: str, num_lanes: int
+) -> Callable[[], float]:
+    """What trains num_lanes clients at once for a few steps, and returns the seconds of one.
+
+    Each call begins with new clients, as a group of a round does.
+    """
+    size = min(local.batch_size, pictures.num_train)
+    if num_lanes == 1:
+        engine = make_engine(model, local, precision, Team())
+        return lambda: seconds_of_a_step(engine, pictures, size, FEW)
+    lanes = Lanes(model, pictures, replace(local, batch_size=size), precision, num_lanes)
+    return lambda: _seconds_in_lanes(lanes, size)
+
+
+def _seconds_in_lanes(lanes: Lanes, num_examples: int) -> float:
+    """Train a few batches of that size in every lane."""
+    model = lanes.model
+    indices = torch.arange(num_examples, device=model.device)
+    vectors = model.parameters, model.buffers
+    jobs = [Job(indices, NO_STEP, lane, *vectors, steps=FEW) for lane in range(lanes.num_lanes)]
+    begin = perf_counter()
+    float(lanes.train(jobs)[-1].loss)  # waits for the device
+    return (perf_counter() - begin) / FEW
 
 
 def take_turns(tries: dict[Choice, Callable[[], float]]) -> dict[Choice, float]:

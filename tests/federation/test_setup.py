@@ -56,3 +56,21 @@ def test_deepspeeds_launcher_takes_sgd_alone():
     config, ranks = Config(local=Local(optimizer="AdamW")), SimpleNamespace(use_deepspeed=True)
     with pytest.raises(ConfigError, match="^local.optimizer: DeepSpeed's engine takes SGD; start"):
         make_clients(config, None, None, [], None, ranks)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], 6),
+        (["submodel.widths=[1,0.5]"], 3),
+        (["schedule.name=hierarchical", "schedule.edges=4"], 2),
+        (["schedule.name=fedbuff", "schedule.concurrency=5"], 5),
+        (["schedule.name=fedbuff", "network.spread=1", "network.uplink_mbps=1"], 1),
+    ],
+)
+def test_how_many_clients_a_device_has_at_a_time(tmp_path, words, expected):
+    """It is what lanes are measured with."""
+    dense = ["pruning.method=none", "uplink.values=fp32", "model.norm_policy=static"]
+    dense += ["uplink.error_feedback=false", "server.optimizer=FedAvg"]
+    cohort = ["clients.total=8", "clients.per_round=6"]
+    assert make_federation(tmp_path, *dense, *cohort, *words).num_at_once == expected

@@ -20,7 +20,7 @@ def test_deterministic_kernels_are_chosen_unless_they_cost_a_tenth():
 def test_a_cpu_is_left_alone():
     before = torch.backends.cudnn.deterministic, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     use_deterministic_kernels(CPU, True)
-    assert probe_determinism(flat_model(), PICTURES, Local(), "fp32") == {}
+    assert probe_determinism(flat_model(), PICTURES, Local(), "fp32", 1) == {}
     assert not torch.are_deterministic_algorithms_enabled()
     after = torch.backends.cudnn.deterministic, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     assert after == before
@@ -31,13 +31,12 @@ def test_a_gpu_is_told_and_both_ways_are_timed(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.setattr(timing, "PROBE_SECONDS", 0.0)
-    monkeypatch.setattr(determinism, "make_engine", lambda *_: None)
     model, cost = flat_model(), {True: 1.05, False: 1.0}
     model.device = torch.device("cuda")
     try:
-        seconds = lambda *_: cost[torch.backends.cudnn.deterministic]  # noqa: E731
-        monkeypatch.setattr(determinism, "seconds_of_a_step", seconds)
-        found = probe_determinism(model, PICTURES, Local(), "fp32")
+        seconds = lambda: cost[torch.backends.cudnn.deterministic]  # noqa: E731
+        monkeypatch.setattr(determinism, "few_steps", lambda *_: seconds)
+        found = probe_determinism(model, PICTURES, Local(), "fp32", 4)
         assert found == {"true": 1.05, "false": 1.0}
         use_deterministic_kernels(model.device, True)
         assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic

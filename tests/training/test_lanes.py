@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.dispatch import StandIn
 from helpers.noise import CPU, make_pictures
 
 from algorithms import FedAvg, FedProx, LocalRound, SCAFFOLDRound
@@ -13,7 +14,7 @@ from distributed import Team
 from training.correction import Correction
 from training.engines import TorchEngine
 from training.flat_model import FlatModel
-from training.lanes import Job, Lanes, group_by_steps
+from training.lanes import Job, Lanes, group_by_steps, norms_in_fp32
 from training.local_sgd import Interrupted, batch_sizes, train_client
 
 PICTURES = make_pictures(padding=1, flip=True)
@@ -86,6 +87,35 @@ def test_lanes_equal_one_by_one(name, norm, local):
     """Dropout, BatchNorm's statistics, GroupNorm; unequal shards and partial batches."""
     model = model_of(name, norm)
     check_equal_to_one_by_one(model, local, make_jobs(model))
+
+
+@pytest.mark.parametrize("length", [16, 20])
+@pytest.mark.parametrize("norm", ["batch", "group(2)"])
+def test_lanes_that_all_take_a_step_equal_one_by_one(norm, length):
+    """Equal shards of whole batches, and with a smaller one at the end; three in three lanes."""
+    model = model_of("resnet18", norm)
+    shards = [range(start, start + length) for start in (0, 9, 20)]
+    check_equal_to_one_by_one(model, LOCAL, make_jobs(model, shards), num_lanes=3)
+    recorded = Lanes(model, PICTURES, LOCAL, "fp32", 3, record=StandIn())
+    for ours, theirs in zip(
+        results(recorded, make_jobs(model, shards)),
+        in_lanes(model, LOCAL, make_jobs(model, shards), 3),
+        strict=True,
+    ):
+        assert all(map(torch.equal, ours, theirs))
+
+
+def test_norm_layers_get_fp32_in_lanes():
+    """CUDA's BatchNorm would fail on vmap's weights, which have the dtype of the input."""
+    network = torch.nn.Sequential(torch.nn.BatchNorm2d(2), torch.nn.GroupNorm(1, 2))
+    halves = torch.randn(3, 2, 4, 4).bfloat16()
+    with norms_in_fp32(network):
+        assert network(halves).dtype == torch.float32
+        assert torch.equal(network.eval()(halves), network(halves.float()))
+    seen = []
+    network[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    network(halves)
+    assert seen == [torch.bfloat16]
 
 
 def test_frozen_statistics_are_read_and_not_moved():
