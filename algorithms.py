@@ -60,6 +60,7 @@ class LocalRound:
     """
 
     corrects = False  # whether correct_gradient() does anything
+    keeps = False  # whether the client keeps what after_sending() returns
 
     def correct_gradient(self, weights: Tensor, gradient: Tensor) -> None:
         """Correct the gradient in place; weights are those before this step."""
@@ -69,7 +70,7 @@ class LocalRound:
         return None
 
     def after_sending(self, kept: Tensor | None, arrived: dict[str, Arrived]) -> Tensor | None:
-        """Return the vector that the client keeps, a new one.
+        """Return the vector that the client keeps, a new one. It is asked only if it `keeps` one.
 
         kept: what it kept before, which must not be written to; None means that it kept nothing.
         arrived: by kind of message, what the server will decode.
@@ -161,7 +162,7 @@ class SCAFFOLD(FedAvg):
 
 
 class SCAFFOLDRound(LocalRound):
-    corrects = True
+    corrects = keeps = True
 
     def __init__(self, c: Tensor, c_i: Tensor, full_gradient: Tensor | None):
         self.c, self.correction = c, c - c_i
@@ -229,7 +230,7 @@ class FedDyn(FedAvg):
 
 
 class FedDynRound(LocalRound):
-    corrects = True
+    corrects = keeps = True
 
     def __init__(self, alpha: float, received: Tensor, g_i: Tensor):
         self.alpha, self.received, self.g_i = alpha, received, g_i

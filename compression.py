@@ -121,7 +121,7 @@ class Decoded:
 
     def to(self, device: torch.device) -> Decoded:
         """The same on a device. It is there when this returns."""
-        if device.type == "cpu":
+        if device.type == "cpu" or torch.is_tensor(self.values):
             return self
         indices = None if self.indices is None else to_device(self.indices, device)
         return Decoded(self.size, indices, to_device(self.values, device))
@@ -174,6 +174,8 @@ def encode(
         body = _encode(vector, layout, coder, select, seed)
         parts = body.positions, body.values
         payload = pack(body.selection, body.kind, layout, *parts, flags=body.flags, memory=memory)
+        if isinstance(coder, Fp32) and select is None and vector.device.type != "cpu":
+            return payload, Decoded(layout.size, None, vector.clone())  # it is there already
         return payload, _read_back(payload, body, layout, coder)
     rest = layout.where(large)
     body = _encode(_pick(vector, layout, large), rest, coder, select, seed)

@@ -66,7 +66,7 @@ class Allowance:
         else:
             wanted = int((magnitudes > self.limit).sum()) / self.over**GAIN
         k = min(max(1, int(wanted)), moved)
-        return float(torch.kthvalue(magnitudes, len(magnitudes) + 1 - k).values)
+        return float(magnitudes.topk(k, sorted=False).values.min())
 
     def spend(self, num_bytes: int, limit: float, round_number: int) -> None:
         """The round took place: with this limit its messages had so many bytes."""

@@ -85,7 +85,7 @@ class Channel:
             raise NotFinite("the vector holds inf or NaN")
         part = vector
         if support is not None:
-            part = vector[torch.as_tensor(support, device=vector.device)]
+            part = vector[to_device(support, vector.device)]
             part.mul_(scale if isinstance(scale, float) else to_device(scale, part.device))
         select = _timed(select or self._select(round_number, client))
         coder, seed = self._coder_of(client), self.seed_for("values", round_number, client)

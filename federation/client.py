@@ -7,6 +7,7 @@ LocalUpdate, so that a thread may encode one client while the device trains the 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor
 
 from algorithms import LocalRound, step_length
+from compression import Memory
 from config import Config, Local
 from data import Pictures
 from distributed import Team
 from federation.agreement import Agreement
 from federation.client_store import OWED, ClientStore, State
 from federation.messages import Broadcast, Report, without_payloads
+from federation.pipeline import Pipeline, num_coding_threads
 from federation.uplink import LocalUpdate, Uplink
 from pruning import snip_scores
 from training.choices import Choices
@@ -69,6 +72,10 @@ class Clients:
         self.engine: Engine | None = None  # both are built with the first client that they train
         self.lanes: Lanes | None = None
         self.uplink = Uplink(config, agreement, store)
+        # What brings a client its own copy of the model is encoded while others train, on a GPU.
+        ahead = self.uplink.keeps_copies and team.size == 1
+        threads = num_coding_threads(model.device) if ahead else 0
+        self.reception = Pipeline(model.device, threads)
         # Whether an update takes the place of the weights that it comes from, which the next client
         # overwrites: memory of its own would cost more than the subtraction. Error feedback needs
         # its own, for what the client will owe; a mask that grows loads the received weights again;
@@ -114,12 +121,19 @@ class Clients:
         team's leader gets the updates; without error feedback, an update is valid until the next
         one is asked for. broadcast.of(): the model that a client begins with.
         """
-        if self.num_lanes == 1:
-            yield from (self._train_one(client, round_number, broadcast) for client in clients)
-            return
-        steps = [len(batch_sizes(self._local(c), len(self.pictures_of[c]))) for c in clients]
-        for group in group_by_steps(steps, self.num_lanes):
-            yield from self._train_in_lanes([clients[i] for i in group], round_number, broadcast)
+        groups = [[client] for client in clients]
+        if self.num_lanes > 1:
+            steps = [len(batch_sizes(self._local(c), len(self.pictures_of[c]))) for c in clients]
+            by_steps = group_by_steps(steps, self.num_lanes)
+            groups = [[clients[i] for i in group] for group in by_steps]
+        jobs = (partial(self._receive, client, broadcast) for client in chain(*groups))
+        received = self.reception.run(jobs)
+        for group in groups:
+            if self.num_lanes == 1:
+                yield self._train_one(next(received), round_number)
+            else:
+                begin = list(islice(received, len(group)))
+                yield from self._train_in_lanes(begin, round_number)
 
     def score(self, client: int, broadcast: Broadcast) -> tuple[Report, Tensor | None]:
         """Before round 1: how much each weight matters to the client's loss (SNIP)."""
@@ -145,12 +159,13 @@ class Clients:
 
     # --- training ---------------------------------------------------------------------------------
 
-    def _train_one(self, client: int, round_number: int, broadcast: Broadcast) -> LocalUpdate:
+    def _train_one(self, trained: LocalUpdate, round_number: int) -> LocalUpdate:
+        client = trained.report.client
         if self._team_stops():
             raise Interrupted
-        trained = self._begin(client, round_number, broadcast)
         if trained.report.failure:
             return trained
+        self._begin(trained, round_number)
         if self.engine is None:
             self.engine = self.make_engine(self.choices.precision)
         task = self.pictures, self.pictures_of[client], self._local(client), trained.lr
@@ -168,7 +183,7 @@ class Clients:
         return self._finish(trained, round_number)
 
     def _train_in_lanes(
-        self, clients: list[int], round_number: int, broadcast: Broadcast
+        self, received: list[LocalUpdate], round_number: int
     ) -> Iterator[LocalUpdate]:
         """Train at most num_lanes clients at once."""
         local, model = self.config.local, self.model
@@ -176,11 +191,12 @@ class Clients:
             precision = self.choices.precision
             self.lanes = Lanes(model, self.pictures, local, precision, self.num_lanes)
         begun, jobs = [], []
-        for client in clients:
-            trained = self._begin(client, round_number, broadcast)
+        for trained in received:
             if trained.report.failure:
                 yield trained
                 continue
+            client = trained.report.client
+            self._begin(trained, round_number)
             begun.append(trained)
             seed = self.config.seed_for("training", round_number, client)
             vectors = model.parameters.clone(), model.buffers.clone()
@@ -193,20 +209,24 @@ class Clients:
             trained.loss = result.loss
             yield self._finish(trained, round_number)
 
-    def _begin(self, client: int, round_number: int, broadcast: Broadcast) -> LocalUpdate:
-        """Put what a client received and kept into the network."""
-        trained, model = LocalUpdate(self._report(client)), self.model
+    def _receive(self, client: int, broadcast: Broadcast, memory: Memory) -> LocalUpdate:
+        """What a client has when it begins: what it kept, and what it received just now."""
+        trained = LocalUpdate(self._report(client))
         trained.state = self.store.get(client)
-        known = self.team.broadcast({k: v for k, v in trained.state.items() if k not in OWED})
-        broadcast = broadcast.of(client, known.get("copy"))
-        trained.report.received = without_payloads(broadcast.messages.get(client, []))
-        if trained.report.failure:
-            return trained
+        known = {key: kept for key, kept in trained.state.items() if key not in OWED}
+        trained.known = self.team.broadcast(known)
+        trained.broadcast = broadcast.of(client, trained.known.get("copy"))
+        trained.report.received = without_payloads(trained.broadcast.messages.get(client, []))
+        return trained
+
+    def _begin(self, trained: LocalUpdate, round_number: int) -> None:
+        """Put what a client received and kept into the network."""
+        client, model = trained.report.client, self.model
+        known, broadcast = trained.known, trained.broadcast
         trained.lr = local_lr(self.config.local, round_number, self.config.rounds)
         if self.store.is_older_than_mask(client):  # the client has it, even if it fails later
             self.store.stage(client, trained.state, round_number)
         self.load(broadcast.parameters, broadcast.buffers, known)
-        trained.known, trained.broadcast = known, broadcast
         trained.received = broadcast.parameters
         adjusts = self.config.local.logit_adjustment > 0
         if adjusts:  # until what was received is subtracted
@@ -219,7 +239,6 @@ class Clients:
             self._aligned(broadcast.vector),
             lambda: self._full_gradient(client, round_number),
         )
-        return trained
 
     def _finish(self, trained: LocalUpdate, round_number: int) -> LocalUpdate:
         """Take what the client, whose weights are in the network, has learned."""
@@ -255,7 +274,9 @@ class Clients:
     def _read(self, trained: LocalUpdate, received: Tensor) -> None:
         """Take from the network what the client has learned."""
         model, own = self.model, self.own_positions
-        if self.uplink.feedback:  # the update becomes what is owed, so it counts from now on
+        # The update becomes what is owed, so it counts from now on. On a GPU a thread that encodes
+        # makes room: here it would wait for all that is queued.
+        if self.uplink.feedback and model.device.type == "cpu":
             self.store.make_room(received.nbytes)
         learned = model.read_parameters()
         if own is not None:

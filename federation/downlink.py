@@ -60,14 +60,13 @@ class WholeModel(DownlinkMode):
 
     def send(self, vector: Tensor, round_number: int, cohort: list[int]) -> Sent:
         """Return the vector as the clients decode it, float32 [n], and each client's messages."""
-        payload, _ = self.channel.encode(vector, round_number)
-        received = self.channel.decode(payload, round_number)
+        payload, received = self.channel.encode(vector, round_number)
         num_values = len(received.values)
         messages = {
             client: [self.agreement.message("down", self.kind, SERVER, client, payload, num_values)]
             for client in cohort
         }
-        return received.dense(copy=False), messages
+        return received.to(vector.device).dense(copy=False), messages
 
 
 class Changes(DownlinkMode):
@@ -94,10 +93,9 @@ class Changes(DownlinkMode):
         """Return the vector as the clients decode it, float32 [n], and each client's messages."""
         if round_number == 0:  # before the first change
             return self.shared, {client: [] for client in cohort}
-        payload, _ = self.channel.encode(vector - self.shared, round_number)
-        change = self.channel.decode(payload, round_number).to(vector.device)
+        payload, change = self.channel.encode(vector - self.shared, round_number)
         shared = self.shared.clone()
-        change.add_to(shared)
+        change.to(vector.device).add_to(shared)
         newest = self._message(f"{self.kind}_change", payload, len(change.values))
         longest = OVERHEAD + 4 * self.whole.num_coordinates  # bytes of the whole
         changes = _newest(self.changes | {round_number: newest}, longest)
@@ -181,10 +179,9 @@ class Copies(DownlinkMode):
         with within("encode"):
             copy = self._masked((self.first if copy is None else copy).to(vector.device))
             lacks, select = vector - copy, self._select()
-            payload, _ = self.channel.encode(lacks, round_number, client, select=select)
-            change = self.channel.decode(payload, round_number, client).to(vector.device)
+            payload, change = self.channel.encode(lacks, round_number, client, select=select)
             new = copy.clone()
-            change.add_to(new)
+            change.to(vector.device).add_to(new)
         ends, num_values = (SERVER, client), len(change.values)
         return new, self.agreement.message("down", self.kind, *ends, payload, num_values)
 

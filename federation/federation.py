@@ -158,7 +158,7 @@ class Federation:
     def _broadcast(self, server: Server, round_number: int, cohort: list[int]) -> Broadcast:
         """What the server, or an edge server, sends to these clients, on the device."""
         with self.phases("encode"):
-            return server.broadcast(round_number, cohort).to(self.ranks.device)
+            return server.broadcast(round_number, cohort)
 
     def _train(
         self, cohort: list[int], round_number: int, broadcast: Broadcast

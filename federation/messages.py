@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 Buffer = bytes | memoryview
@@ -88,12 +87,6 @@ class Broadcast:
         parameters, message = self.bring(client, copy)
         messages = {client: [*self.messages[client], message]}
         return replace(self, parameters=parameters, messages=messages, bring=None)
-
-    def to(self, device: torch.device) -> "Broadcast":
-        """The same with the vectors on the device of training."""
-        vector = None if self.vector is None else self.vector.to(device)
-        vectors = dict(parameters=self.parameters.to(device), buffers=self.buffers.to(device))
-        return replace(self, vector=vector, **vectors)
 
 
 def without_payloads(messages: list[Message]) -> list[Message]:

@@ -2,9 +2,9 @@
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 # encode holds the server's broadcast, too; step what adds updates up; evaluate what describes a
@@ -57,6 +57,17 @@ class Phases:
         with self.lock:
             seconds, self.seconds = self.seconds, dict.fromkeys(PHASES, 0.0)
         return {phase: round(lasted, 6) for phase, lasted in seconds.items()}
+
+
+def in_phases_of_this_thread(work: Callable[..., T]) -> Callable[..., T]:
+    """The same work: on whatever thread it is done, what is within() counts as it would on this."""
+    phases = getattr(_this_thread, "phases", None)
+
+    def do(*args: Any) -> T:
+        _this_thread.phases, _this_thread.inner = phases, 0.0
+        return work(*args)
+
+    return do
 
 
 def within(phase: str) -> AbstractContextManager[None]:

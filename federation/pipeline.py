@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 
 from compression import Memory, PayloadMemory
+from federation.phases import in_phases_of_this_thread
 
 T = TypeVar("T")
 MOST_THREADS = 8
@@ -35,7 +36,7 @@ class Pipeline:
 
     def __init__(self, device: torch.device, num_threads: int):
         self.device = device
-        self.pool = ThreadPoolExecutor(num_threads) if num_threads else None
+        self.pool = ThreadPoolExecutor(num_threads, "coding", self._begin) if num_threads else None
         # So many jobs are under way or wait to be read, and each has memory of its own.
         self.memories = [PayloadMemory() for _ in range(num_threads + 1)]
         self.streams = threading.local()
@@ -70,11 +71,21 @@ class Pipeline:
         if not keep:
             memory.clear()
 
+    def _begin(self) -> None:
+        """A thread begins: its device is that of training, and not the first one."""
+        if self.device.type == "cuda":
+            if self.device.index is not None:
+                torch.cuda.set_device(self.device)
+            # Of high priority, so that it is never the stream on which CUDA graphs are recorded:
+            # torch deals out the same 32 streams again and again, those of a priority by itself.
+            self.streams.own = torch.cuda.Stream(self.device, priority=-1)
+
     def _submit(self, job: Callable[[Memory], T], memory: Memory) -> Future:
         if self.pool is None:
             done: Future = Future()
             done.set_result(job(memory))
             return done
+        job = in_phases_of_this_thread(job)
         if self.device.type != "cuda":
             return self.pool.submit(job, memory)
         trained = torch.cuda.Event()
@@ -83,8 +94,6 @@ class Pipeline:
 
     def _on_own_stream(self, job: Callable[[Memory], T], memory: Memory, trained) -> T:
         """Do a job once the device has done what was queued for training until `trained`."""
-        if not hasattr(self.streams, "own"):
-            self.streams.own = torch.cuda.Stream(self.device)
         stream = self.streams.own
         with torch.cuda.stream(stream):
             stream.wait_event(trained)

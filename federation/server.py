@@ -186,7 +186,7 @@ class Server:
         buffers = self.buffers
         if self.agreement.sends_buffers:
             payload, sent = self.agreement.channel("down", "buffers").encode(buffers, round_number)
-            buffers = sent.dense().to(self.device)
+            buffers = sent.to(self.device).dense()
             for client, some in messages.items():
                 some.append(self._message("buffers", client, payload, len(buffers)))
         if round_number == 0:

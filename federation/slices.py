@@ -6,7 +6,7 @@ every dimension, of the same tensor of the whole network (HeteroFL, Diao et al. 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -79,8 +79,3 @@ class SliceBroadcast:
     def of(self, client: int, copy: Tensor | None = None) -> Broadcast:
         """What this client begins with, see Broadcast.of()."""
         return self.by_share[self.share_of(client)].of(client, copy)
-
-    def to(self, device: torch.device) -> "SliceBroadcast":
-        """The same with the vectors on the device of training."""
-        moved = {share: broadcast.to(device) for share, broadcast in self.by_share.items()}
-        return replace(self, by_share=moved)

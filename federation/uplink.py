@@ -119,17 +119,17 @@ class Uplink:
         if trained.is_described:
             self.agreement.channel("up", "update").describe(report, round_number)
         if self.feedback:
-            kept |= self.feedback.subtract(update, arrived["update"], after)
+            kept |= self.feedback.subtract(update, arrived["update"].to(update.device), after)
             self.sent[report.client] = report.messages[-1].payload
             report.residual_norm = _norm(kept["residual"])
         if trained.besides is not None:
             kind = self.agreement.algorithm.up
             arrived[kind] = self._add(report, kind, trained.besides, round_number, memory)
-        before = state.get("algorithm")
-        before = None if before is None else before.to(update.device)
-        algorithm = trained.algorithm.after_sending(before, arrived)
-        if algorithm is not None:
-            kept["algorithm"] = algorithm
+        if trained.algorithm.keeps:
+            before = state.get("algorithm")
+            before = None if before is None else before.to(update.device)
+            arrived = {kind: part.to(update.device) for kind, part in arrived.items()}
+            kept["algorithm"] = trained.algorithm.after_sending(before, arrived)
         if trained.norm is not None:
             kept["norm"] = trained.norm
         if self.keeps_copies:  # that the server has its update tells that it has received it
@@ -149,16 +149,13 @@ class Uplink:
         memory: Memory,
         select: Select | None = None,
     ) -> Decoded:
-        """Encode a vector into a message of the report; return what arrives, on its device.
-
-        Raises NotFinite.
-        """
+        """Encode a vector into a message of the report; return what arrives. Raises NotFinite."""
         channel, client = self.agreement.channel("up", kind), report.client
         payload, arrived = channel.encode(vector, round_number, client, memory, select)
         report.messages.append(
             self.agreement.message("up", kind, client, SERVER, payload, len(arrived.values))
         )
-        return arrived.to(vector.device)
+        return arrived
 
 
 def _norm(vector: Tensor) -> float:

@@ -13,6 +13,9 @@ from training.flat_model import FlatModel
 from training.memory import memory_governed_by
 from training.timing import few_steps, take_turns
 
+# cuBLAS reads it at its start, which may be long before a run has chosen its kernels.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 LARGEST_COST = 1.1  # deterministic kernels may take this many times the others' time
 
 
@@ -24,7 +27,6 @@ def use_deterministic_kernels(device: torch.device, wanted: bool) -> None:
     """
     if device.type != "cuda":
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its start
     torch.use_deterministic_algorithms(wanted, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs passes over the memory
     torch.backends.cudnn.deterministic = wanted

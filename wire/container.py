@@ -78,10 +78,11 @@ def pack(
     length = sum(len(part) for part in body)
     header = HEADER.pack(MAGIC, VERSION, selection, kind, flags, layout.fingerprint, length)
     payload = memory(OVERHEAD + length)
-    end = 0
+    bytes_of, end = np.frombuffer(payload, np.uint8), 0
     for part in (header, *body):
         start, end = end, end + len(part)
-        payload[start:end] = part
+        # numpy lets other threads run meanwhile; a memoryview would not.
+        bytes_of[start:end] = np.frombuffer(part, np.uint8)
     CHECKSUM.pack_into(payload, end, xxhash.xxh3_64_intdigest(payload[:end]))
     return payload.toreadonly()
 

@@ -112,17 +112,6 @@ def test_a_report_without_its_payloads_keeps_their_lengths():
     assert bare.messages[0].num_bytes == 3 and report.messages == [message]
 
 
-def test_a_broadcast_goes_to_a_device_with_its_vectors():
-    device = torch.device("meta")
-    messages = {3: [Message("model", SERVER, 3, b"abc", 3, 1, 1)]}
-    for vector in (None, torch.ones(2)):
-        moved = Broadcast(torch.ones(2), vector, torch.ones(1), 4, messages).to(device)
-        assert moved.parameters.device == moved.buffers.device == device
-        assert moved.vector is None if vector is None else moved.vector.device == device
-        assert moved.mask_version == 4 and moved.messages is messages
-        assert moved.of(3) is moved
-
-
 def test_a_broadcast_brings_each_client_its_own_copy():
     def bring(client, copy):
         before = torch.zeros(2) if copy is None else copy

@@ -19,7 +19,7 @@ from helpers.runs import (
     summary,
 )
 
-from federation.phases import PHASES, Phases, within
+from federation.phases import PHASES, Phases, in_phases_of_this_thread, within
 from federation.uplink import _norm
 
 TIMES = ("phase_seconds", "wall_seconds")
@@ -52,6 +52,22 @@ def test_a_phase_within_another_counts_once(clock):
         clock(8)
     assert taken(phases) == {"encode": 13, "select": 2}
     assert list(phases.take()) == list(PHASES) and not taken(phases)
+
+
+def test_work_that_another_thread_takes_over_counts_where_it_came_from(clock):
+    def work(seconds: float) -> float:
+        with within("encode"):
+            clock(seconds)
+        return seconds
+
+    phases, done = Phases(), []
+    with phases("train"):
+        taken_over = in_phases_of_this_thread(work)
+        thread = threading.Thread(target=lambda: done.append(taken_over(3)))
+        thread.start()
+        thread.join()
+    assert taken(phases)["encode"] == 3 and done == [3]
+    assert in_phases_of_this_thread(work)(2) == 2 and not taken(phases)
 
 
 def test_outside_of_any_phase_nothing_counts(clock):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.runs import rounds, summary
 
-from federation import federation
+from federation import client, federation
 from federation.pipeline import Pipeline
 
 CPU = torch.device("cpu")
@@ -97,6 +97,8 @@ WORDS = {
     "SCAFFOLD": ["local.algorithm=SCAFFOLD", "uplink.values=qsgd4"],
     "norms": ["model.name=resnet18", "model.width=0.0625", "model.norm_policy=local"],
     "dynamic": ["pruning.mask.method=dynamic", "pruning.mask.every=2"],
+    "copies": ["downlink.budget=20x", "model.norm_policy=static", "uplink.error_feedback=true"],
+    "copies in lanes": ["downlink.mode=copies", "downlink.values=eden2", "local.lanes=4"],
 }
 
 
@@ -104,7 +106,8 @@ WORDS = {
 def test_a_run_with_threads_is_the_run_without(run, monkeypatch, case):
     found = []
     for num_threads in (0, 3):
-        monkeypatch.setattr(federation, "num_coding_threads", lambda _, n=num_threads: n)
+        for ends in (federation, client):
+            monkeypatch.setattr(ends, "num_coding_threads", lambda _, n=num_threads: n)
         status, folder = run(
             *WORDS[case], "clients.total=6", "clients.per_round=6", name=f"t{num_threads}"
         )

@@ -17,19 +17,28 @@ from federation import channel, client
 from federation.cohort import sample_cohort
 
 
-def test_ledger_is_the_lengths_of_the_payloads_that_were_decoded(run, monkeypatch):
-    decoded = []
+def test_ledger_is_the_lengths_of_the_payloads_that_were_coded(run, monkeypatch):
+    encoded, decoded, encode, decode = [], [], channel.encode, channel.decode
 
-    def recording(payload, *agreed):
+    def recording_encode(*task):
+        payload, sent = encode(*task)
+        encoded.append(len(payload))
+        return payload, sent
+
+    def recording_decode(payload, *agreed):
         decoded.append(len(payload))
         return decode(payload, *agreed)
 
-    decode = channel.decode
-    monkeypatch.setattr(channel, "decode", recording)
+    monkeypatch.setattr(channel, "encode", recording_encode)
+    monkeypatch.setattr(channel, "decode", recording_decode)
     _, folder = run()
     rows, result = ledger(folder), summary(folder)
-    up = [int(row["bytes"]) for row in rows if row["direction"] == "up"]
-    assert up == [n for i, n in enumerate(decoded) if i % 4]  # a round: the model, three updates
+    up, down = (
+        [int(row["bytes"]) for row in rows if row["direction"] == direction]
+        for direction in ("up", "down")
+    )
+    assert up == decoded == [n for i, n in enumerate(encoded) if i % 4]  # the model, three updates
+    assert down == [n for n in encoded[::4] for _ in range(3)]
     for key, column in (("bytes", "bytes"), ("dense_bytes", "dense_bytes")):
         for direction in ("up", "down"):
             total = sum(int(row[column]) for row in rows if row["direction"] == direction)
