@@ -21,32 +21,32 @@ from layout import Layout
 class SharedMask:
     """One end's copy of the mask. The first one needs no message: it is all weights (snip), or
     drawn from the seed (dynamic).
+
+    Attributes: kept: int64, ascending, the weights that exist; pruned: bool [n], those that do not,
+    to be read only; both None if all exist.
     """
 
     def __init__(self, settings: Mask, layout: Layout, rounds: int, seed: int):
         self.settings, self.layout, self.rounds = settings, layout, rounds
-        self.kept: np.ndarray | None = None  # int64, ascending; None means all weights
         self.version = 0  # how many changes there have been
-        if settings.method == "dynamic":
-            self.kept = pruning.random_mask(layout.shapes, settings.density, seed)
+        dynamic = settings.method == "dynamic"
+        self._keep(pruning.random_mask(layout.shapes, settings.density, seed) if dynamic else None)
+
+    def _keep(self, kept: np.ndarray | None) -> None:
+        self.kept, self.pruned = kept, None
+        if kept is not None:
+            self.pruned = torch.ones(self.layout.size, dtype=torch.bool)
+            self.pruned.index_fill_(0, torch.from_numpy(kept), False)
 
     @property
     def awaits_scores(self) -> bool:
         """snip: whether the mask is still to be chosen."""
         return self.settings.method == "snip" and self.kept is None
 
-    @property
-    def pruned(self) -> Tensor | None:
-        """Which weights do not exist, bool [n]; None if all do."""
-        if self.kept is None:
-            return None
-        return torch.ones(self.layout.size, dtype=torch.bool).index_fill_(
-            0, torch.from_numpy(self.kept), False
-        )
-
     def change(self, kept: np.ndarray) -> np.ndarray:
         """Take the next version; return the positions that left, int64, ascending."""
-        before, self.kept, self.version = self.positions(), kept, self.version + 1
+        before, self.version = self.positions(), self.version + 1
+        self._keep(kept)
         return np.setdiff1d(before, kept, assume_unique=True)
 
     def positions(self) -> np.ndarray:
@@ -78,7 +78,7 @@ class SharedMask:
 
     def load(self, state: dict[str, Any]) -> None:
         self.version = state["version"]
-        self.kept = None if state["kept"] is None else state["kept"].numpy()
+        self._keep(None if state["kept"] is None else state["kept"].numpy())
 
 
 class MaskHistory:
