@@ -118,9 +118,7 @@ def start(config: Config, ranks: Ranks, folder: RunFolder) -> Federation:
         _say(ranks, f"resuming {folder.path} after round {federation.progress.round_number}")
     _announce_data(federation)
     _announce_clients(federation)
-    before = folder.environment()
-    names = vars(federation.clients.choices)
-    resolve_auto(federation, {name: before[name] for name in names} if before else {})
+    resolve_auto(federation, folder.environment())
     ranks.on_all_ranks(lambda: record_environment(federation, folder) if ranks.is_main else None)
     _ornament("trackers", lambda: ranks.accelerator.init_trackers("tensorboard"))
     return federation
@@ -164,16 +162,16 @@ def save(federation: Federation, folder: RunFolder) -> None:
         federation.clients.store.drop_replaced()
 
 
-def resolve_auto(federation: Federation, recorded: dict[str, str]) -> None:
+def resolve_auto(federation: Federation, recorded: dict[str, Any]) -> None:
     """Decide what is `auto` by what is faster here: once in a run's life, the same everywhere.
 
-    recorded: the choices in environment.json; empty the first time.
+    recorded: environment.json, which holds the choices; empty the first time.
     """
     clients, ranks, config = federation.clients, federation.ranks, federation.config
-    choices, cohort = clients.choices, federation.num_at_once
-    task = config, federation.model, federation.pictures, cohort, clients.one_by_one
+    choices, said = clients.choices, []
+    task = config, federation.model, federation.pictures, federation.num_at_once, clients.one_by_one
     if recorded:
-        choices, said = Choices(**recorded), []
+        choices = Choices(**{name: recorded[name] for name in vars(choices)})
     else:
         said = ranks.on_all_ranks(lambda: choices.measure(*task) if ranks.is_main else [])
     clients.choices = Choices(**ranks.gather_json(vars(choices))[0])
@@ -213,6 +211,7 @@ def record_environment(federation: Federation, folder: RunFolder) -> None:
         else None,
         **vars(federation.clients.choices),
         "ms_per_example": federation.ms_per_example or None,
+        "settled": federation.workload.describe(),
     }
     before = folder.environment()
     for key, value in facts.items():

@@ -90,6 +90,7 @@ def record_round(federation: Federation) -> Recording:
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     Channel.encode = timed_encode
     try:
+        wait_for(device)
         with profile(activities=[activity]) as profiler:
             torch.zeros(1, device=device)  # the first event: where the profiler's clock has 0
             wait_for(device)

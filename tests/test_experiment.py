@@ -38,6 +38,7 @@ def test_a_run_leaves_every_file_of_the_run_folder(run):
     assert result["test_accuracy_mean_over"] == 4
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["dataset"]["name"] == "digits" and environment["precision"] == "fp32"
+    assert environment["settled"] == []
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert state["progress"]["round_number"] == 4
 

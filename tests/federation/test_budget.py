@@ -1,5 +1,6 @@
 """budget.py: what is sent for a given number of bytes."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -116,3 +117,14 @@ def test_only_bits_below_one_may_differ(values):
     with pytest.raises(ConfigError, match="client_bits: .* has whole bits; it needs uplink.values"):
         words = [f"uplink.values={values}", "uplink.client_bits=[0.1,0.2]"]
         load_config(Path("configs/default.yaml"), words)
+
+
+def test_what_a_budget_settles_is_recorded(run, capsys):
+    status, folder = run("uplink.budget=200x", "downlink.budget=50x", "model.norm_policy=static")
+    settled = json.loads((folder / "environment.json").read_text())["settled"]
+    assert status == 0 and [line.partition(":")[0] for line in settled] == [
+        "uplink.budget 200x",
+        "downlink.budget 50x",
+    ]
+    printed = capsys.readouterr().out
+    assert all(line in printed for line in settled)
