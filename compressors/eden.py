@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from compiled import compiled, random_word
+from compiled import compiled, index, random_word
 from compressors.coder import LARGEST, Body, Packed, Words, in_order, with_bits
 from layout import Layout
 from wire.bits import pack_bits, unpack_bits
@@ -105,43 +105,71 @@ def _room() -> tuple[np.ndarray, np.ndarray]:
 def rotate(x, spare, size):
     """Multiply x[:size] by the Hadamard matrix of +1 and -1; returns (the product, the other).
 
-    Butterflies of i and i + size / 2, then of i and i + size / 4, down to neighbours. Each stage
-    writes its pairs side by side (Pease 1968), so that all of them read long runs of both halves.
+    Butterflies of i and i + size / 2, then of i and i + size / 4, down to neighbours.
     """
-    half, stages = size // 2, size
+    stages = size
     while stages > 1:
-        for i in range(half):
-            a, b = x[i], x[i + half]
-            spare[2 * i], spare[2 * i + 1] = a + b, a - b
+        if stages > 2:
+            _two_stages(x, spare, size // 4)
+            stages //= 4
+        else:
+            _one_stage(x, spare, size // 2)
+            stages //= 2
         x, spare = spare, x
-        stages //= 2
     return x, spare
 
 
 @compiled
-def flip(x, size, start, stage, seed):
-    """Change signs by bit i % 64 of random number 2 * (i // 64) + stage, i counting from start."""
-    for begin in range(0, size, 64):
-        i = start + begin
-        word = random_word(seed, np.uint64(2 * (i // 64) + stage)) >> np.uint64(i % 64)
-        for j in range(min(64, size - begin)):
-            sign = np.int32(word >> np.uint64(j) & np.uint64(1))
-            x[begin + j] *= np.float32(1 - 2 * sign)
+def _two_stages(x, out, quarter):
+    """Write the results of each four values side by side (Pease 1968): all stages read long runs.
+
+    It is apart from rotate(), whose arrays change places: LLVM vectorises no loop over such arrays.
+    """
+    for i in range(quarter):
+        a, b, c, d = x[i], x[i + quarter], x[i + 2 * quarter], x[i + 3 * quarter]
+        a, b, c, d = a + c, b + d, a - c, b - d
+        k = 4 * i
+        out[k], out[k + 1], out[k + 2], out[k + 3] = a + b, a - b, c + d, c - d
 
 
 @compiled
-def rotate_block(values, start, size, x, spare, seed):
-    """Rotate values[start : start + size] at unit norm; returns (their norm, the result, spare).
+def _one_stage(x, out, half):
+    """The same for pairs."""
+    for i in range(half):
+        a, b = x[i], x[i + half]
+        out[2 * i], out[2 * i + 1] = a + b, a - b
+
+
+@compiled
+def flip(x, size, start, stage, seed):
+    """Change signs by bit i % 64 of random number 2 * (i // 64) + stage, i counting from start.
+
+    x has room for a multiple of 64 values: what lies behind a smaller block may change as well.
+    LLVM vectorises a loop over 32 bits, as the values have, with a number of steps that it knows.
+    """
+    bits = x.view(np.uint32)
+    for begin in range(0, size, 64):
+        i = start + begin
+        word = random_word(seed, np.uint64(2 * (i // 64) + stage)) >> np.uint64(i % 64)
+        low, high = np.uint32(word & np.uint64(0xFFFFFFFF)), np.uint32(word >> np.uint64(32))
+        for j in range(32):
+            bits[index(begin + j)] ^= (low >> np.uint32(j)) << np.uint32(31)
+            bits[index(begin + j + 32)] ^= (high >> np.uint32(j)) << np.uint32(31)
+
+
+@compiled
+def rotate_block(values, start, x, spare, seed):
+    """Rotate a block, which begins at `start`, at unit norm; returns (its norm, the result, spare).
 
     The result is the rotation times size: its coordinates have the deviation sqrt(size).
     """
-    square = 0.0
-    for j in range(start, start + size):
+    size, square = len(values), 0.0
+    for j in range(size):
         square += np.float64(values[j]) * np.float64(values[j])
     norm = math.sqrt(square)
     unit = 1 / norm if norm > 0 else 0.0
     for j in range(size):
-        x[j] = np.float32(values[start + j] * unit)
+        x[j] = np.float32(values[j] * unit)
     for stage in range(2):
         flip(x, size, start, stage, seed)
         x, spare = rotate(x, spare, size)
@@ -149,41 +177,51 @@ def rotate_block(values, start, size, x, spare, seed):
 
 
 @compiled
-def rotate_block_back(x, spare, start, size, seed, scale, out):
-    """Write the reverse of rotate_block, times scale, to out[start : start + size]; in float32."""
+def rotate_block_back(x, spare, start, seed, scale, out):
+    """Write the reverse of rotate_block, times scale, to the block `out`; in float32."""
+    size = len(out)
     for stage in range(1, -1, -1):
         x, spare = rotate(x, spare, size)
         flip(x, size, start, stage, seed)
     for j in range(size):
-        out[start + j] = min(max(x[j] * scale, -LARGEST), LARGEST)
+        out[j] = min(max(x[j] * scale, -LARGEST), LARGEST)
 
 
 @compiled
 def _eden(values, sizes, seed, centres, x, spare, indices, scales):
     """Rotate and quantise each block; values float32 [n], x and spare float32 [8192]."""
-    start = 0
+    start = np.int64(0)  # a literal 0 would compile what takes it a second time
     for b in range(len(sizes)):
-        size, product = sizes[b], 0.0
-        norm, x, spare = rotate_block(values, start, size, x, spare, seed)
-        for j in range(start, start + size):
-            indices[j] = 0
-        for k in range(len(centres) - 1):
-            limit = np.float32((centres[k] + centres[k + 1]) / 2 * math.sqrt(size))
-            for j in range(size):
-                indices[start + j] += x[j] > limit
-        for j in range(size):
-            product += np.float64(x[j]) * centres[indices[start + j]]
+        end = start + sizes[b]
+        norm, x, spare = rotate_block(values[start:end], start, x, spare, seed)
+        product = _quantise(x, centres, indices[start:end])
         scales[b] = min(norm / product, LARGEST) if norm > 0 else 0.0
-        start += size
+        start = end
+
+
+@compiled
+def _quantise(x, centres, indices):
+    """Find the nearest centre for each value of a block; returns the sum of value * centre."""
+    size, product = len(indices), 0.0
+    for j in range(size):
+        indices[j] = 0
+    for k in range(len(centres) - 1):
+        limit = np.float32((centres[k] + centres[k + 1]) / 2 * math.sqrt(size))
+        for j in range(size):
+            indices[j] += x[j] > limit
+    for j in range(size):
+        product += np.float64(x[j]) * centres[indices[j]]
+    return product
 
 
 @compiled
 def _eden_back(indices, sizes, seed, centres, scales, x, spare, out):
     """The reverse of _eden but for the quantiser, all in float32."""
-    start = 0
+    start = np.int64(0)  # a literal 0 would compile what takes it a second time
     for b in range(len(sizes)):
-        size = sizes[b]
-        for j in range(size):
-            x[j] = centres[indices[start + j]]
-        rotate_block_back(x, spare, start, size, seed, scales[b], out)
-        start += size
+        end = start + sizes[b]
+        block = indices[start:end]
+        for j in range(len(block)):
+            x[j] = centres[index(block[j])]
+        rotate_block_back(x, spare, start, seed, scales[b], out[start:end])
+        start = end

@@ -14,7 +14,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from compiled import compiled, random_word
+from compiled import compiled, index, random_word
 from compressors.coder import LARGEST, Coder, Words, read_integers
 from compressors.eden import rotate_block, rotate_block_back
 from layout import Layout
@@ -50,18 +50,13 @@ class Rotated(Coder):
 
     def write(self, values: np.ndarray, layout: Layout, seed: int) -> bytes:
         """Seed, scales as bf16, then positions and signs in the shorter of two codes."""
-        sizes = blocks(len(values))
-        size, seed = int(sizes.sum()), seed & 2**64 - 1
-        padded = np.zeros(size, np.float32)
-        padded[: len(values)] = values
-        for tensor, gain in _tensors(padded, layout):
-            most = np.float32(LARGEST / 2) / gain  # the product stays finite
-            np.multiply(np.clip(tensor, -most, most), gain, out=tensor)
-        marks, scales = np.empty(size, np.int8), np.empty(len(sizes), np.float32)
-        thresholds = _thresholds(padded, sizes, self.number)
-        _rotate_and_mark(padded, sizes, np.uint64(seed), thresholds, *_room(), marks, scales)
-        indices = np.flatnonzero(marks)
-        signs, one = marks[indices].astype(np.int16), _rotated_layout(size)
+        sizes, seed = blocks(len(values)), seed & 2**64 - 1
+        size, scales = int(sizes.sum()), np.empty(len(sizes), np.float32)
+        padded = _with_gains(values, layout, size)
+        indices, signs = np.empty(size, np.int64), np.empty(size, np.int16)
+        written, thresholds = (indices, signs, scales), _thresholds(padded, sizes, self.number)
+        count = _rotate_and_mark(padded, sizes, np.uint64(seed), thresholds, *_room(), *written)
+        indices, signs, one = indices[:count], signs[:count], _rotated_layout(size)
         rice = encode_positions(indices, one) + pack_bits(signs < 0, 1)
         integers = encode_integers(indices, signs, one)
         code = bytes([RICE]) + rice if len(rice) <= len(integers) else bytes([INTEGERS]) + integers
@@ -103,13 +98,18 @@ def _thresholds(values: np.ndarray, sizes: np.ndarray, bits: float) -> np.ndarra
     The error of a block is about in proportion to its energy / its bits. The sum is least if the
     bits of a value are in proportion to the root mean square of its block (Neyman 1934), up to one.
     """
-    starts = np.cumsum(sizes) - sizes
-    rates = np.sqrt(np.add.reduceat(np.square(values, dtype=float), starts) / sizes)
+    parts = np.split(values, np.cumsum(sizes)[:-1]) if len(sizes) else []
+    rates = np.sqrt(np.array([_energy(part) for part in parts]) / sizes)
     rates /= max(rates.max(initial=0), np.finfo(float).tiny)
     for _ in range(20):  # what a block with one bit cannot take, the others get
         mean = (rates * sizes).sum() / max(sizes.sum(), 1)
         rates = np.minimum(1.0, rates * (bits / mean)) if mean > 0 else rates
     return threshold_of(rates)
+
+
+def _energy(block: np.ndarray) -> float:
+    """The sum of the squares, float64. reduceat() adds in another order than sum()."""
+    return np.add.reduceat(np.square(block, dtype=float), [0])[0]
 
 
 def blocks(count: int) -> np.ndarray:
@@ -134,6 +134,17 @@ def _tensors(vector: np.ndarray, layout: Layout) -> Iterator[tuple[np.ndarray, n
     for start, stop in itertools.pairwise(layout.offsets.tolist()):
         digits = (stop - start).bit_length()
         yield vector[start:stop], np.float32(SIXTHS[digits % 6] * 2.0 ** (digits // 6))
+
+
+def _with_gains(values: np.ndarray, layout: Layout, size: int) -> np.ndarray:
+    """Each tensor times its gain, then zeros up to `size`; float32 [size]."""
+    padded = np.zeros(size, np.float32)
+    pairs = zip(_tensors(values, layout), _tensors(padded, layout), strict=True)
+    for (tensor, gain), (product, _) in pairs:
+        most = np.float32(LARGEST / 2) / gain  # the product stays finite
+        np.clip(tensor, -most, most, out=product)
+        product *= gain
+    return padded
 
 
 def _rotated_layout(size: int) -> Layout:
@@ -168,34 +179,50 @@ def _read_marks(reader: Reader, size: int) -> np.ndarray:
 
 
 @compiled
-def _rotate_and_mark(values, sizes, seed, thresholds, x, spare, marks, scales):
-    """Rotate each block; mark by +1 and -1 what is beyond the threshold, or else the largest.
+def _rotate_and_mark(values, sizes, seed, thresholds, x, spare, indices, signs, scales):
+    """Rotate each block; mark what is beyond the threshold, or else the largest.
 
-    values: float32 [n]; x and spare: float32, of the largest block's size; marks: int8 [n].
+    values: float32 [n]; x and spare: float32, of the largest block's size. Returns how many are
+    marked: so many of indices, int64 [n], and of signs, int16 [n] of +1 and -1, are written.
     """
-    start = 0
+    start, count = np.int64(0), 0  # a literal start would compile what takes it a second time
     for b in range(len(sizes)):
-        size, total = sizes[b], 0.0
-        norm, x, spare = rotate_block(values, start, size, x, spare, seed)
-        largest = np.float32(0)
-        for j in range(size):
-            largest = max(largest, abs(x[j]))
-        limit = min(np.float32(thresholds[b] * math.sqrt(size)), largest)
-        for j in range(size):
-            is_marked = abs(x[j]) >= limit and norm > 0
-            marks[start + j] = np.int8(np.sign(x[j])) if is_marked else np.int8(0)
-            total += np.float64(abs(x[j])) if is_marked else 0.0
+        end = start + sizes[b]
+        norm, x, spare = rotate_block(values[start:end], start, x, spare, seed)
+        block, first = x[: sizes[b]], count
+        limit = min(np.float32(thresholds[b] * math.sqrt(sizes[b])), _largest(block))
+        for j in range(len(block)):  # without a branch: the next one overwrites what is not marked
+            sign = np.int16(block[j] >= limit) - np.int16(block[j] <= -limit)
+            indices[index(count)], signs[index(count)] = start + j, sign
+            count += sign != 0
+        total = 0.0
+        for k in range(first, count):
+            total += np.float64(abs(block[index(indices[index(k)] - start)]))
         scales[b] = min(norm / total, LARGEST / 2) if norm > 0 else 0.0
-        start += size
+        start = end
+    return count
+
+
+@compiled
+def _largest(block):
+    """The largest magnitude. Magnitudes compare as their bits do, and integers with vectors."""
+    bits, largest = block.view(np.int32), 0
+    for j in range(len(bits)):
+        largest = max(largest, bits[j] & 0x7FFFFFFF)
+    return np.int32(largest).view(np.float32)
 
 
 @compiled
 def _rotate_back(marks, sizes, seed, scales, x, spare, out):
-    """The reverse of _rotate_and_mark but for what was not marked, all in float32."""
-    start = 0
+    """The reverse of _rotate_and_mark but for what was not marked, all in float32.
+
+    marks: int8 [n], each +1, -1 or 0.
+    """
+    start = np.int64(0)  # a literal 0 would compile what takes it a second time
     for b in range(len(sizes)):
-        size = sizes[b]
-        for j in range(size):
-            x[j] = marks[start + j]
-        rotate_block_back(x, spare, start, size, seed, scales[b], out)
-        start += size
+        end = start + sizes[b]
+        block = marks[start:end]
+        for j in range(len(block)):
+            x[j] = block[j]
+        rotate_block_back(x, spare, start, seed, scales[b], out[start:end])
+        start = end
