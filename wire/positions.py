@@ -14,21 +14,51 @@ def encode_positions(indices: np.ndarray, layout: Layout) -> bytes:
     """Code ascending int64 indices: a count for each tensor, then Rice codes (Rice 1979).
 
     A gap g is written as g >> k zeros and a one in the first stream, and as its low k bits in the
-    second. k follows from the size of the tensor and its count, so it is not sent.
+    second. k follows from the size of the tensor and its count, so it is not sent. Raises
+    ValueError for other indices.
     """
-    tensor = np.searchsorted(layout.offsets, indices, side="right") - 1
-    counts = np.bincount(tensor, minlength=len(layout.sizes))
-    first = np.r_[True, tensor[1:] != tensor[:-1]] if len(indices) else np.zeros(0, bool)
-    previous = np.r_[-1, indices[:-1]] if len(indices) else indices
-    gaps = indices - np.where(first, layout.offsets[tensor], previous + 1)
-    k = _rice_parameters(counts, layout.sizes)[tensor]
-    ones = np.cumsum((gaps >> k) + 1) - 1  # where each unary code ends
-    unary = np.zeros(ones[-1] + 1 if len(ones) else 0, np.uint8)
-    unary[ones] = 1
-    shifts, owners = _bit_shifts(k)
-    remainders = (gaps[owners] >> shifts & 1).astype(np.uint8)
-    head = np.append(counts, -(-len(unary) // 8)).astype("<u4").tobytes()
-    return b"".join((head, np.packbits(unary).tobytes(), np.packbits(remainders).tobytes()))
+    indices = np.ascontiguousarray(indices, np.int64)
+    counts = np.diff(np.searchsorted(indices, layout.offsets))
+    k = _rice_parameters(counts, layout.sizes)
+    # The gaps of a tensor add up to its size at most, so that its unary code is bounded.
+    unary = np.zeros(-(-int((counts + (layout.sizes >> k)).sum()) // 8), np.uint8)
+    remainders = np.empty(-(-int((k * counts).sum()) // 8), np.uint8)
+    num_unary = _write_gaps(indices, counts, k, layout.offsets, unary, remainders)
+    if num_unary < 0 or counts.sum() < len(indices):
+        raise ValueError("positions must ascend and lie within the layout")
+    head = np.append(counts, num_unary).astype("<u4").tobytes()
+    return b"".join((head, unary[:num_unary].tobytes(), remainders.tobytes()))
+
+
+@compiled
+def _write_gaps(indices, counts, k, offsets, unary, remainders):
+    """Write the gaps' two streams; return how many bytes of `unary`, which holds zeros, are used.
+
+    counts, k: of each tensor, int64; unary, remainders: uint8. -1: the indices do not ascend, or do
+    not lie within the layout.
+    """
+    bit, byte, held, num_held, i = 0, 0, 0, 0, 0
+    for t in range(len(counts)):
+        position = offsets[t]
+        for _ in range(counts[t]):
+            gap = indices[index(i)] - position
+            if gap < 0 or indices[index(i)] >= offsets[t + 1]:
+                return -1
+            bit += gap >> k[t]
+            unary[index(bit >> 3)] |= np.uint8(128 >> (bit & 7))
+            bit += 1
+            held = held << k[t] | gap & (1 << k[t]) - 1
+            num_held += k[t]
+            while num_held >= 8:
+                num_held -= 8
+                remainders[index(byte)] = held >> num_held & 255
+                byte += 1
+            held &= (1 << num_held) - 1
+            position = indices[index(i)] + 1
+            i += 1
+    if num_held:
+        remainders[index(byte)] = held << 8 - num_held
+    return bit + 7 >> 3
 
 
 def decode_positions(reader: Reader, layout: Layout, most: int | None = None) -> np.ndarray:
@@ -104,13 +134,6 @@ def _rice_parameters(counts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """
     mean_gaps = sizes * 177 // (256 * np.maximum(counts, 1))
     return np.array([max(int(gap).bit_length() - 1, 0) for gap in mean_gaps], np.int64)
-
-
-def _bit_shifts(k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For numbers of k[i] bits written high bit first: each bit's shift, and its number's index."""
-    owners = np.repeat(np.arange(len(k)), k)
-    ends = np.cumsum(k)
-    return ends[owners] - 1 - np.arange(len(owners)), owners
 
 
 def pack_positions(positions: np.ndarray, layout: Layout) -> memoryview:

@@ -39,6 +39,18 @@ def test_few_positions_are_rice_codes():
 
 
 @settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(-3, 45), max_size=8))
+def test_positions_that_do_not_ascend_within_the_layout_are_refused(positions):
+    indices = np.array(positions, np.int64)
+    if positions == sorted({*positions}) and all(0 <= i < 37 for i in positions):
+        body = naive_decoder.Body(encode_positions(indices, SMALL))
+        assert naive_decoder.read_positions(body, SMALL.sizes.tolist())[0] == positions
+    else:
+        with pytest.raises(ValueError, match="must ascend"):
+            encode_positions(indices, SMALL)
+
+
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_positions_of_a_stranger_are_refused_or_ascending(data):
     coder, flags = (data.draw(st.sampled_from([0, 0, 0, 1, 2])) for _ in range(2))
