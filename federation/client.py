@@ -132,8 +132,8 @@ class Clients:
             if self.num_lanes == 1:
                 yield self._train_one(next(received), round_number)
             else:
-                begin = list(islice(received, len(group)))
-                yield from self._train_in_lanes(begin, round_number)
+                together = list(islice(received, len(group)))
+                yield from self._train_in_lanes(together, round_number)
 
     def score(self, client: int, broadcast: Broadcast) -> tuple[Report, Tensor | None]:
         """Before round 1: how much each weight matters to the client's loss (SNIP)."""
