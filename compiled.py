@@ -6,6 +6,8 @@ from pathlib import Path
 import numba
 import numpy as np
 from numba import njit
+from numba.core import types
+from numba.extending import intrinsic
 
 HERE = Path(__file__).parent
 
@@ -57,6 +59,12 @@ def part(function):
 
 # numba counts a negative index from the end, and looks for one at each access unless told so.
 index = np.uint64
+
+
+@intrinsic
+def num_ones(typing_context, word):
+    """How many bits of a uint64 are set: one instruction, for which numba has no function."""
+    return types.int64(types.uint64), lambda _, builder, __, words: builder.ctpop(words[0])
 
 
 @compiled

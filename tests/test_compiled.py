@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers.runs import REPOSITORY
 
-from compiled import add_at
+from compiled import add_at, compiled, num_ones
 
 ONE = np.float32(1)
 
@@ -32,6 +32,12 @@ def test_add_at_refuses_indices_without_values():
     vector = np.zeros(5, np.float32)
     with pytest.raises(IndexError, match="has no value"):
         add_at(vector, np.arange(5), np.ones(4, np.float32), ONE)
+
+
+@pytest.mark.parametrize("word", [0, 1, 0x8000800080008000, 2**63, 2**64 - 1])
+def test_num_ones_counts_bits(word):
+    counted = compiled(lambda number: num_ones(number))(np.uint64(word))
+    assert counted == word.bit_count()
 
 
 BROKEN = """

@@ -64,25 +64,33 @@ def _size_of_sum(total, least):
 
 @inlined
 def _nearness(predicted, least):
-    """The class of a predicted level, 0..11: from far below the least magnitude to far above it."""
+    """The class of a predicted level other than 0: from far below the least magnitude to far above.
+
+    Returns (class: 1..11, side: the class up to 4 with the sign of the prediction). There is no
+    branch, since a CPU would guess it wrong.
+    """
     a = abs(predicted)
-    if a < least:
-        return 0 if a == 0 else 1 if 2 * a < least else 2
-    return 2 + NEARNESS[index(min(a - least + 1, 63))]
+    far_below = 2 * a < least
+    near = 2 + NEARNESS[index(clamp(a - least + 1, 0, 63))] - far_below
+    side = clamp(a - least + 3, 2, 4) - far_below  # min(near, 4), but it does not wait for near
+    return near, side if predicted > 0 else -side
 
 
 @inlined
-def of_kernel_level(kernel, slot, width, num_set, kernel_signs, row_signs, least):
+def of_kernel_level(kernel, slot, width, num_set, signs, least):
     """The contexts of a level within a kernel: (of its sign, of its magnitude).
 
     The plane through the levels to the left, above, and above to the left predicts the level.
+    signs: the sums of the signs so far in the cell and in its row.
     """
     above = slot - width - 1
     predicted = kernel[index(slot - 1)] + kernel[index(above)] - kernel[index(above - 1)]
-    near = _nearness(predicted, least)
-    side = min(near, 4) if predicted > 0 else -min(near, 4)
-    signs = 5 * clamp(kernel_signs, -2, 2) + clamp(row_signs, -2, 2)
-    return SIGN + 25 * (side + 4) + signs + 12, MAGNITUDE + 4 * near + min(num_set // 3, 3)
+    signs = 5 * clamp(signs[0], -2, 2) + clamp(signs[1], -2, 2)
+    crowd = min(num_set // 3, 3)
+    if predicted == 0:  # often so: where a CPU guesses this, it need not wait for the level before
+        return SIGN + 25 * 4 + signs + 12, MAGNITUDE + crowd
+    near, side = _nearness(predicted, least)
+    return SIGN + 25 * (side + 4) + signs + 12, MAGNITUDE + 4 * near + crowd
 
 
 @inlined

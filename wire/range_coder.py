@@ -106,14 +106,15 @@ def narrow(reading, bit, probability, state, words):
 @inlined
 def learn(bit, context, last, model):
     """Move the probability of a context towards the bit by 1 / (count + 2)."""
-    count, probability = model[index(context)] & 255, model[index(context)] >> 8
+    entry = model[index(context)]
+    count, probability = entry & 255, entry >> 8
     goal = LARGEST_PROBABILITY if bit else LEAST_PROBABILITY
-    if count == last:  # nearly always: then the product below is a shift
-        probability += goal - probability >> (6 if last == FAST else 7)
+    if count == last:  # nearly always: then the product below is a shift, and the count stays as is
+        entry += 256 * goal + 255 - entry >> (6 if last == FAST else 7) & -256
     else:
         probability += (goal - probability) * RATES[index(count)] >> 16
-        count += 1
-    model[index(context)] = probability << 8 | count
+        entry = probability << 8 | count + 1
+    model[index(context)] = entry
 
 
 @inlined

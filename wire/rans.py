@@ -26,7 +26,7 @@ Shorthand of the kernels below:
 
 import numpy as np
 
-from compiled import compiled, index, inlined
+from compiled import compiled, index, inlined, num_ones
 
 LEAST_HEAD, WORD = np.uint64(1 << 31), np.uint64(32)  # below LEAST_HEAD, x takes in a word
 LOW_LANE, LOW_WORD = np.uint64(0xFFFF), np.uint64(0xFFFFFFFF)
@@ -102,10 +102,7 @@ def _part(reading, symbol, x, context, table):
     first, second = words[index(4 * context + 1)], words[index(4 * context + 2)]
     if reading:  # count the bounds that are at most the place: in their lanes the guard bit stays
         places = (x & np.uint64(32767)) * ONES | GUARDS
-        reached = (places - first >> np.uint64(15) & ONES) + (
-            places - second >> np.uint64(15) & ONES
-        )
-        symbol = np.int64(reached * ONES >> np.uint64(48))
+        symbol = num_ones(places - first & GUARDS) + num_ones(places - second & GUARDS)
     low = np.uint64(lanes[index(16 * context + 3 + symbol)])
     size = np.uint64(lanes[index(16 * context + 4 + symbol)]) - low
 

@@ -53,14 +53,14 @@ def out_of_order(layout: Layout) -> list[int]:
 
 
 def new_scratch(tensors: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The last eight fields of a Walk, int64, large enough for every tensor and all zero."""
+    """The last seven fields of a Walk, int64, large enough for every tensor and all zero."""
     columns = int(tensors[tensors[:, 1] > 1, 2].max(initial=1))
     kernel = int(tensors[:, 3].max(initial=1))
     width = int(tensors[:, 4].max(initial=1))
     framed = int(
         (tensors[:, 3] + tensors[:, 3] // tensors[:, 4] + tensors[:, 4] + 1).max(initial=4)
     )
-    sizes = len(tensors) + 1, columns, columns, columns, framed, kernel, kernel + 3, width
+    sizes = len(tensors) + 1, columns, columns, framed, kernel, kernel + 3, width
     return tuple(np.zeros(size, np.int64) for size in sizes)
 
 

@@ -73,9 +73,8 @@ class Walk(NamedTuple):
     table: tuple  # its contexts
     bounds: np.ndarray  # int64 [num_tensors + 1]: the walk notes where each tensor's entries begin
     # For each column of the tensor at hand, if it has several rows, int64:
-    column_cells: np.ndarray  # how many of its cells hold something so far
-    column_logs: np.ndarray  # the logarithm that stands for this number in ratios
-    column_sums: np.ndarray  # the sum of its levels so far
+    columns: np.ndarray  # 256 * c + log(2c + 1), where c of its cells hold something so far
+    column_sums: np.ndarray  # the sum of its levels so far, if they are cells of their own
     # For the cell at hand, int64:
     kernel: np.ndarray  # its levels so far, with zeros to the left and above
     slots: np.ndarray  # where each position lies in `kernel`; the same for all cells of a tensor
@@ -208,10 +207,9 @@ def _clear(grid, w):
     A tensor of one row, which may be tens of millions of entries long, uses no memory for columns.
     """
     for i in range(grid.columns if grid.rows > 1 else 0):
-        w.column_cells[index(i)] = w.column_logs[index(i)] = w.column_sums[index(i)] = 0
-    width = grid.width
+        w.columns[index(i)] = w.column_sums[index(i)] = 0
     for k in range(grid.kernel):
-        w.slots[index(k)] = (k // width + 1) * (width + 1) + k % width + 1
+        w.slots[index(k)] = (k // grid.width + 1) * (grid.width + 1) + k % grid.width + 1
 
 
 @part
@@ -246,18 +244,22 @@ def _cells(reading, row, due, num_cells, j, grid, w, state, head):
             i, ratio, ahead, state = _next_cell(reading, False, place, grid, w, state)
         due -= 1
         if grid.rows > 1:
-            w.column_cells[index(i)] += 1
-            w.column_logs[index(i)] = log(2 * w.column_cells[index(i)] + 1)
+            seen = (w.columns[index(i)] >> 8) + 1
+            w.columns[index(i)] = seen << 8 | log(2 * seen + 1)
         start, num_set, w.positions[0] = row + i * grid.column_stride, 1, 0
-        if grid.kernel > 1:
-            num_set, head = _positions(reading, start, j, grid, w, head)
-            if num_set == 0:
-                return BAD_CELL, j, state, head
+        if grid.kernel > 1 and grid.width <= 3:
+            num_set, head = _positions(reading, False, start, j, grid, w, head)
+        elif grid.kernel > 1:
+            num_set, head = _positions(reading, True, start, j, grid, w, head)
+        if num_set == 0:
+            return BAD_CELL, j, state, head
         if j + num_set > len(w.indices):
             return TOO_MANY, j, state, head
-        ending, sums, state, head = _levels(
-            reading, start, i, num_set, ratio, sums, j, grid, w, state, head
-        )
+        cell = start, i, num_set, ratio, j
+        if grid.kernel > 1:
+            ending, sums, state, head = _levels(reading, True, cell, sums, grid, w, state, head)
+        else:
+            ending, sums, state, head = _levels(reading, False, cell, sums, grid, w, state, head)
         if ending != DONE:
             return ending, j, state, head
         j += num_set
@@ -279,8 +281,8 @@ def _next_cell(reading, several, place, grid, w, state):
         left = grid.columns - i
         ratio = log_due - log(2 * ahead + left) + 44
         if several:
-            ratio += w.column_logs[index(i)]
-            ahead -= w.column_cells[index(i)]
+            ratio += w.columns[index(i)] & 255
+            ahead -= w.columns[index(i)] >> 8
         ratio = clamp(ratio, 0, 67)
         if due >= left:  # every cell that is left holds something
             return i, ratio, ahead, state
@@ -300,18 +302,19 @@ def _next_cell(reading, several, place, grid, w, state):
 
 
 @part
-def _positions(reading, start, j, grid, w, head):
+def _positions(reading, wide, start, j, grid, w, head):
     """Which positions of a cell hold something, three of a row at a time. Returns (number, head).
 
     They are left in w.positions. The number is 0 if there is none, or one that the cell has not.
+    `wide` is a constant too: whether a row of the kernel has more than one three.
     """
     num_set, before, row, column = 0, 0, 0, 0
     while row * grid.width < grid.kernel:
-        first, num_there = row * grid.width + column, min(grid.width - column, 3)
-        pattern = 0 if reading else _pattern(start + first, num_there, j + num_set, w)
-        above = before  # it is, in a kernel three wide
-        if grid.width > 3:
+        first, num_there, above = row * grid.width + column, grid.width, before
+        if wide:
+            num_there = min(grid.width - column, 3)
             above = w.patterns[index(column)] if row else 0
+        pattern = 0 if reading else _pattern(start + first, num_there, j + num_set, w)
         context = MASK + 32 * min(row, 2) + 4 * above
         context += 96 + (before >> 1) if column else min(num_set, 3)
         pattern, head = code_symbol(reading, pattern, context, head, w.tape, w.table)
@@ -321,9 +324,10 @@ def _positions(reading, start, j, grid, w, head):
             w.positions[index(num_set)] = first + k
             num_set += pattern >> k & 1
         before = pattern
-        w.patterns[index(column)] = before
-        column += 3
-        if column >= grid.width:
+        if wide:
+            w.patterns[index(column)] = before
+            column += 3
+        if not wide or column >= grid.width:
             row, column = row + 1, 0
     return num_set, head
 
@@ -343,21 +347,20 @@ def _pattern(first, num_there, j, w):
 
 
 @part
-def _levels(reading, start, i, num_set, ratio, sums, j, grid, w, state, head):
-    """The levels of a cell. Returns (ending, sums, state, head)."""
-    row_sum, row_signs = sums
-    cell_signs = 0
+def _levels(reading, in_kernel, cell, sums, grid, w, state, head):
+    """The levels of a cell. Returns (ending, sums, state, head). `in_kernel` is a constant too."""
+    start, i, num_set, ratio, j = cell
+    (row_sum, row_signs), cell_signs = sums, 0
     for n in range(num_set):
         position = w.positions[index(n)]
         slot = w.slots[index(position)]
-        if grid.kernel > 1:
-            contexts = of_kernel_level(
-                w.kernel, slot, grid.width, num_set, cell_signs, row_signs, w.least
-            )
+        if in_kernel:
+            signs = cell_signs, row_signs
+            contexts = of_kernel_level(w.kernel, slot, grid.width, num_set, signs, w.least)
         else:
             column_sum = w.column_sums[index(i)] if grid.rows > 1 else 0
             contexts = of_single_level(row_sum, column_sum, ratio, w.least)
-        bank = ESCAPES + (32 if grid.kernel > 1 else 64)
+        bank = ESCAPES + (32 if in_kernel else 64)
         level, state, head = _level(reading, w.levels[index(j)], contexts, bank, w, state, head)
         if level == 0:
             return TOO_LARGE, sums, state, head
@@ -369,7 +372,7 @@ def _levels(reading, start, i, num_set, ratio, sums, j, grid, w, state, head):
         cell_signs += sign
         row_signs += sign
         row_sum += level
-        if grid.rows > 1:
+        if grid.rows > 1 and not in_kernel:
             w.column_sums[index(i)] += level
         w.kernel[index(slot)] = level
     for n in range(num_set):
