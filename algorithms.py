@@ -60,7 +60,11 @@ class LocalRound:
     """
 
     corrects = False  # whether correct_gradient() does anything
-    keeps = False  # whether the client keeps what after_sending() returns
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the client keeps anything: whether after_sending() is the algorithm's own."""
+        return type(self).after_sending is not LocalRound.after_sending
 
     def correct_gradient(self, weights: Tensor, gradient: Tensor) -> None:
         """Correct the gradient in place; weights are those before this step."""
@@ -70,7 +74,7 @@ class LocalRound:
         return None
 
     def after_sending(self, kept: Tensor | None, arrived: dict[str, Arrived]) -> Tensor | None:
-        """Return the vector that the client keeps, a new one. It is asked only if it `keeps` one.
+        """Return the vector that the client keeps, a new one.
 
         kept: what it kept before, which must not be written to; None means that it kept nothing.
         arrived: by kind of message, what the server will decode.
@@ -162,7 +166,7 @@ class SCAFFOLD(FedAvg):
 
 
 class SCAFFOLDRound(LocalRound):
-    corrects = keeps = True
+    corrects = True
 
     def __init__(self, c: Tensor, c_i: Tensor, full_gradient: Tensor | None):
         self.c, self.correction = c, c - c_i
@@ -230,7 +234,7 @@ class FedDyn(FedAvg):
 
 
 class FedDynRound(LocalRound):
-    corrects = keeps = True
+    corrects = True
 
     def __init__(self, alpha: float, received: Tensor, g_i: Tensor):
         self.alpha, self.received, self.g_i = alpha, received, g_i

@@ -112,7 +112,8 @@ class NotFinite(ValueError):
 class Decoded:
     """A vector as it arrives: values at indices, zero elsewhere.
 
-    It is decoded on the CPU, where its parts are arrays; on another device they are tensors.
+    It is decoded on the CPU, where its parts are arrays; on another device they are tensors. One
+    part may be there and the other not yet: to() moves what is not.
     """
 
     size: int
@@ -121,10 +122,13 @@ class Decoded:
 
     def to(self, device: torch.device) -> Decoded:
         """The same on a device. It is there when this returns."""
-        if device.type == "cpu" or torch.is_tensor(self.values):
+        if device.type == "cpu":
             return self
-        indices = None if self.indices is None else to_device(self.indices, device)
-        return Decoded(self.size, indices, to_device(self.values, device))
+        indices, values = (
+            to_device(part, device) if isinstance(part, np.ndarray) else part
+            for part in (self.indices, self.values)
+        )
+        return Decoded(self.size, indices, values)
 
     def add_to(self, vector: Tensor, weight: float = 1.0) -> None:
         """vector += weight * self, in place; vector: float32 [size], on the device of self."""

@@ -211,13 +211,12 @@ def record_environment(federation: Federation, folder: RunFolder) -> None:
         else None,
         **vars(federation.clients.choices),
         "ms_per_example": federation.ms_per_example or None,
-        "settled": federation.workload.describe(),
     }
     before = folder.environment()
     for key, value in facts.items():
         if before and before.get(key) != value:
             raise RunFolderError(f"{folder.path}: cannot resume, {key} is not what it was")
-    folder.write_environment(**facts)
+    folder.write_environment(**facts, settled=federation.workload.describe())
     if federation.config.data.diversity != Diversity():
         save_samples(
             folder.path / "samples.npz", federation.shards, federation.client_data, dataset

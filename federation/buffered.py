@@ -42,9 +42,9 @@ class FedBuff(Federation):
 
     @property
     def num_at_once(self) -> int:
-        """Clients that are alike begin together, and others one by one."""
-        diverse = self.clock.population.is_diverse
-        return 1 if diverse else -(-self.concurrency // self.ranks.num_teams)
+        """Clients that take equally long begin together, and others one by one."""
+        are_alike = np.ptp(self.workload.seconds_alone(self.candidates)) == 0
+        return -(-self.concurrency // self.ranks.num_teams) if are_alike else 1
 
     def run_round(self) -> tuple[dict[str, Any], list[LedgerRow]]:
         begin, round_number = time.perf_counter(), self.progress.round_number + 1

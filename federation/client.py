@@ -5,6 +5,7 @@ LocalUpdate, so that a thread may encode one client while the device trains the 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -75,7 +76,7 @@ class Clients:
         # What brings a client its own copy of the model is encoded while others train, on a GPU.
         ahead = self.uplink.keeps_copies and team.size == 1
         threads = num_coding_threads(model.device) if ahead else 0
-        self.reception = Pipeline(model.device, threads)
+        self.reception = Pipeline(model.device, -(-threads // 2))
         # Whether an update takes the place of the weights that it comes from, which the next client
         # overwrites: memory of its own would cost more than the subtraction. Error feedback needs
         # its own, for what the client will owe; a mask that grows loads the received weights again;
@@ -127,13 +128,13 @@ class Clients:
             by_steps = group_by_steps(steps, self.num_lanes)
             groups = [[clients[i] for i in group] for group in by_steps]
         jobs = (partial(self._receive, client, broadcast) for client in chain(*groups))
-        received = self.reception.run(jobs)
-        for group in groups:
-            if self.num_lanes == 1:
-                yield self._train_one(next(received), round_number)
-            else:
-                together = list(islice(received, len(group)))
-                yield from self._train_in_lanes(together, round_number)
+        with closing(self.reception.run(jobs)) as received:  # no job outlives an interruption
+            for group in groups:
+                if self.num_lanes == 1:
+                    yield self._train_one(next(received), round_number)
+                else:
+                    together = list(islice(received, len(group)))
+                    yield from self._train_in_lanes(together, round_number)
 
     def score(self, client: int, broadcast: Broadcast) -> tuple[Report, Tensor | None]:
         """Before round 1: how much each weight matters to the client's loss (SNIP)."""

@@ -1,5 +1,7 @@
 """Clients are encoded, and what they send is decoded, on threads while the next ones train.
 
+So is what brings a client its own copy of the model, ahead of its training.
+
 The compiled loops of the codecs release Python's interpreter lock. On a GPU each thread has a
 stream of its own, so that its small kernels and copies run beside those of training.
 """
@@ -9,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -28,6 +31,16 @@ def num_coding_threads(device: torch.device) -> int:
     return min(MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // ranks - 1))
 
 
+def _begin(device: torch.device, streams: threading.local) -> None:
+    """A thread begins: its device is that of training, and it gets a stream."""
+    if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)
+        # Of high priority, so that it is never the stream on which CUDA graphs are recorded: torch
+        # deals out the same 32 streams again and again, those of a priority by themselves.
+        streams.own = torch.cuda.Stream(device, priority=-1)
+
+
 class Pipeline:
     """Does jobs on threads, a few at a time, and hands out their results in order.
 
@@ -36,10 +49,11 @@ class Pipeline:
 
     def __init__(self, device: torch.device, num_threads: int):
         self.device = device
-        self.pool = ThreadPoolExecutor(num_threads, "coding", self._begin) if num_threads else None
+        self.streams = threading.local()
+        begin = partial(_begin, device, self.streams)  # and not a method, which would keep `self`
+        self.pool = ThreadPoolExecutor(num_threads, "coding", begin) if num_threads else None
         # So many jobs are under way or wait to be read, and each has memory of its own.
         self.memories = [PayloadMemory() for _ in range(num_threads + 1)]
-        self.streams = threading.local()
 
     def run(self, jobs: Iterable[Callable[[Memory], T]], keep: bool = False) -> Iterator[T]:
         """The results of the jobs, in order; a job is given memory for the payloads it makes.
@@ -70,15 +84,6 @@ class Pipeline:
         yield future.result()
         if not keep:
             memory.clear()
-
-    def _begin(self) -> None:
-        """A thread begins: its device is that of training, and not the first one."""
-        if self.device.type == "cuda":
-            if self.device.index is not None:
-                torch.cuda.set_device(self.device)
-            # Of high priority, so that it is never the stream on which CUDA graphs are recorded:
-            # torch deals out the same 32 streams again and again, those of a priority by itself.
-            self.streams.own = torch.cuda.Stream(self.device, priority=-1)
 
     def _submit(self, job: Callable[[Memory], T], memory: Memory) -> Future:
         if self.pool is None:

@@ -129,7 +129,8 @@ class Uplink:
             before = state.get("algorithm")
             before = None if before is None else before.to(update.device)
             arrived = {kind: part.to(update.device) for kind, part in arrived.items()}
-            kept["algorithm"] = trained.algorithm.after_sending(before, arrived)
+            algorithm = trained.algorithm.after_sending(before, arrived)
+            kept |= {} if algorithm is None else State(algorithm=algorithm)
         if trained.norm is not None:
             kept["norm"] = trained.norm
         if self.keeps_copies:  # that the server has its update tells that it has received it

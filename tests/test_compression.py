@@ -533,3 +533,14 @@ def test_positions_may_be_selected_as_a_tensor_or_as_an_array():
         for chosen in (np.array([1, 3]), torch.tensor([1, 3]))
     ]
     assert payloads[0] == payloads[1]
+
+
+def test_only_what_is_not_there_goes_to_a_device():
+    """On a GPU, fp32 is there already, and the positions of a mask are not."""
+    meta, values = torch.device("meta"), torch.ones(2, device="meta")
+    moved = Decoded(5, np.array([1, 3]), values).to(meta)
+    assert moved.values is values and moved.indices.device == meta
+    moved.add_to(torch.zeros(5, device=meta))
+    assert Decoded(2, None, values).to(meta).indices is None
+    both = Decoded(2, np.array([0]), np.ones(1, np.float32)).to(meta)
+    assert both.indices.device == both.values.device == meta

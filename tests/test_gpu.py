@@ -46,6 +46,13 @@ def test_a_run_on_the_gpu(run, precision):
     assert result["dense_bytes_up"] > 10 * result["bytes_up"]
 
 
+@pytest.mark.parametrize("down", ["model", "copies"])
+def test_a_pruned_model_goes_down_in_fp32(run, down):
+    words = ["pruning.mask.method=dynamic", "pruning.mask.every=2", f"downlink.mode={down}"]
+    status, folder = run(*RESNET, *words)
+    assert status == 0 and summary(folder)["density"] < 0.9
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_and_its_repetition_end_with_the_same_model(run, precision):
     hashes = []

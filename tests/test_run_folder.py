@@ -190,3 +190,21 @@ def test_a_file_system_without_locks_is_named_and_used(run, monkeypatch, capsys)
     monkeypatch.setattr("run_folder.fcntl.flock", no_locks)
     assert run()[0] == 0
     assert "this file system has no locks" in capsys.readouterr().err
+
+
+def test_what_was_settled_is_told_and_not_compared(run, monkeypatch):
+    """Its words may change between two versions of this code."""
+    words = ["uplink.budget=100x", "rounds=4", "checkpoint.every=1"]
+    write = RunFolder.write_environment
+
+    def write_otherwise(self, **facts):
+        facts.pop("settled")
+        write(self, **facts, settled=["in other words"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_environment", write_otherwise)
+        patch.setattr("experiment.finish", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            run(*words)
+    status, _ = run(*words)
+    assert status == 0

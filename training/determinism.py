@@ -11,7 +11,7 @@ from config import Local
 from data import Pictures
 from training.flat_model import FlatModel
 from training.memory import memory_governed_by
-from training.timing import few_steps, take_turns
+from training.timing import least_seconds
 
 # cuBLAS reads it at its start, which may be long before a run has chosen its kernels.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -43,14 +43,11 @@ def probe_determinism(
     """
     if model.device.type != "cuda":
         return {}
-    task = model, pictures, local, precision, num_lanes
-    steps = {name: few_steps(*task) for name in ("true", "false")}
-
-    def seconds(name: str) -> float:
+    seconds = {}
+    for name in ("true", "false"):
         use_deterministic_kernels(model.device, name == "true")
-        return steps[name]()
-
-    return take_turns({name: lambda n=name: seconds(n) for name in steps})
+        seconds[name] = least_seconds(model, pictures, local, precision, num_lanes)
+    return seconds
 
 
 def choose_determinism(seconds: dict[str, float]) -> bool:

@@ -1,15 +1,16 @@
 """`local.lanes: auto`: how many clients this device should train at once."""
 
-from collections.abc import Callable
+import sys
+
+import torch
 
 from config import Local
 from data import Pictures
 from training.flat_model import FlatModel
 from training.memory import memory_governed_by
-from training.timing import CLEARLY_FASTER, few_steps
+from training.timing import CLEARLY_FASTER, least_seconds
 
 CLEARLY_SLOWER = 1.1  # more lanes are not tried once some take this many times the best time
-TRIES = 3  # the first one records graphs
 
 
 @memory_governed_by("local.batch_size")
@@ -25,12 +26,16 @@ def probe_lanes(
     one client.
     """
     task = model, pictures, local, precision
-    seconds = {1: cohort * _least(few_steps(*task, 1))}
+    seconds = {1: cohort * least_seconds(*task, 1)}
     tried = sorted({*_powers_of_two(cohort), cohort} - {1}) if precision != "fp16" else []
     for num_lanes in tried:
         try:
-            group = _least(few_steps(*task, num_lanes))
-        except RuntimeError:  # torch.OutOfMemoryError, or a kernel that does not exist
+            group = least_seconds(*task, num_lanes)
+        except torch.OutOfMemoryError:
+            break
+        except RuntimeError as error:  # such as a kernel that does not exist
+            reason = str(error).splitlines()[0]
+            print(f"warning: {num_lanes} lanes do not run here: {reason}", file=sys.stderr)
             break
         seconds[num_lanes] = group * -(-cohort // num_lanes)
         if seconds[num_lanes] > CLEARLY_SLOWER * min(seconds.values()):
@@ -46,7 +51,3 @@ def choose_lanes(seconds: dict[int, float]) -> int:
 
 def _powers_of_two(largest: int) -> list[int]:
     return [2**n for n in range(1, largest.bit_length())]
-
-
-def _least(seconds: Callable[[], float]) -> float:
-    return min(seconds() for _ in range(TRIES))

@@ -272,10 +272,10 @@ class Lanes:
 
 @contextmanager
 def norms_in_fp32(network: nn.Module) -> Iterator[None]:
-    """Within this context norm layers compute in fp32, as autocast has it without vmap.
+    """Within this context norm layers get fp32.
 
     vmap hands a norm's kernel weights of the dtype of its input. In bf16, CUDA's BatchNorm then
-    cannot read its running statistics, which are fp32.
+    cannot read its running statistics, which are fp32. GroupNorm has fp32 without vmap, too.
     """
     norms = (m for m in network.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm))
     to_fp32 = lambda _, inputs: (inputs[0].float(),)  # noqa: E731

@@ -8,7 +8,7 @@ from distributed import Team
 from training.flat_model import FlatModel
 from training.graph_engine import make_engine
 from training.memory import memory_governed_by
-from training.timing import CLEARLY_FASTER, few_steps, seconds_of_a_step, take_turns
+from training.timing import CLEARLY_FASTER, least_seconds, seconds_of_a_step, take_turns
 
 CLEARLY_SLOWER = 3.0  # if bf16 takes more than this many times, no whole batch is tried in it
 SMALL_SHARE = 16  # the first tries use one sixteenth of a batch
@@ -59,7 +59,7 @@ def probe_precision_in_lanes(
 ) -> dict[str, float]:
     """The same for a step of num_lanes clients at once, on a device that computes in bf16."""
     task = model, pictures, local
-    return take_turns({name: few_steps(*task, name, num_lanes) for name in ("fp32", "bf16")})
+    return {name: least_seconds(*task, name, num_lanes) for name in ("fp32", "bf16")}
 
 
 def choose_precision(seconds: dict[str, float]) -> str:

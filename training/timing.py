@@ -17,7 +17,8 @@ from training.lanes import Job, Lanes
 from training.local_sgd import train_client
 
 PROBE_SECONDS = 2.0
-FEW = 4  # steps of a client of whom a GPU trains several at once
+FEW = 4  # steps that each client of a group takes
+TRIES = 5  # of a group; the first one records graphs
 CLEARLY_FASTER = 0.85  # what is chosen must take less than this share of the time: probes are noisy
 NO_STEP = 1e-9  # a learning rate
 Choice = TypeVar("Choice")
@@ -35,27 +36,28 @@ def seconds_of_a_step(
     return (perf_counter() - begin) / steps
 
 
-def few_steps(
+def least_seconds(
     model: FlatModel, pictures: Pictures, local: Local, precision: str, num_lanes: int
-) -> Callable[[], float]:
-    """What trains num_lanes clients at once for a few steps, and returns the seconds of one.
+) -> float:
+    """The least seconds of a step of num_lanes clients at once, over several groups of clients.
 
-    Each call begins with new clients, as a group of a round does.
+    Nothing that trains them is left in memory.
     """
     size = min(local.batch_size, pictures.num_train)
     if num_lanes == 1:
         engine = make_engine(model, local, precision, Team())
-        return lambda: seconds_of_a_step(engine, pictures, size, FEW)
+        return min(seconds_of_a_step(engine, pictures, size, FEW) for _ in range(TRIES))
     lanes = Lanes(model, pictures, replace(local, batch_size=size), precision, num_lanes)
-    return lambda: _seconds_in_lanes(lanes, size)
+    _seconds_in_lanes(lanes, size, num_lanes - 1)  # with an idle lane: its graph takes memory, too
+    return min(_seconds_in_lanes(lanes, size, num_lanes) for _ in range(TRIES))
 
 
-def _seconds_in_lanes(lanes: Lanes, num_examples: int) -> float:
-    """Train a few batches of that size in every lane."""
+def _seconds_in_lanes(lanes: Lanes, num_examples: int, num_clients: int) -> float:
+    """Train a few batches of that size in so many lanes."""
     model = lanes.model
     indices = torch.arange(num_examples, device=model.device)
     vectors = model.parameters, model.buffers
-    jobs = [Job(indices, NO_STEP, lane, *vectors, steps=FEW) for lane in range(lanes.num_lanes)]
+    jobs = [Job(indices, NO_STEP, lane, *vectors, steps=FEW) for lane in range(num_clients)]
     begin = perf_counter()
     float(lanes.train(jobs)[-1].loss)  # waits for the device
     return (perf_counter() - begin) / FEW

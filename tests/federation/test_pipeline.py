@@ -5,10 +5,12 @@ import time
 
 import pytest
 import torch
-from helpers.runs import rounds, summary
+from helpers.runs import make_federation, rounds, summary
 
 from federation import client, federation
+from federation.client import Clients
 from federation.pipeline import Pipeline
+from training.local_sgd import Interrupted
 
 CPU = torch.device("cpu")
 
@@ -117,3 +119,42 @@ def test_a_run_with_threads_is_the_run_without(run, monkeypatch, case):
             (summary(folder)["model_sha256"], ledger, [r["train_loss"] for r in rounds(folder)])
         )
     assert found[0] == found[1]
+
+
+def test_threads_end_with_their_pipeline():
+    pipeline = Pipeline(CPU, 2)
+    assert list(pipeline.run(lambda _, n=n: n for n in range(4))) == [0, 1, 2, 3]
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("coding")]
+    own = [thread for thread in threads if thread in pipeline.pool._threads]
+    assert own
+    del pipeline, threads
+    for thread in own:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in own)
+
+
+def test_after_an_interruption_nobody_is_received_any_more(tmp_path, monkeypatch):
+    """The states that a client begins with are about to be thrown away, and others saved."""
+    monkeypatch.setattr(client, "num_coding_threads", lambda _: 6)
+    running, receive = [], Clients._receive
+
+    def slowly(self, *task):
+        running.append(1)
+        time.sleep(0.05)
+        received = receive(self, *task)
+        running.pop()
+        return received
+
+    def interrupt(*_, **__):
+        raise Interrupted
+
+    one = make_federation(
+        tmp_path, "downlink.mode=copies", "clients.total=8", "clients.per_round=8"
+    )
+    monkeypatch.setattr(Clients, "_receive", slowly)
+    monkeypatch.setattr(client, "train_client", interrupt)
+    discard, store = [], one.clients.store
+    monkeypatch.setattr(store, "discard", lambda: discard.append(len(running)))
+    with pytest.raises(Interrupted):
+        one.run_round()
+    assert discard == [0]

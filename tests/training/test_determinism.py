@@ -1,9 +1,13 @@
 """determinism.py: what is chosen; a CPU is left alone."""
 
 import os
+import subprocess
+import sys
 
+import pytest
 import torch
 from helpers.noise import CPU, PICTURES, flat_model
+from helpers.runs import REPOSITORY
 
 from config import Local
 from training import determinism, timing
@@ -33,15 +37,24 @@ def test_a_gpu_is_told_and_both_ways_are_timed(monkeypatch):
     model, cost = flat_model(), {True: 1.05, False: 1.0}
     model.device = torch.device("cuda")
     try:
-        seconds = lambda: cost[torch.backends.cudnn.deterministic]  # noqa: E731
-        monkeypatch.setattr(determinism, "few_steps", lambda *_: seconds)
+        seconds = lambda *_: cost[torch.backends.cudnn.deterministic]  # noqa: E731
+        monkeypatch.setattr(determinism, "least_seconds", seconds)
         found = probe_determinism(model, PICTURES, Local(), "fp32", 4)
         assert found == {"true": 1.05, "false": 1.0}
         use_deterministic_kernels(model.device, True)
         assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic
         assert torch.is_deterministic_algorithms_warn_only_enabled()
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"]  # since determinism.py was imported
         use_deterministic_kernels(model.device, False)
         assert not torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, ":4096:8"), (":16:8", ":16:8")])
+def test_cublas_is_told_before_its_start_and_a_users_own_setting_stays(given, expected):
+    code = "import os, federation.federation; print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+    others = {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"}
+    environment = others | ({"CUBLAS_WORKSPACE_CONFIG": given} if given else {})
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == expected, done.stderr
