@@ -1,4 +1,4 @@
-"""What all tests share: how OpenMP waits, and a tiny run in this process."""
+"""What all tests share: how OpenMP works, and a tiny run in this process."""
 
 import os
 import sys
@@ -7,6 +7,7 @@ import pytest
 from helpers.runs import REPOSITORY, TINY
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as main.py does, before torch is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 
 
 @pytest.fixture
