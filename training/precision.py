@@ -32,11 +32,13 @@ def computes_in_bf16(device: torch.device) -> bool:
 def probe_precision(model: FlatModel, pictures: Pictures, local: Local) -> dict[str, float]:
     """Seconds of one training step in fp32 and, if it may be faster, in bf16.
 
-    Both are first tried on a small part of a batch, so that a device on which bf16 is much slower
+    A CPU first tries both on a small part of a batch, so that one on which bf16 is much slower
     loses no more than a few steps of fp32. Then whole batches are timed in turn, for about two
     seconds. The probe trains the model; load its vectors again afterwards. Raises ConfigError if
     the memory does not suffice.
     """
+    if model.device.type == "cuda":  # fast, and with memory for the graphs of one at a time
+        return probe_precision_in_lanes(model, pictures, local, 1)
     whole = min(local.batch_size, pictures.num_train)
     small = min(whole, max(2, whole // SMALL_SHARE))
     engines = {"fp32": make_engine(model, local, "fp32", Team())}
@@ -57,9 +59,9 @@ def probe_precision(model: FlatModel, pictures: Pictures, local: Local) -> dict[
 def probe_precision_in_lanes(
     model: FlatModel, pictures: Pictures, local: Local, num_lanes: int
 ) -> dict[str, float]:
-    """The same for a step of num_lanes clients at once, on a device that computes in bf16."""
-    task = model, pictures, local
-    return {name: least_seconds(*task, name, num_lanes) for name in ("fp32", "bf16")}
+    """The same for a step of num_lanes clients at once, one precision after the other."""
+    names = ("fp32", "bf16") if computes_in_bf16(model.device) else ("fp32",)
+    return {name: least_seconds(model, pictures, local, name, num_lanes) for name in names}
 
 
 def choose_precision(seconds: dict[str, float]) -> str:

@@ -108,3 +108,13 @@ def test_emulated_bf16_on_a_gpu_does_not_count(monkeypatch, answer):
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
     assert computes_in_bf16(torch.device("cuda")) is answer
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_on_a_gpu_one_precision_is_in_memory_at_a_time(monkeypatch, has_bf16):
+    tried, model = [], flat_model()
+    model.device = torch.device("cuda")  # nothing is put there
+    monkeypatch.setattr(precision, "computes_in_bf16", lambda _: has_bf16)
+    monkeypatch.setattr(precision, "least_seconds", lambda *task: tried.append(task[3:]) or 1.0)
+    found = probe_precision(model, PICTURES, LOCAL)
+    assert tried == [("fp32", 1), ("bf16", 1)][: 1 + has_bf16] and len(found) == len(tried)
